@@ -1,0 +1,94 @@
+"""The exceptions that users catch. They are raised in the client process; workers send them over as plain data.
+
+TapError
+ +-- SpecError                 a Spec, a layer or a prompt list that cannot be
+ |    +-- LayerError           a layer that the model or the capture does not have
+ +-- EngineUnsupportedError    this engine, model or setting cannot be tapped
+ |    +-- PluginNotLoadedError the workers did not load the plugin
+ +-- CaptureError              a capture that started and could not be completed
+ |    +-- RowsMissingError     rows that were asked for did not arrive
+ |    +-- BudgetError          the memory for rows is full
+ |    +-- EngineDiedError      the engine process ended
+ +-- TransportError            memory or sockets between worker and client refused
+      +-- DescriptorError      bytes from the other process that do not validate
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TapError(Exception):
+    """Base of every exception that this package raises on purpose.
+
+    Identity (`layer`, `request_id`, `rank`, `path`, ...) is kept as attributes: nobody need parse messages.
+    """
+
+    def __init__(self, message: str, **identity: Any) -> None:
+        super().__init__(message)
+        self.identity = identity
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["identity"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
+
+
+class SpecError(TapError, ValueError):
+    """A specification, a prompt list or an argument that cannot be."""
+
+
+class LayerError(SpecError, LookupError):
+    """A layer that the model, or this capture, does not have."""
+
+
+class EngineUnsupportedError(TapError):
+    """This engine, model or setting cannot be tapped; plain generation goes on."""
+
+
+class PluginNotLoadedError(EngineUnsupportedError):
+    """The engine's workers run without the plugin."""
+
+
+class CaptureError(TapError):
+    """A capture that started and could not be completed."""
+
+
+class RowsMissingError(CaptureError):
+    """Rows that were asked for did not arrive."""
+
+
+class BudgetError(CaptureError, MemoryError):
+    """The memory set aside for rows is full."""
+
+
+class EngineDiedError(CaptureError):
+    """The engine process ended while a capture or a call was under way."""
+
+
+class TransportError(TapError):
+    """Memory or sockets between worker and client were refused."""
+
+
+class DescriptorError(TransportError, ValueError):
+    """Bytes from the other process that do not validate."""
+
+
+BY_NAME: dict[str, type[TapError]] = {
+    kind.__name__: kind
+    for kind in (
+        TapError,
+        SpecError,
+        LayerError,
+        EngineUnsupportedError,
+        PluginNotLoadedError,
+        CaptureError,
+        RowsMissingError,
+        BudgetError,
+        EngineDiedError,
+        TransportError,
+        DescriptorError,
+    )
+}
+"""Error classes by name, for turning a worker's reply back into the exception it stands for."""

@@ -1,0 +1,419 @@
+"""Worker and client as two real processes: what arrives, how long it lasts, and what every kind of death leaves.
+
+Run as a program, this file is the other process: `test_handover.py worker` or `test_handover.py client ADDRESS`. It
+takes one JSON object a line and answers with one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vllm_tap
+from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport.handover import SegmentServer
+from vllm_tap.transport.pool import Block, SegmentPool
+from vllm_tap.transport.reader import SegmentReader
+
+MIB = 1 << 20
+BUDGET = 8 * MIB
+DEADLINE_S = 10.0
+
+
+def content(seed: int, nbytes: int) -> np.ndarray:
+    """Return the bytes that both processes make for themselves."""
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = DEADLINE_S) -> None:
+    """Return as soon as a condition holds; fail where it does not within the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        os.sched_yield()
+
+
+class Peer:
+    """Another process and its pipe."""
+
+    def __init__(self, *role: str) -> None:
+        package_dir = str(Path(next(iter(vllm_tap.__path__))).parent)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([package_dir, os.environ.get("PYTHONPATH", "")])}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.hello = json.loads(self.process.stdout.readline())
+
+    def ask(self, op: str, **arguments: object) -> dict:
+        """Have the other process do something; return its answer."""
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        """Kill the process as an out-of-memory killer would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        if self.process.poll() is None:
+            self.kill()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Worker(Peer):
+    """A worker process with a pool of 8 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__("worker")
+        self.address: str = self.hello["address"]
+
+    def put(self, client: int, nbytes: int, seed: int) -> Block:
+        """Have a block written and published."""
+        answer = self.ask("put", client=client, nbytes=nbytes, seed=seed)
+        if "error" in answer:
+            raise {"BudgetError": BudgetError, "TransportError": TransportError}[answer["error"]](answer["message"])
+        return Block(*answer["block"])
+
+    def num_blocks(self) -> int:
+        """Return how many blocks are taken."""
+        return self.ask("stats")["num_blocks"]
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """A fresh worker process."""
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def reader(worker: Worker) -> Iterator[SegmentReader]:
+    """This process, connected to the worker."""
+    reader = SegmentReader(worker.address)
+    yield reader
+    reader.close()
+
+
+def test_bytes_arrive_unchanged(worker, reader):
+    """Blocks of many sizes hold in the client what the worker wrote."""
+    for seed, nbytes in enumerate([1, 4095, 4096, 4097, 100_000, 3 * MIB]):
+        block = worker.put(reader.client, nbytes, seed)
+        np.testing.assert_array_equal(reader.lease(block).array, content(seed, nbytes))
+
+
+def test_two_readers_of_a_mapping_see_the_same_pages(worker, reader):
+    """The whole segment, as a gather sees it, shows every block at its offset."""
+    blocks = [worker.put(reader.client, 5000, seed) for seed in range(4)]
+    leases = [reader.lease(block) for block in blocks]
+    whole = reader.segment_array(blocks[0].segment_id)
+    for seed, lease in enumerate(leases):
+        block = lease.block
+        np.testing.assert_array_equal(whole[block.offset : block.offset + block.nbytes], content(seed, 5000))
+        assert lease.array.ctypes.data == whole.ctypes.data + block.offset
+
+
+def test_the_lease_ends_with_the_last_array(worker, reader):
+    """The block is taken while anything over it lives, and free as soon as nothing does."""
+    block = worker.put(reader.client, 64 * 1024, 1)
+    lease = reader.lease(block)
+    array = lease.array.view(np.uint16).reshape(-1, 64)
+    del lease
+    one_row = array[3:4]
+    del array
+    gc.collect()
+    assert worker.num_blocks() == 1
+    np.testing.assert_array_equal(one_row.view(np.uint8).ravel(), content(1, 64 * 1024)[3 * 128 : 4 * 128])
+    del one_row
+    wait_until(lambda: worker.num_blocks() == 0, "the end of the lease")
+
+
+def test_a_slice_of_one_row_of_a_tensor_keeps_the_lease(worker, reader):
+    """Torch tensors keep the lease through views of another dtype, and end it without a cycle collection."""
+    torch = pytest.importorskip("torch")
+    block = worker.put(reader.client, 64 * 1024, 2)
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of arrays that are marked read-only
+            tensor = torch.from_numpy(reader.lease(block).array).view(torch.bfloat16).view(-1, 64)
+        one_row = tensor[5:6]
+        del tensor
+        assert worker.num_blocks() == 1
+        expected = torch.from_numpy(content(2, 64 * 1024)[5 * 128 : 6 * 128]).view(torch.int16)
+        assert torch.equal(one_row.view(torch.int16).ravel(), expected)
+        del one_row
+        wait_until(lambda: worker.num_blocks() == 0, "the end of the lease")
+    finally:
+        gc.enable()
+
+
+def test_leasing_a_block_twice_needs_both_to_end(worker, reader):
+    """A block that is leased twice at once stays until both are gone."""
+    block = worker.put(reader.client, 1000, 1)
+    first, second = reader.lease(block), reader.lease(block)
+    del first
+    assert worker.num_blocks() == 1
+    del second
+    wait_until(lambda: worker.num_blocks() == 0, "the end of both leases")
+
+
+def test_many_leases_that_end_at_once_are_all_heard(worker, reader):
+    """A burst of releases while the worker does not run, more than a socket holds, is heard when it runs again."""
+    leases = [reader.lease(worker.put(reader.client, 10, seed)) for seed in range(1500)]
+    assert worker.num_blocks() == 1500
+    worker.process.send_signal(signal.SIGSTOP)
+    leases.clear()
+    worker.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: worker.num_blocks() == 0, "the end of all leases")
+
+
+def test_tensors_stay_readable_when_the_worker_is_killed(worker, reader):
+    """Killing the worker ends no mapping; `alive` turns False, and a new lease in a mapped segment still reads."""
+    lease = reader.lease(worker.put(reader.client, MIB, 3))
+    later = worker.put(reader.client, MIB, 4)
+    assert reader.alive
+    worker.kill()
+    wait_until(lambda: not reader.alive, "the end of the connection")
+    np.testing.assert_array_equal(lease.array, content(3, MIB))
+    np.testing.assert_array_equal(reader.lease(later).array, content(4, MIB))
+    del lease
+
+
+def test_a_segment_that_was_not_mapped_is_lost_with_the_worker(worker, reader):
+    """A lease that needs the dead worker says so instead of waiting."""
+    block = worker.put(reader.client, MIB, 3)
+    worker.kill()
+    with pytest.raises(TransportError, match="the worker has gone"):
+        reader.lease(block)
+
+
+def test_blocks_of_a_killed_client_are_back_at_once(worker):
+    """Killing a client frees what it held within a second, and its number is refused from then on."""
+    client = Peer("client", worker.address)
+    number = client.hello["client"]
+    for seed in range(3):
+        block = worker.put(number, MIB, seed)
+        assert client.ask("hold", block=block)["sum"] == int(content(seed, MIB).sum())
+    assert worker.num_blocks() == 3
+    client.kill()
+    wait_until(lambda: worker.num_blocks() == 0, "the return of the blocks", timeout_s=1.0)
+    assert worker.ask("connected", client=number) == {"connected": False}
+    assert worker.ask("gone") == {"gone": [number]}
+    with pytest.raises(TransportError, match="not connected"):
+        worker.put(number, 10, 1)
+    assert worker.num_blocks() == 0
+    client.close()
+
+
+def test_clients_do_not_free_each_others_blocks(worker, reader):
+    """Two clients lease from one segment; the death of one leaves the other's rows alone."""
+    client = Peer("client", worker.address)
+    mine = worker.put(reader.client, MIB // 4, 1)
+    theirs = worker.put(client.hello["client"], MIB // 4, 2)
+    assert mine.segment_id == theirs.segment_id
+    lease = reader.lease(mine)
+    client.ask("hold", block=theirs)
+    stolen = reader.lease(theirs)  # readable, being in the same segment, but not this client's to free
+    del stolen
+    # Releases arrive in order: once this lease has ended, the server has dealt with the one before it.
+    np.testing.assert_array_equal(reader.lease(worker.put(reader.client, 10, 9)).array, content(9, 10))
+    wait_until(lambda: worker.num_blocks() == 2, "the end of the third lease")
+    client.kill()
+    wait_until(lambda: worker.num_blocks() == 1, "the return of the other client's block")
+    worker.put(reader.client, MIB // 4, 5)
+    np.testing.assert_array_equal(lease.array, content(1, MIB // 4))
+    client.close()
+
+
+def test_a_reader_that_keeps_its_tensors_fills_the_budget(worker, reader):
+    """A slow reader meets BudgetError in the worker, not overwritten rows; letting go makes room again."""
+    leases = [reader.lease(worker.put(reader.client, 2 * MIB, seed)) for seed in range(4)]
+    with pytest.raises(BudgetError, match="budget_bytes"):
+        worker.put(reader.client, 2 * MIB, 9)
+    for seed, lease in enumerate(leases):
+        np.testing.assert_array_equal(lease.array, content(seed, 2 * MIB))
+    leases.pop(1)
+    del lease
+    wait_until(lambda: worker.num_blocks() == 3, "the end of one lease")
+    leases.append(reader.lease(worker.put(reader.client, 2 * MIB, 9)))
+    for seed, lease in zip((0, 2, 3, 9), leases, strict=True):
+        np.testing.assert_array_equal(lease.array, content(seed, 2 * MIB))
+
+
+def test_memory_that_is_used_again_shows_the_new_bytes(worker, reader):
+    """Many times the budget passes through the same pages, and each block shows its own bytes."""
+    places, held = set(), []
+    for seed in range(30):
+        block = worker.put(reader.client, MIB, seed)
+        places.add((block.segment_id, block.offset))
+        held.append(reader.lease(block))
+        np.testing.assert_array_equal(held[-1].array, content(seed, MIB))
+        if len(held) > 2:
+            np.testing.assert_array_equal(held.pop(0).array, content(seed - 2, MIB))
+            wait_until(lambda: worker.num_blocks() == 2, "the end of the oldest lease")
+    assert len(places) < 10
+
+
+def test_a_closed_reader_keeps_its_lease_until_the_tensor_is_gone(worker):
+    """Closing the reader does not let the worker write under tensors that live; the last of them ends it."""
+    reader = SegmentReader(worker.address)
+    lease = reader.lease(worker.put(reader.client, MIB, 1))
+    reader.close()
+    assert not reader.alive
+    with pytest.raises(TransportError, match="closed"):
+        reader.lease(Block(1, 0, 10, 5))
+    assert worker.num_blocks() == 1
+    np.testing.assert_array_equal(lease.array, content(1, MIB))
+    assert worker.ask("connected", client=reader.client) == {"connected": True}
+    del lease
+    wait_until(lambda: worker.num_blocks() == 0, "the end of the lease")
+    wait_until(lambda: worker.ask("gone") == {"gone": [reader.client]}, "the end of the connection")
+
+
+def test_a_forked_child_does_not_end_its_parents_leases(worker, reader):
+    """A child that is forked off with a tensor and drops it leaves the block to the parent."""
+    lease = reader.lease(worker.put(reader.client, MIB, 1))
+    child = os.fork()
+    if child == 0:
+        del lease
+        os._exit(0)
+    os.waitpid(child, 0)
+    np.testing.assert_array_equal(reader.lease(worker.put(reader.client, 10, 2)).array, content(2, 10))
+    wait_until(lambda: worker.num_blocks() == 1, "the end of the second lease")
+    np.testing.assert_array_equal(lease.array, content(1, MIB))
+
+
+def test_clients_let_go_of_segments_that_the_worker_closed(worker, reader):
+    """Trimming frees the memory in the client too, as soon as the client looks at the connection."""
+    reader.lease(worker.put(reader.client, MIB, 1))
+    wait_until(lambda: worker.num_blocks() == 0, "the end of the lease")
+    assert mapped_segments("self") == 1
+    worker.ask("trim")
+    wait_until(lambda: reader.alive and mapped_segments("self") == 0, "the end of the mapping")
+    np.testing.assert_array_equal(reader.lease(worker.put(reader.client, MIB, 2)).array, content(2, MIB))
+
+
+def test_nothing_has_a_name_and_no_descriptor_is_left(worker):
+    """Neither process maps a file of /dev/shm, and connecting again and again costs no descriptor on either side."""
+
+    def turn() -> None:
+        reader = SegmentReader(worker.address)
+        lease = reader.lease(worker.put(reader.client, MIB, 1))
+        assert mapped_segments(worker.process.pid) == mapped_segments("self") == 1
+        for process in ("self", worker.process.pid):
+            assert "/dev/shm" not in Path(f"/proc/{process}/maps").read_text()
+        del lease
+        reader.close()
+        wait_until(lambda: reader.client in worker.ask("gone")["gone"], "the end of the connection")
+
+    turn()
+    before = num_fds("self"), num_fds(worker.process.pid)
+    for _ in range(10):
+        turn()
+    assert (num_fds("self"), num_fds(worker.process.pid)) == before
+    assert mapped_segments("self") == 0
+
+
+def test_a_server_closes_without_freeing_what_clients_read():
+    """After close the client sees the end of the connection, and its rows stay as they are."""
+    pool = SegmentPool(BUDGET, segment_bytes=2 * MIB)
+    threads_before = num_fds("self")
+    server = SegmentServer(pool)
+    reader = SegmentReader(server.address)
+    block = pool.reserve(1000)
+    pool.view(block)[:] = content(1, 1000).tobytes()
+    server.publish(reader.client, [block.block_id])
+    lease = reader.lease(block)
+    server.close()
+    server.close()
+    assert not reader.alive
+    assert pool.stats().num_blocks == 1
+    pool.close()
+    np.testing.assert_array_equal(lease.array, content(1, 1000))
+    del lease
+    reader.close()
+    with pytest.raises(TransportError, match="inline"):
+        SegmentReader(server.address)
+    assert num_fds("self") == threads_before
+
+
+def num_fds(process: int | str) -> int:
+    """Return how many descriptors a process has open."""
+    return len(os.listdir(f"/proc/{process}/fd"))
+
+
+def mapped_segments(process: int | str) -> int:
+    """Return how many segments a process maps."""
+    return Path(f"/proc/{process}/maps").read_text().count("/memfd:vllm-tap")
+
+
+def run_worker() -> None:
+    """Be the worker."""
+    pool = SegmentPool(BUDGET, segment_bytes=2 * MIB)
+    server = SegmentServer(pool)
+    gone: list[int] = []
+    server.on_disconnect = gone.append
+
+    def put(client: int, nbytes: int, seed: int) -> dict:
+        block = pool.reserve(nbytes)
+        np.frombuffer(pool.view(block), np.uint8)[:] = content(seed, nbytes)
+        server.publish(client, [block.block_id])
+        return {"block": block}
+
+    answer_requests(
+        {"address": server.address},
+        {
+            "put": put,
+            "stats": lambda: pool.stats()._asdict(),
+            "connected": lambda client: {"connected": server.is_connected(client)},
+            "gone": lambda: {"gone": gone},
+            "trim": lambda: pool.trim() or {},
+        },
+    )
+
+
+def run_client(address: str) -> None:
+    """Be a client that lets go of nothing."""
+    reader = SegmentReader(address)
+    leases = []
+
+    def hold(block: list[int]) -> dict:
+        leases.append(reader.lease(Block(*block)))
+        return {"sum": int(leases[-1].array.sum())}
+
+    answer_requests({"client": reader.client}, {"hold": hold})
+
+
+def answer_requests(hello: dict, operations: dict[str, Callable[..., dict]]) -> None:
+    """Say hello, then answer line by line."""
+    print(json.dumps(hello), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = operations[request.pop("op")](**request)
+        except (BudgetError, TransportError) as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    {"worker": run_worker, "client": run_client}[sys.argv[1]](*sys.argv[2:])

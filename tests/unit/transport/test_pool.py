@@ -1,0 +1,301 @@
+"""The pool of segments, against a plain model of what is taken."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport.memory import Segment
+from vllm_tap.transport.pool import Block, SegmentPool
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+@pytest.fixture
+def pool():
+    """A small pool that grows by 2 MiB, up to 8."""
+    pool = SegmentPool(8 * MIB, shared=False, segment_bytes=2 * MIB)
+    yield pool
+    pool.close()
+
+
+def spans(blocks: list[Block]) -> list[tuple[int, int, int]]:
+    """Return (segment, first byte, end) of blocks in order."""
+    return sorted((b.segment_id, b.offset, b.offset + b.nbytes) for b in blocks)
+
+
+def assert_disjoint(blocks: list[Block]) -> None:
+    ordered = spans(blocks)
+    for (segment, _, end), (next_segment, start, _) in itertools.pairwise(ordered):
+        assert segment != next_segment or end <= start
+
+
+def test_memory_is_taken_when_the_first_block_is_reserved(pool):
+    """An idle pool holds no memory; the first block brings one segment."""
+    assert pool.stats()[:4] == (0, 0, 0, 0)
+    pool.reserve(100)
+    assert pool.stats() == (1, 2 * MIB, PAGE, 1, 8 * MIB)
+
+
+def test_block_ids_start_at_one_and_are_never_used_again(pool):
+    """A released number does not come back, so an old descriptor cannot mean a new block."""
+    first = pool.reserve(10)
+    assert pool.release(first.block_id)
+    second = pool.reserve(10)
+    assert (first.block_id, second.block_id) == (1, 2)
+    assert second.offset == first.offset
+
+
+def test_release_of_an_unknown_block_says_so(pool):
+    """Releasing twice, or something that never was, returns False and changes nothing."""
+    block = pool.reserve(10)
+    assert pool.release(block.block_id)
+    before = pool.stats()
+    assert not pool.release(block.block_id)
+    assert not pool.release(999)
+    assert pool.stats() == before
+
+
+@pytest.mark.parametrize("align", [1, 64, 4096, 8192, 65536, 1 << 20])
+def test_offsets_are_multiples_of_the_alignment(pool, align):
+    """Whatever lies before it, a block starts at a multiple of `align`, and never inside a page of another."""
+    pool.reserve(1)
+    for _ in range(3):
+        block = pool.reserve(5000, align=align)
+        assert block.offset % max(align, PAGE) == 0
+
+
+@pytest.mark.parametrize(("nbytes", "align"), [(0, 4096), (-1, 4096), (1, 0), (1, 3), (1, -4096)])
+def test_impossible_requests_are_refused(pool, nbytes, align):
+    """A block of no bytes, or an alignment that is no power of two, is a mistake of the caller."""
+    with pytest.raises(ValueError, match="power of two"):
+        pool.reserve(nbytes, align=align)
+
+
+def test_neighbours_become_one_run_again(pool):
+    """Blocks released in any order leave a run that holds a block of the whole segment."""
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)):
+        blocks = [pool.reserve(MIB // 2) for _ in range(4)]
+        for index in order:
+            pool.release(blocks[index].block_id)
+        whole = pool.reserve(2 * MIB)
+        assert pool.stats().segments == 1
+        pool.release(whole.block_id)
+
+
+def test_the_smallest_gap_that_fits_is_used(pool):
+    """A small block leaves the large gap for a large one."""
+    blocks = [pool.reserve(n * PAGE) for n in (8, 1, 2, 1)]
+    pool.release(blocks[0].block_id)
+    pool.release(blocks[2].block_id)
+    assert pool.reserve(2 * PAGE).offset == blocks[2].offset
+    assert pool.reserve(8 * PAGE).offset == blocks[0].offset
+
+
+def test_a_block_longer_than_a_segment_gets_its_own(pool):
+    """Growth follows the block where the block is longer than the usual segment."""
+    block = pool.reserve(5 * MIB + 1)
+    assert pool.segment(block.segment_id).nbytes == 6 * MIB
+
+
+def test_the_last_segment_is_cut_to_the_budget():
+    """A budget that is no multiple of the segment size can be used to its last page."""
+    pool = SegmentPool(3 * MIB, shared=False, segment_bytes=2 * MIB)
+    pool.reserve(2 * MIB)
+    pool.reserve(MIB)
+    assert pool.stats().capacity_bytes == 3 * MIB
+    pool.close()
+
+
+def test_a_full_pool_says_what_was_needed_and_frees_with_a_release(pool):
+    """BudgetError carries the figures, nothing is taken by the attempt, and a release makes room."""
+    blocks = [pool.reserve(2 * MIB) for _ in range(4)]
+    with pytest.raises(BudgetError, match="budget_bytes") as caught:
+        pool.reserve(PAGE + 1)
+    assert caught.value.needed_bytes == 2 * PAGE
+    assert caught.value.budget_bytes == caught.value.used_bytes == 8 * MIB
+    assert pool.stats().num_blocks == 4
+    pool.release(blocks[2].block_id)
+    assert pool.reserve(PAGE + 1).segment_id == blocks[2].segment_id
+
+
+def test_empty_segments_make_way_for_a_longer_block(pool):
+    """Segments that are too short and empty are given up before a block is refused."""
+    blocks = [pool.reserve(2 * MIB) for _ in range(4)]
+    for block in blocks[1:]:
+        pool.release(block.block_id)
+    assert pool.segment(pool.reserve(6 * MIB).segment_id).nbytes == 6 * MIB
+    assert pool.stats().capacity_bytes == 8 * MIB
+    with pytest.raises(BudgetError):
+        pool.reserve(PAGE)
+
+
+def test_budget_moves_up_and_down(pool):
+    """Raising makes room; lowering closes segments without blocks and keeps the others."""
+    kept = pool.reserve(2 * MIB)
+    emptied = [pool.reserve(2 * MIB) for _ in range(3)]
+    pool.budget_bytes = 10 * MIB
+    emptied.append(pool.reserve(2 * MIB))
+    for block in emptied:
+        pool.release(block.block_id)
+    pool.budget_bytes = 5 * MIB
+    assert pool.stats() == (2, 4 * MIB, 2 * MIB, 1, 5 * MIB)
+    pool.budget_bytes = 0
+    assert pool.stats() == (1, 2 * MIB, 2 * MIB, 1, 0)
+    assert len(pool.view(kept)) == 2 * MIB
+    pool.release(kept.block_id)
+    pool.trim()
+    assert pool.stats().capacity_bytes == 0
+
+
+def test_segments_are_reused_until_trimmed():
+    """Many captures through one segment create it once; trim closes it."""
+    created, closed = [], []
+    pool = SegmentPool(
+        8 * MIB,
+        shared=False,
+        segment_bytes=2 * MIB,
+        on_create=lambda s: created.append((s.segment_id, s.address)),
+        on_close=lambda s: closed.append((s.segment_id, len(s.view))),
+    )
+    for _ in range(20):
+        pool.release(pool.reserve(MIB).block_id)
+    assert [segment_id for segment_id, _ in created] == [1]
+    assert closed == []
+    pool.trim()
+    assert closed == [(1, 2 * MIB)]
+    assert pool.reserve(1).segment_id == 2
+    pool.close()
+
+
+def test_view_and_address_are_the_same_bytes(pool):
+    """What is written through the view stands at the address, and blocks do not see each other's bytes."""
+    first, second = pool.reserve(5000), pool.reserve(5000)
+    pool.view(first)[:] = b"a" * 5000
+    pool.view(second)[:] = b"b" * 5000
+    segment = pool.segment(first.segment_id)
+    assert pool.address(second) - segment.address == second.offset
+    whole = np.frombuffer(segment.view, np.uint8)
+    assert whole.ctypes.data == segment.address
+    assert set(whole[first.offset : first.offset + 5000].tolist()) == {ord("a")}
+    assert set(whole[second.offset : second.offset + 5000].tolist()) == {ord("b")}
+
+
+def test_growing_ahead_leaves_nothing_to_do_for_reserve():
+    """Blocks reserved while pages are being populated wait for that segment instead of making another."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(segment: Segment) -> None:
+        started.set()
+        assert go_on.wait(10)
+
+    pool = SegmentPool(4 * MIB, shared=False, segment_bytes=2 * MIB, on_create=hold)
+    pool.grow_ahead(3 * MIB)
+    assert started.wait(10)
+    assert pool.stats()[:2] == (2, 4 * MIB)
+    blocks: list[Block] = []
+    engine = threading.Thread(target=lambda: blocks.extend(pool.reserve(2 * MIB) for _ in range(2)))
+    engine.start()
+    go_on.set()
+    engine.join()
+    assert spans(blocks) == [(1, 0, 2 * MIB), (2, 0, 2 * MIB)]
+    pool.close()
+
+
+def test_growing_ahead_stays_within_the_budget(pool):
+    """Asking for more than the budget populates what the budget allows."""
+    pool.grow_ahead(100 * MIB)
+    assert pool.stats().capacity_bytes == 8 * MIB
+    pool.reserve(PAGE)
+    pool.grow_ahead(100 * MIB)
+    assert pool.stats().capacity_bytes == 8 * MIB
+
+
+def test_a_failure_ahead_reaches_whoever_needs_the_memory():
+    """What went wrong in the background is raised by the reserve that finds no room, once."""
+    failures = [OSError(errno.ENOMEM, "cannot pin")]
+
+    def pin(segment: Segment) -> None:
+        if failures:
+            raise failures.pop()
+
+    pool = SegmentPool(4 * MIB, shared=False, segment_bytes=2 * MIB, on_create=pin)
+    pool.grow_ahead(MIB)
+    with pytest.raises(OSError, match="cannot pin"):
+        pool.reserve(MIB)
+    assert pool.stats().capacity_bytes == 0
+    assert pool.reserve(MIB).segment_id == 2
+    pool.close()
+
+
+def test_a_closed_pool_refuses(pool):
+    """After close nothing is reserved, and everything that was is gone."""
+    pool.reserve(10)
+    pool.close()
+    assert pool.stats()[:4] == (0, 0, 0, 0)
+    with pytest.raises(TransportError, match="closed"):
+        pool.reserve(10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3 * MIB), st.sampled_from([64, 4096, 65536]), st.integers(0, 30)), max_size=60)
+)
+def test_blocks_never_overlap_and_nothing_leaks(steps):
+    """Any sequence of reserve and release keeps blocks apart, within their segment, and ends with an empty pool."""
+    pool = SegmentPool(8 * MIB, shared=False, segment_bytes=2 * MIB)
+    held: list[Block] = []
+    for nbytes, align, victim in steps:
+        try:
+            block = pool.reserve(nbytes, align=align)
+        except BudgetError:
+            pass
+        else:
+            assert block.offset % align == 0
+            assert block.offset + nbytes <= pool.segment(block.segment_id).nbytes
+            held.append(block)
+        if held and victim % 3 == 0:
+            assert pool.release(held.pop(victim % len(held)).block_id)
+        assert_disjoint(held)
+        stats = pool.stats()
+        assert stats.used_bytes == sum(-(-b.nbytes // PAGE) * PAGE for b in held)
+        assert stats.capacity_bytes <= stats.budget_bytes
+        assert stats.num_blocks == len(held)
+    for block in held:
+        assert pool.release(block.block_id)
+    assert pool.stats().used_bytes == 0
+    assert pool.reserve(8 * MIB).nbytes == 8 * MIB
+    pool.close()
+
+
+def test_threads_get_disjoint_blocks():
+    """Reserving and releasing from several threads at once keeps what each wrote."""
+    pool = SegmentPool(16 * MIB, shared=False, segment_bytes=2 * MIB)
+    wrong: list[int] = []
+
+    def work(mark: int) -> None:
+        for turn in range(200):
+            block = pool.reserve(1 + turn * 37 % 9000)
+            view = pool.view(block)
+            view[:] = bytes([mark]) * block.nbytes
+            if bytes(view) != bytes([mark]) * block.nbytes:
+                wrong.append(mark)
+            del view
+            pool.release(block.block_id)
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert pool.stats().used_bytes == 0
+    pool.close()
