@@ -1,0 +1,22 @@
+"""The README's example as a file: `python examples/quickstart.py [MODEL]`."""
+
+from __future__ import annotations
+
+import sys
+
+from vllm import LLM
+
+from vllm_tap import Spec, capture
+
+
+def main() -> None:
+    """Capture two prompts and look at one layer."""
+    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct", max_model_len=1024)
+    result = capture(llm, ["The capital of France is", "Bees dance"], Spec(hidden_states="all"), max_tokens=8)
+    rows = result[0].hidden_states[-1]
+    print(result)
+    print(rows.shape, rows.dtype, result[0].positions, result[0].token_ids)
+
+
+if __name__ == "__main__":  # vLLM starts its processes by spawn: they import this file
+    main()

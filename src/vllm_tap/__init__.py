@@ -1,0 +1,36 @@
+"""Hidden states, MoE router logits and routed experts out of a running vLLM engine. Importing starts nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vllm_tap.client.capture import capture
+    from vllm_tap.client.result import Capture, Sample
+    from vllm_tap.errors import TapError
+    from vllm_tap.spec import Spec
+
+_HOMES = {
+    "capture": "vllm_tap.client.capture",
+    "Capture": "vllm_tap.client.result",
+    "Sample": "vllm_tap.client.result",
+    "Spec": "vllm_tap.spec",
+    "TapError": "vllm_tap.errors",
+}
+
+__all__ = ["Capture", "Sample", "Spec", "TapError", "__version__", "capture"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is loaded with the client, on first use: importing this package must stay cheap in every vLLM process.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vllm_tap' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

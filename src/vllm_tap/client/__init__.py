@@ -1,0 +1,1 @@
+"""The half of the package that runs in the user's process."""

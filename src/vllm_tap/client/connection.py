@@ -1,0 +1,178 @@
+"""The client's line to the workers of one engine: calls by name, and a segment reader per rank. Client process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import weakref
+from typing import Any, TypeVar
+
+from vllm_tap.client import engine
+from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory
+from vllm_tap.errors import (
+    CaptureError,
+    EngineDiedError,
+    EngineUnsupportedError,
+    PluginNotLoadedError,
+    SpecError,
+    TransportError,
+)
+from vllm_tap.frame import messages
+from vllm_tap.transport.reader import SegmentReader
+
+PROBE_TOKENS = list(range(1, 17))
+"""A prompt for the one forward pass that an engine may want before it can say what its layers return."""
+
+T = TypeVar("T", bound=messages.Message)
+
+
+class Connection:
+    """All workers of an engine, greeted once.
+
+    Raises:
+        PluginNotLoadedError: The workers do not know this package.
+        EngineUnsupportedError: They know it and cannot capture.
+        EngineDiedError: They do not answer.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        if not callable(getattr(llm, "collective_rpc", None)):
+            raise SpecError(f"expected a vllm.LLM, got {type(llm).__name__}")
+        self._llm = weakref.ref(llm)
+        self._readers: dict[int, SegmentReader] = {}
+        self.hellos = self._greet()
+        if any(hello.wants_rows for hello in self.hellos):
+            engine.generate(llm, [{"prompt_token_ids": PROBE_TOKENS}], [engine.new_params(llm, {})], use_tqdm=False)
+            self.hellos = self._greet()
+        for hello in self.hellos:
+            if hello.refusal:
+                raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")
+
+    def _greet(self) -> list[messages.Hello]:
+        return sorted(self.call(messages.Hello, "open"), key=lambda hello: hello.rank.rank)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return max(hello.num_layers for hello in self.hellos)
+
+    @property
+    def residual(self) -> str:
+        """The convention of the decoder layers, from the stage that holds the final norm."""
+        return next((hello.residual for hello in self.hellos if hello.residual), "")
+
+    def available(self, stream: str) -> list[int]:
+        """Return the layers in which the model has a stream."""
+        return sorted(
+            {layer for h in self.hellos for info in h.streams if info.name == stream for layer in info.layers}
+        )
+
+    def why_not(self, stream: str) -> str:
+        """Return why a stream is missing, or an empty string."""
+        return next((h.reasons[stream] for h in self.hellos if stream in h.reasons), "")
+
+    def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
+        """Call all workers and return their replies.
+
+        Raises:
+            TapError: The first failure that came back, or what kept the workers from answering.
+        """
+        replies = [messages.decode_reply(data) for data in self._rpc(name, *args)]
+        for reply in replies:
+            if isinstance(reply, messages.Failure):
+                raise reply.exception()
+            if not isinstance(reply, kind):
+                raise CaptureError(f"expected {kind.__name__} from vllm_tap_{name}, got {type(reply).__name__}")
+        return replies  # type: ignore[return-value]
+
+    def _rpc(self, name: str, *args: Any) -> list[Any]:
+        llm = self._llm()
+        if llm is None or any(not reader.alive for reader in self._readers.values()):
+            raise EngineDiedError("the engine is gone: a worker closed its connection. Start a new LLM.")
+        try:
+            return list(llm.collective_rpc(f"vllm_tap_{name}", args=args))
+        except Exception as error:
+            raise _explain(error) from error
+
+    def readers(self) -> dict[int, SegmentReader]:
+        """Return a reader per rank, connecting on first use.
+
+        Raises:
+            TransportError: Shared memory cannot be reached from here.
+        """
+        for hello in self.hellos:
+            if hello.rank.rank not in self._readers:
+                self._readers[hello.rank.rank] = SegmentReader(hello.address)
+        return self._readers
+
+    def memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:
+        """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
+        if shared:
+            return MappedMemory(descriptor, self._readers[descriptor.rank])
+        rank = descriptor.rank
+
+        def fetch(segment_id: int, offset: int, nbytes: int) -> bytes:
+            pieces: list[bytes] = self._rpc("fetch", rank, segment_id, offset, nbytes)
+            return next(piece for piece in pieces if piece)
+
+        try:
+            return FetchedMemory(descriptor, fetch)
+        finally:
+            self.call(messages.Stopped, "release", rank, [chunk.block_id for chunk in descriptor.chunks])
+
+    def choose_transport(self, transport: str) -> bool:
+        """Return whether rows cross in shared memory.
+
+        Raises:
+            SpecError: Not a transport.
+            TransportError: "segment" was asked for and cannot be had.
+        """
+        if transport not in ("auto", "segment", "inline"):
+            raise SpecError(f'transport is "auto", "segment" or "inline", got {transport!r}')
+        if transport == "inline":
+            return False
+        try:
+            self.readers()
+        except TransportError:
+            if transport == "segment":
+                raise
+            return False
+        return True
+
+
+def _explain(error: Exception) -> Exception:
+    """Turn what vLLM raised for a call into an error that says what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if "vllm_tap_open" in text:
+        allowed = os.environ.get("VLLM_PLUGINS")
+        reason = (
+            f"VLLM_PLUGINS={allowed!r} does not name it: add vllm_tap to the list, or unset it"
+            if allowed is not None and "vllm_tap" not in allowed.split(",")
+            else "VLLM_TAP=0 switches it off: unset it"
+            if os.environ.get("VLLM_TAP") == "0"
+            else "install vllm-tap in the environment that the engine runs in"
+        )
+        return PluginNotLoadedError(f"the engine's workers did not load the vllm-tap plugin. {reason}, and restart.")
+    if "EngineDead" in text or "EngineCore" in text:
+        return EngineDiedError(f"the engine died during a call ({text}). Start a new LLM.")
+    return CaptureError(f"a call to the workers failed: {text}")
+
+
+_connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictionary()
+
+
+def connect(llm: Any) -> Connection:
+    """Return the connection to an engine, made on first use and kept as long as the engine object lives."""
+    connection = _connections.get(llm)
+    if connection is None:
+        connection = _connections[llm] = Connection(llm)
+    return connection
+
+
+_counter = itertools.count()
+
+
+def new_capture_id() -> str:
+    """Return a name that no other client of the engine uses."""
+    return f"{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}"

@@ -1,0 +1,136 @@
+"""The bytes of one rank's blocks in this process: mapped from the worker, or fetched from it. Client process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_tap.errors import DescriptorError
+from vllm_tap.frame.layout import CACHE_LINE, IntArray, Layout, layout
+from vllm_tap.frame.messages import Chunk, Descriptor
+from vllm_tap.labels import NUM_LABELS
+from vllm_tap.transport.pool import Block
+from vllm_tap.transport.reader import Lease, SegmentReader
+
+Bytes = npt.NDArray[np.uint8]
+
+FETCH_BYTES = 64 << 20
+"""Most bytes of one inline call; the engine does nothing else while it copies them."""
+
+
+class RankMemory(Protocol):
+    """What `RankRows` reads from."""
+
+    placed: Layout[IntArray]
+    """Where the arrays of each block lie, in bytes from the start of the region that holds the block."""
+
+    def labels(self, block: int, num_rows: int) -> npt.NDArray[np.int32]:
+        """Return the labels [3, num_rows] of a block."""
+
+    def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Return bytes of a block without a copy; the tensor keeps them."""
+
+    def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
+        """Return rows [R, width] by their numbers, counted in rows from the start of each block's region."""
+
+
+class _Regions:
+    """Byte regions in which blocks lie, one number per block."""
+
+    def __init__(self, placed: Layout[IntArray], region_of: IntArray) -> None:
+        self.placed = placed
+        self._region_of = region_of
+
+    def _region(self, number: int) -> Bytes:
+        raise NotImplementedError
+
+    def labels(self, block: int, num_rows: int) -> npt.NDArray[np.int32]:
+        start = int(self.placed.labels[block])
+        region = self._region(int(self._region_of[block]))
+        return region[start : start + NUM_LABELS * 4 * num_rows].view(np.int32).reshape(NUM_LABELS, num_rows)
+
+    def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
+        regions = self._region_of[blocks]
+        out = torch.empty(len(index), width, dtype=dtype)
+        for number in np.unique(regions):
+            rows = self._rows(int(number), dtype, width)
+            if (regions == number).all():
+                return torch.index_select(rows, 0, index, out=out)
+            at = torch.from_numpy(np.flatnonzero(regions == number))
+            out[at] = rows[index[at]]
+        return out
+
+    def _rows(self, number: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+        region = self._region(number)
+        row_bytes = width * dtype.itemsize
+        num_rows = len(region) // row_bytes
+        return torch.from_numpy(region[: num_rows * row_bytes]).view(dtype).view(num_rows, width)
+
+
+class MappedMemory(_Regions):
+    """Blocks in the worker's segments. A chunk is leased until the last tensor over it and this object are gone."""
+
+    def __init__(self, descriptor: Descriptor, reader: SegmentReader) -> None:
+        index, offset, num_rows = descriptor.table().T
+        chunks = descriptor.chunks
+        super().__init__(
+            layout(offset, num_rows, descriptor.streams),
+            np.array([chunk.segment_id for chunk in chunks], np.int64)[index],
+        )
+        self._leases: list[Lease] = [
+            reader.lease(Block(chunk.segment_id, chunk.offset, chunk.nbytes, chunk.block_id)) for chunk in chunks
+        ]
+        self._chunk_of = index
+        self._segments = {number: reader.segment_array(number) for number in {chunk.segment_id for chunk in chunks}}
+
+    def _region(self, number: int) -> Bytes:
+        return self._segments[number]
+
+    def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
+        lease = self._leases[int(self._chunk_of[block])]
+        start = offset - lease.block.offset
+        return torch.from_numpy(lease.array[start : start + nbytes])
+
+
+Fetch = Callable[[int, int, int], bytes]
+"""(segment, offset, nbytes) to the bytes there."""
+
+
+class FetchedMemory(_Regions):
+    """Copies of chunks in this process's own memory, brought by calls. The plain reference that always works."""
+
+    def __init__(self, descriptor: Descriptor, fetch: Fetch) -> None:
+        index, offset, num_rows = descriptor.table().T
+        streams, chunks = descriptor.streams, descriptor.chunks
+        ends = np.zeros(len(chunks), np.int64)
+        np.maximum.at(ends, index, layout(offset, num_rows, streams).end)
+        # Chunks move by multiples of every stream's alignment, so that their blocks keep their layout.
+        step = math.lcm(CACHE_LINE, *(stream.alignment for stream in streams))
+        starts, total = [], 0
+        for chunk, end in zip(chunks, ends.tolist(), strict=True):
+            starts.append(-(-total // step) * step + chunk.offset % step)
+            total = starts[-1] + max(end - chunk.offset, 0)
+        shift = np.array(starts, np.int64) - np.array([chunk.offset for chunk in chunks], np.int64)
+        super().__init__(layout(offset + shift[index], num_rows, streams), np.zeros(len(index), np.int64))
+        self._bytes = np.empty(total, np.uint8)
+        for chunk, start, end in zip(chunks, starts, ends.tolist(), strict=True):
+            self._fetch(fetch, chunk, start, end - chunk.offset)
+
+    def _fetch(self, fetch: Fetch, chunk: Chunk, target: int, nbytes: int) -> None:
+        for done in range(0, nbytes, FETCH_BYTES):
+            size = min(FETCH_BYTES, nbytes - done)
+            data = fetch(chunk.segment_id, chunk.offset + done, size)
+            if len(data) != size:
+                raise DescriptorError(f"segment {chunk.segment_id}: asked for {size} bytes, got {len(data)}")
+            self._bytes[target + done : target + done + size] = np.frombuffer(data, np.uint8)
+
+    def _region(self, number: int) -> Bytes:
+        return self._bytes
+
+    def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
+        return torch.from_numpy(self._bytes[offset : offset + nbytes])

@@ -1,0 +1,217 @@
+"""What a user holds after a capture: samples, layers, labelled tensors. Client process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client.sequences import Sequences
+from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.spec import Spec
+
+
+class LayerMap(Mapping[int, torch.Tensor]):
+    """One stream of one sample: {layer: Tensor [R, D]}. Negative layers count from the end of the model."""
+
+    def __init__(self, capture: Capture, stream: str, start: int, stop: int) -> None:
+        self._capture, self._stream, self._range = capture, stream, (start, stop)
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        """Return the rows of a layer.
+
+        Returns:
+            Tensor [R, D] in the stream's dtype, CPU, rows in order of position. It may be a view of pages that the
+            engine's process shares read-only: writing into it ends this process; `clone()` gives a copy of your own.
+
+        Raises:
+            LayerError: The layer is not in this capture.
+
+        Source:
+            See `Capture.conventions`; the rank of the pipeline stage that holds the layer.
+
+        Cost:
+            No copy when the rows lie in one block, else one gather each time. No device sync.
+        """
+        return self._capture.rows(self._stream, layer, *self._range)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._capture.layers[self._stream])
+
+    def __len__(self) -> int:
+        return len(self._capture.layers[self._stream])
+
+    def __repr__(self) -> str:
+        return f"<{self._stream}: layers {list(self)}, {self._range[1] - self._range[0]} rows>"
+
+
+class Sample:
+    """The rows of one sequence: a prompt and one of its completions."""
+
+    def __init__(self, capture: Capture, number: int) -> None:
+        self._capture = capture
+        starts = capture.sequences.wanted_starts
+        self._range = int(starts[number]), int(starts[number + 1])
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._range[1] - self._range[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the rows in the sequence. Tensor int32 [R], ascending."""
+        _, positions = self._capture.sequences.position_of(self._wanted)
+        return torch.from_numpy(positions.astype(np.int32))
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Token ids at the rows' positions, equal to the final sequence's. Tensor int32 [R]."""
+        return torch.from_numpy(self._capture.sequences.token_ids[self._wanted])
+
+    @property
+    def _wanted(self) -> Any:
+        return self._capture.sequences.wanted[slice(*self._range)]
+
+    @property
+    def hidden_states(self) -> LayerMap:
+        """The residual stream after each decoder layer, before the final norm: {layer: Tensor [R, D]}."""
+        return self._layers("hidden_states")
+
+    @property
+    def router_logits(self) -> LayerMap:
+        """The gate's output before softmax or sigmoid: {layer: Tensor [R, E]}."""
+        return self._layers("router_logits")
+
+    @property
+    def expert_ids(self) -> LayerMap:
+        """Experts as the router chose them: {layer: Tensor [R, K], the smallest integer dtype}."""
+        return self._layers("expert_ids")
+
+    @property
+    def expert_weights(self) -> LayerMap:
+        """Weights of the chosen experts as the router computed them: {layer: Tensor [R, K]}."""
+        return self._layers("expert_weights")
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        """The input of decoder layer 0. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
+        return self._layers("embeddings")[0]
+
+    @property
+    def final_hidden_states(self) -> torch.Tensor:
+        """The output of the final norm. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
+        return self._layers("final_hidden_states")[-1]
+
+    def _layers(self, stream: str) -> LayerMap:
+        self._capture.require(stream)
+        return LayerMap(self._capture, stream, *self._range)
+
+    def __repr__(self) -> str:
+        return f"<Sample: {len(self)} rows of {', '.join(self._capture.layers)}>"
+
+
+class Capture(Sequence[Sample]):
+    """The result of a capture: one sample per prompt, in the order of the prompts.
+
+    Attributes:
+        outputs: What vLLM returned, in the order of the prompts.
+        layers: {stream: layers captured, ascending}.
+        conventions: {stream: where its rows come from}.
+        spec: What was asked for.
+        seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands
+            over; of which `wait` was for the last transfer), `check` (labels compared with the outputs).
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        outputs: list[Any],
+        sequences: Sequences,
+        ranks: list[RankRows],
+        conventions: dict[str, str],
+        num_layers: int,
+    ) -> None:
+        self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
+        self.num_layers = num_layers
+        self.seconds: dict[str, float] = {}
+        self._owner: dict[tuple[str, int], RankRows] = {}
+        for rank in ranks:
+            for place in rank.places:
+                self._owner[place] = rank
+        names = dict.fromkeys(stream for stream, _ in sorted(self._owner))
+        self.layers = {name: sorted(layer for stream, layer in self._owner if stream == name) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the sample of a prompt; with `n > 1`, its first completion (see `sample`)."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a capture of {len(self)} prompts")
+        return self.sample(index % len(self))
+
+    def sample(self, index: int, completion: int = 0) -> Sample:
+        """Return the rows of one completion of a prompt.
+
+        Raises:
+            RowsMissingError: There is no such completion.
+        """
+        try:
+            return Sample(self, self.sequences.slots[index, completion])
+        except KeyError:
+            raise RowsMissingError(f"sample {index} has no completion {completion}", sample=index) from None
+
+    def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows of a layer over all samples, sample after sample.
+
+        Returns:
+            Tensor [R, D] in the stream's dtype, CPU; see `LayerMap` for its lifetime.
+
+        Raises:
+            LayerError: The layer is not in this capture.
+
+        Source:
+            See `conventions`.
+
+        Cost:
+            No copy when the rows lie in one block, else one gather.
+        """
+        self.require(stream)
+        absolute = layer + self.num_layers if layer < 0 else layer
+        owner = self._owner.get((stream, absolute))
+        if owner is None:
+            raise LayerError(
+                f"layer {layer} was not captured: {stream} of this result has layers {self.layers[stream]}. "
+                f"Capture again with Spec({stream}=[..., {layer}]).",
+                layer=layer,
+            )
+        return owner.rows(stream, absolute, start, self.num_rows if stop is None else stop)
+
+    def require(self, stream: str) -> None:
+        """Refuse a stream that is not in this capture.
+
+        Raises:
+            SpecError: Not captured.
+        """
+        if stream not in self.layers:
+            raise SpecError(
+                f'{stream} was not captured: this result has {list(self.layers)}. Use Spec({stream}="all").'
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Token positions over all samples and completions."""
+        return len(self.sequences.wanted)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows of all streams."""
+        return sum(self.rows(s, layer, 0, 1).nbytes * self.num_rows for s, layer in self._owner if self.num_rows)
+
+    def __repr__(self) -> str:
+        return f"<Capture: {len(self)} samples, {self.num_rows} rows, layers {self.layers}>"

@@ -1,0 +1,76 @@
+"""The final sequences of a capture's requests: what the engine's outputs say every row must be. Client process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tap.spec import selected
+
+
+class Slot(NamedTuple):
+    """One sequence: a sample, and which of its completions."""
+
+    sample: int
+    completion: int
+
+
+class Sequences:
+    """All sequences of a capture behind one another, as flat arrays over token positions.
+
+    Attributes:
+        slots: {(sample, completion): number of the sequence}.
+        starts: int64 [S + 1], first flat index of each sequence; the rows that exist are the prompt and all generated
+            tokens but the last, which never enters the model.
+        token_ids: int32 [starts[-1]].
+        wanted: int64, the flat indices that the specification asks for, ascending.
+        wanted_starts: int64 [S + 1], where the wanted rows of each sequence begin in `wanted`.
+    """
+
+    def __init__(self, outputs: Sequence[Any], positions: str | tuple[int, ...]) -> None:
+        self.slots: dict[tuple[int, int], int] = {}
+        pieces: list[Sequence[int]] = []
+        lengths: list[int] = []
+        prompt_lens: list[int] = []
+        for sample, output in enumerate(outputs):
+            prompt = output.prompt_token_ids
+            for completion, generated in _completions(output):
+                self.slots[sample, completion] = len(lengths)
+                pieces += [prompt, generated[:-1]]
+                # A pooling request has no generated tokens, and the last generated token never enters the model.
+                lengths.append(len(prompt) + max(len(generated) - 1, 0))
+                prompt_lens.append(len(prompt))
+        self.starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        self.token_ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(self.starts[-1]))
+        self.wanted, self.wanted_starts = self._wanted(positions, prompt_lens)
+
+    def _wanted(
+        self, positions: str | tuple[int, ...], prompt_lens: list[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        if positions == "all":
+            return np.arange(self.starts[-1]), self.starts
+        chosen = []
+        for number, prompt_len in enumerate(prompt_lens):
+            start, stop = int(self.starts[number]), int(self.starts[number + 1])
+            mask = selected(positions, prompt_len, 0, stop - start)
+            assert mask is not None
+            chosen.append(start + np.flatnonzero(mask))
+        ends = np.cumsum([len(piece) for piece in chosen], dtype=np.int64)
+        return np.concatenate(chosen), np.concatenate(([0], ends))
+
+    def position_of(self, flat: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the sequence number and the position of flat indices."""
+        sequence = np.searchsorted(self.starts, flat, side="right") - 1
+        return sequence, flat - self.starts[sequence]
+
+
+def _completions(output: Any) -> list[tuple[int, Sequence[int]]]:
+    """Return (number, generated token ids) per completion; a pooling output is one completion without tokens."""
+    outputs = getattr(output, "outputs", None)
+    if isinstance(outputs, list):
+        return [(completion.index, completion.token_ids) for completion in outputs]
+    return [(0, ())]

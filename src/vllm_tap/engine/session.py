@@ -1,0 +1,186 @@
+"""One capture in one worker: the requests it met, the blocks it filled, the error that ended it early.
+
+Runs in the worker process, between and around forward passes. Nothing here may raise into the engine: what goes wrong
+is kept, rows stop, generation goes on, and the client gets the error when it asks for the rows.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import numpy as np
+
+from vllm_tap.engine.rows import Batch, CapturedRequest, Selection, select
+from vllm_tap.engine.tap import Rows, Tap
+from vllm_tap.errors import BudgetError, CaptureError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
+from vllm_tap.labels import Mark
+from vllm_tap.transport.pool import Block, SegmentPool
+
+STEPS_PER_CHUNK: Final = 16
+MAX_CHUNK_BYTES: Final = 64 << 20
+"""Small steps share a reservation: a lease costs the client about as much as a hundred rows."""
+
+# vLLM names the children of a request with n > 1 "{index}_{parent id}" (v1/engine/parallel_sampling.py).
+_CHILD: Final = re.compile(r"(\d+)_")
+
+
+class Sink(Protocol):
+    """Where the rows of a step go; see `sink` and `device`."""
+
+    def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Let the rows of a step through."""
+
+    def end(self) -> list[Tap]:
+        """Send them off; return taps that are known to have been silent."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all rows lie in their blocks."""
+
+    def close(self) -> None:
+        """Give back what the sink holds besides the blocks."""
+
+
+class Session:
+    """A capture under way."""
+
+    def __init__(
+        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, pool: SegmentPool, rows: Rows
+    ) -> None:
+        self.start, self.rank, self.streams = start, rank, tuple(streams)
+        self.client = start.clients.get(rank, 0)
+        self.num_rows = 0
+        self.error: TapError | None = None
+        self._sink, self._pool, self._rows = sink, pool, rows
+        self._requests: dict[str, CapturedRequest] = {}
+        self._table: list[messages.Request] = []
+        self._chunks: list[Block] = []
+        self._free_offset = self._free_end = 0
+        self._blocks: list[tuple[int, int, int]] = []
+        self._armed = False
+
+    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
+        """Take a request that the engine schedules for the first time.
+
+        The V2 runner adds a preempted request again under the same id: it keeps its number.
+        """
+        if mark.capture_id != self.start.capture_id or request_id in self._requests:
+            return
+        child = _CHILD.match(request_id) if mark.num_completions > 1 else None
+        self._requests[request_id] = CapturedRequest(len(self._table), prompt_len)
+        self._table.append(messages.Request(request_id, mark.sample, int(child[1]) if child else 0))
+
+    def arm(self, batch: Batch) -> None:
+        """Before a forward pass: find room for the rows that are asked for, and let them through."""
+        if self.error is not None or not self._requests:
+            return
+        try:
+            selection = select(batch, self._requests, self.start.positions)
+            if selection is None:
+                self._rows.clear()
+            else:
+                self._begin(batch, selection)
+        except Exception as error:
+            self.fail(error)
+
+    def _begin(self, batch: Batch, selection: Selection) -> None:
+        placed = self._place(selection.num_rows)
+        self._rows.step += 1
+        self._sink.begin(self._chunks[-1], placed, selection, batch)
+        self._armed = True
+        self._blocks.append((len(self._chunks) - 1, placed.labels, selection.num_rows))
+        self.num_rows += selection.num_rows
+
+    def _place(self, num_rows: int) -> Layout[int]:
+        """Find room for a block in the current chunk, or reserve the next one.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        nbytes = block_bytes(num_rows, self.streams)
+        if self._free_end - self._free_offset < nbytes:
+            chunk = self._reserve(nbytes)
+            self._chunks.append(chunk)
+            self._free_offset, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
+        placed = layout(self._free_offset, num_rows, self.streams)
+        # The next block's labels start on a cache line of their own.
+        self._free_offset = -(-placed.end // CACHE_LINE) * CACHE_LINE
+        return placed
+
+    def _reserve(self, nbytes: int) -> Block:
+        roomy = min(STEPS_PER_CHUNK * nbytes, MAX_CHUNK_BYTES)
+        if roomy <= nbytes:
+            return self._pool.reserve(nbytes)
+        try:
+            return self._pool.reserve(roomy)
+        except BudgetError:
+            # Near the end of the budget, room for this step alone may still be there.
+            return self._pool.reserve(nbytes)
+
+    def drain(self) -> None:
+        """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
+        if not self._armed:
+            return
+        self._armed = False
+        try:
+            silent = self._sink.end()
+            if silent:
+                names = ", ".join(f"{tap.stream}[{tap.layer}]" for tap in silent[:4])
+                raise CaptureError(
+                    f"the forward pass did not go through {len(silent)} taps ({names}): this model or step runs its "
+                    "layers in a way that cannot be tapped. Set enforce_eager=True, and report the model."
+                )
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the capture early; the first error is the one that the client gets."""
+        self._rows.clear()
+        self._armed = False
+        if self.error is None:
+            if not isinstance(error, TapError):
+                error = CaptureError(f"unexpected {type(error).__name__}: {error}")
+            self.error = error
+
+    def finish(self) -> messages.Descriptor:
+        """Wait for the last rows and describe where all of them are.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        begin = time.perf_counter()
+        self._sink.settle()
+        wait_seconds = time.perf_counter() - begin
+        if self.error is not None:
+            raise self.error
+        return messages.Descriptor(
+            rank=self.rank,
+            capture_id=self.start.capture_id,
+            streams=self.streams,
+            requests=tuple(self._table),
+            chunks=tuple(messages.Chunk(*chunk) for chunk in self._chunks),
+            blocks=np.array(self._blocks, "<i8").tobytes(),
+            byte_order=sys.byteorder,
+            wait_seconds=wait_seconds,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows taken so far."""
+        return self.num_rows * sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The reservations that this capture holds."""
+        return [chunk.block_id for chunk in self._chunks]
+
+    def close(self) -> None:
+        """Let go of the taps; blocks are kept or freed by the caller."""
+        self._rows.clear()
+        self._sink.close()

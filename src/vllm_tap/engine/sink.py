@@ -1,0 +1,65 @@
+"""Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
+
+A sink has four verbs: `begin` a step, `end` it, `settle` (all rows of all steps lie in their blocks), `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from vllm_tap.engine.rows import Batch, Selection
+from vllm_tap.engine.tap import GATHER_ABOVE, Rows, Tap
+from vllm_tap.frame.layout import Layout, Stream
+from vllm_tap.labels import NUM_LABELS
+from vllm_tap.transport.pool import Block, SegmentPool
+
+Taps = Mapping[tuple[str, int], Tap]
+
+
+class HostSink:
+    """Planes of the step are views of its block: one copy in all, made by the tap itself."""
+
+    def __init__(self, streams: Sequence[Stream], taps: Taps, rows: Rows, pool: SegmentPool) -> None:
+        self._pool, self._rows = pool, rows
+        self._streams = [(stream, [taps[stream.name, layer] for layer in stream.layers]) for stream in streams]
+
+    def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Point every tap at its plane, write the labels, and let rows through.
+
+        Cost: one tensor view per tap; the labels are written once, [3, R] int32.
+        """
+        memory = self._pool.segment(chunk.segment_id).view
+        num_rows = selection.num_rows
+        labels = np.frombuffer(memory, np.int32, NUM_LABELS * num_rows, placed.labels).reshape(NUM_LABELS, num_rows)
+        labels[0] = selection.numbers
+        labels[1] = batch.positions.numpy()[selection.sources]
+        labels[2] = batch.token_ids.numpy()[selection.sources]
+        for (stream, taps), start in zip(self._streams, placed.streams, strict=True):
+            shape = (len(taps), num_rows, stream.width)
+            planes = torch.frombuffer(
+                memory, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=start
+            ).view(shape)
+            for tap, plane in zip(taps, planes.unbind(), strict=True):
+                tap.plane = plane
+        self._rows.runs = selection.runs
+        self._rows.sources = torch.from_numpy(selection.sources) if len(selection.runs) > GATHER_ABOVE else None
+
+    def end(self) -> list[Tap]:
+        """Stop letting rows through. Returns the taps that no row passed in this step."""
+        silent = []
+        for _, taps in self._streams:
+            for tap in taps:
+                tap.plane = None
+                if tap.step != self._rows.step:
+                    silent.append(tap)
+        self._rows.clear()
+        return silent
+
+    def settle(self) -> None:
+        """Wait until all rows lie in their blocks: they already do."""
+
+    def close(self) -> None:
+        """Give back what the sink holds besides the pool."""

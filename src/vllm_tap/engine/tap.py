@@ -1,0 +1,139 @@
+"""The tap: an operator in the model's compiled graph that writes chosen rows of a tensor where its control word says.
+
+Runs in the worker process. The operator mutates its control word, so that no compiler drops or reorders it; everything
+that changes from step to step (destination, rows, on or off) is data behind that word, never part of the graph. One
+compiled or captured graph therefore serves every capture and costs next to nothing when idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from vllm_tap.engine.rows import Run
+
+# A control word is an int64 tensor [4] of its own storage: graph inputs that share storage would be cloned.
+ADDRESS: Final = 0  # of the destination's first row; 0 = off
+MODE: Final = 1  # ADD or FIRST
+INDEX: Final = 2  # of the tap in REGISTRY; also survives a clone of the word
+
+ADD: Final = 0  # the row is hidden + residual
+FIRST: Final = 1  # the row is hidden alone: the layer returns the whole stream in its first item
+
+PROBE_ROWS: Final = 16
+GATHER_ABOVE: Final = 4  # runs; above this many, one gather is cheaper than a copy per run
+
+
+class Probe:
+    """The first rows that went through a tap, kept to find out what the tensors mean."""
+
+    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        self.hidden = hidden[:PROBE_ROWS].clone()
+        self.residual = None if residual is None else residual[:PROBE_ROWS].clone()
+
+
+class Rows:
+    """The rows of the current step, shared by all taps of one engine. Empty between captured steps."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.runs: Sequence[Run] = ()
+        self.sources: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """Make every tap skip every row."""
+        self.runs, self.sources = (), None
+
+
+class Tap:
+    """One place in the model where rows can be taken.
+
+    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `plane` is the
+    destination [num_rows, width] of the current step on a CPU engine.
+    """
+
+    def __init__(
+        self, stream: str, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.stream, self.layer, self.rows = stream, layer, rows
+        self.width = 0
+        self.dtype = dtype
+        self.mode = ADD
+        self.keep_probe = False
+        self.probe: Probe | None = None
+        self.plane: torch.Tensor | None = None
+        self.step = -1
+        self.index = len(REGISTRY)
+        REGISTRY.append(self)
+        self.control = torch.tensor([0, ADD, self.index, 0], dtype=torch.int64, device=device)
+
+    def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Learn width and dtype, and keep a probe if asked to."""
+        self.width = hidden.shape[-1]
+        if self.dtype is None:
+            self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
+        if self.keep_probe and self.probe is None:
+            self.probe = Probe(hidden, residual)
+
+    def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Write the chosen rows of this step to `plane`; one pass over them, in the dtype of the model's own add."""
+        assert self.plane is not None
+        if self.mode == FIRST:
+            residual = None
+        runs = self.rows.runs
+        if len(runs) > GATHER_ABOVE:
+            assert self.rows.sources is not None
+            hidden = hidden.index_select(0, self.rows.sources)
+            residual = None if residual is None else residual.index_select(0, self.rows.sources)
+            runs = (Run(0, 0, len(hidden)),)
+        for source, target, num_rows in runs:
+            out = self.plane[target : target + num_rows]
+            rows = hidden[source : source + num_rows]
+            if residual is None:
+                out.copy_(rows)
+            else:
+                torch.add(rows, residual[source : source + num_rows], out=out)
+        self.step = self.rows.step
+
+
+REGISTRY: Final[list[Tap]] = []
+"""All taps of this process, by the index in their control words."""
+
+LIBRARY = torch.library.Library("vllm_tap", "FRAGMENT")
+LIBRARY.define("tap(Tensor hidden, Tensor? residual, Tensor(a!) control) -> ()")
+
+
+def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return rows as [T, D]."""
+    # The Transformers backend of vLLM runs its layers on [1, T, D].
+    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    tap = REGISTRY[int(control[INDEX])]
+    hidden, residual = flat(hidden), flat(residual)  # type: ignore[assignment]
+    if not tap.width or tap.keep_probe:
+        tap.observe(hidden, residual)
+    if tap.plane is not None and tap.rows.runs:
+        tap.write(hidden, residual)
+
+
+def _tap_fake(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    return None
+
+
+LIBRARY.impl("tap", _tap_cpu, "CPU")
+torch.library.register_fake("vllm_tap::tap", _tap_fake, lib=LIBRARY)
+
+
+def tap(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    """Pass rows by a tap. Call it where the model runs; compilers keep it, in place and in order.
+
+    Args:
+        hidden: Tensor [T, D] or [1, T, D].
+        residual: Tensor of the same shape, to be added, or None.
+        control: The tap's control word.
+    """
+    torch.ops.vllm_tap.tap(hidden, residual, control)

@@ -1,0 +1,131 @@
+"""Puts the taps into a loaded model. Runs in the worker process, before anything is profiled, compiled or captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_tap.engine import host
+from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
+from vllm_tap.engine.tap import Rows, Tap, tap
+
+
+class ModelTaps:
+    """All taps of a model, by stream and layer; all of them share `rows`."""
+
+    def __init__(self, model: host.Model, device: torch.device, rows: Rows) -> None:
+        self.model, self.rows = model, rows
+        self.by_place: dict[tuple[str, int], Tap] = {}
+        self.verdict: Verdict | None = None
+        self._device = device
+        # The norm itself, not its tapped forward: the check must not go through the tap again.
+        self._final_norm = None if model.final_norm is None else model.final_norm.forward
+        self._install()
+
+    def _new(self, stream: str, layer: int, dtype: torch.dtype | None = None) -> Tap:
+        new = self.by_place[stream, layer] = Tap(stream, layer, self.rows, self._device, dtype)
+        return new
+
+    def _install(self) -> None:
+        model = self.model
+        if model.is_first_stage and 0 in model.layers:
+            _tap_entry(model.layers[0], self._new("embeddings", 0))
+        for index, layer in model.layers.items():
+            _tap_stream(layer, self._new("hidden_states", index))
+            self._tap_experts(layer, index)
+        if model.is_last_stage:
+            self.by_place["hidden_states", model.num_layers - 1].keep_probe = True
+            if model.final_norm is not None:
+                final = self._new("final_hidden_states", model.num_layers - 1)
+                final.keep_probe = True
+                _tap_norm(model.final_norm, final)
+
+    def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
+        experts = host.find_experts(layer)
+        if experts is None:
+            return
+        _tap_logits(experts, self._new("router_logits", index))
+        if hasattr(experts.router, "select_experts"):
+            weights = self._new("expert_weights", index)
+            ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
+            _tap_choice(experts, weights, ids)
+
+    @property
+    def seen(self) -> bool:
+        """Whether a forward pass has gone through the layers, so that widths and dtypes are known."""
+        return all(place.width for (stream, _), place in self.by_place.items() if stream == "hidden_states")
+
+    def residual(self) -> Verdict:
+        """Decide what the layers return, once; stages without the final norm leave it to the one that has it.
+
+        When the rows seen so far had no values in them, the next forward pass is watched instead.
+        """
+        if not self.model.is_last_stage:
+            return UNKNOWN
+        if self.verdict is None:
+            last = self.by_place["hidden_states", self.model.num_layers - 1]
+            final = self.by_place.get(("final_hidden_states", self.model.num_layers - 1))
+            verdict = decide(last.probe, self._final_norm, None if final is None else final.probe)
+            again = verdict.reason == NO_ROWS
+            for place in (last, final):
+                if place is not None:
+                    place.keep_probe, place.probe = again, None
+            if again:
+                return verdict
+            self.verdict = verdict
+        return self.verdict
+
+
+def _tap_stream(layer: torch.nn.Module, place: Tap) -> None:
+    control = place.control
+
+    def then(result: Any) -> None:
+        if isinstance(result, tuple):
+            hidden, residual = result[0], result[1] if len(result) > 1 else None
+            same = isinstance(residual, torch.Tensor) and residual.shape == hidden.shape
+            tap(hidden, residual if same else None, control)
+        else:
+            tap(result, None, control)
+
+    host.tap_outputs(layer, then)
+
+
+def _tap_norm(norm: torch.nn.Module, place: Tap) -> None:
+    control = place.control
+    host.tap_outputs(norm, lambda result: tap(result[0] if isinstance(result, tuple) else result, None, control))
+
+
+def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
+    control = place.control
+
+    def then(hidden: Any, residual: Any) -> None:
+        if hidden is not None:
+            tap(hidden, residual, control)
+
+    host.tap_inputs(layer, ("hidden_states", "residual"), then)
+
+
+def _tap_logits(experts: host.Experts, place: Tap) -> None:
+    control, num_experts = place.control, experts.num_experts
+
+    def then(logits: torch.Tensor) -> None:
+        # With a fused gate, the columns of the shared experts follow the routed ones.
+        tap(logits[:, :num_experts] if experts.has_fused_gate else logits, None, control)
+
+    host.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
+
+
+def _tap_choice(experts: host.Experts, weights: Tap, ids: Tap) -> None:
+    weights_control, ids_control = weights.control, ids.control
+
+    def then(result: Any) -> None:
+        tap(result[0], None, weights_control)
+        tap(result[1], None, ids_control)
+
+    host.tap_outputs(experts.router, then, "select_experts")
+
+
+def smallest_integer(num_values: int) -> torch.dtype:
+    """Return the smallest integer dtype that holds 0 to num_values - 1."""
+    return torch.uint8 if num_values <= 1 << 8 else torch.int16 if num_values <= 1 << 15 else torch.int32

@@ -1,0 +1,290 @@
+"""The tap of one worker: what clients reach through `collective_rpc`, and what the runner reports to.
+
+Runs in the worker process. Calls take and return bytes or plain values, so that vLLM's secure serialisation carries
+them, and never raise: a failure is a reply.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm_tap.engine import host
+from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN, Verdict
+from vllm_tap.engine.rows import Batch
+from vllm_tap.engine.session import Session, Sink
+from vllm_tap.engine.sink import HostSink
+from vllm_tap.engine.tap import ADD, Rows, Tap
+from vllm_tap.engine.taps import ModelTaps
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
+from vllm_tap.labels import Mark
+from vllm_tap.transport.handover import SegmentServer
+from vllm_tap.transport.pool import SegmentPool
+
+logger = logging.getLogger("vllm_tap")
+
+MAX_TAPS = 4096
+"""Taps that the device tables have room for, at 12 bytes each."""
+
+MAX_PADDING = 1024
+"""Rows that a step may have beyond the runner's max_num_tokens."""
+
+
+def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]:
+    """Turn a method into one that replies in bytes, also when it fails."""
+
+    @functools.wraps(function)
+    def call(self: TapWorker, *args: Any) -> bytes:
+        try:
+            reply = function(self, *args)
+        except TapError as error:
+            reply = messages.Failure(
+                rank=self.rank, error=type(error).__name__, message=str(error), identity=error.identity
+            )
+        except Exception as error:
+            logger.exception("vllm-tap: %s failed", function.__name__)
+            reply = messages.Failure(
+                rank=self.rank, error="CaptureError", message=f"unexpected {type(error).__name__}: {error}"
+            )
+        return messages.encode(reply)
+
+    return call
+
+
+def dtype_name(place: Tap) -> str:
+    """Return the dtype of a tap's rows as descriptors write it.
+
+    Raises:
+        EngineUnsupportedError: A dtype that has no place in a block.
+    """
+    name = str(place.dtype).removeprefix("torch.")
+    if name not in ITEMSIZE:
+        raise EngineUnsupportedError(f"{place.stream}[{place.layer}] has dtype {name}; blocks carry {list(ITEMSIZE)}")
+    return name
+
+
+class TapWorker(host.Recorder):
+    """The taps of a worker's model, its pools of segments, and the capture under way, if any."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self.rank: int = worker.rank
+        self.refusal = ""
+        self._taps: ModelTaps | None = None
+        self._session: Session | None = None
+        self._pools: dict[bool, SegmentPool] = {}
+        self._server: SegmentServer | None = None
+
+    @classmethod
+    def install(cls, worker: Any) -> TapWorker:
+        """Put taps into the model that a worker has just loaded; if they do not fit, keep the reason."""
+        self = cls(worker)
+        try:
+            model = host.find_model(worker)
+            self._taps = ModelTaps(model, worker.device, self._new_rows())
+            host.watch_runner(worker.model_runner, self)
+        except Exception as error:
+            self.refusal = str(error) if isinstance(error, TapError) else f"{type(error).__name__}: {error}"
+            logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
+        return self
+
+    def _new_rows(self) -> Rows:
+        if self._worker.device.type != "cuda":
+            return Rows()
+        from vllm_tap.engine import device
+
+        device.install()
+        runner = self._worker.model_runner
+        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device)
+        host.around_capture(runner, rows.switch.keeping)
+        return rows
+
+    # ------------------------------------------------------------------------------------------ the runner's reports
+
+    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
+        if self._session is not None:
+            self._session.meet(request_id, mark, prompt_len)
+
+    def arm(self, batch: Batch) -> None:
+        if self._session is not None:
+            self._session.arm(batch)
+
+    def drain(self) -> None:
+        if self._session is not None:
+            self._session.drain()
+
+    def disarm(self) -> None:
+        if self._taps is not None:
+            self._taps.rows.clear()
+
+    # ----------------------------------------------------------------------------------------------- what clients call
+
+    @_replying
+    def open(self) -> messages.Hello:
+        """Say what can be captured here."""
+        refusal, taps, worker = self.refusal, self._taps, self._worker
+        verdict = UNKNOWN
+        streams: tuple[messages.StreamInfo, ...] = ()
+        if taps is not None and not refusal:
+            if not taps.seen:
+                host.run_dummy(worker.model_runner)
+            verdict = taps.residual()
+            streams = tuple(self._streams(taps, verdict))
+        return messages.Hello(
+            rank=host.read_rank(worker),
+            pid=os.getpid(),
+            engine=host.vllm_version(),
+            runner=host.runner_name(worker.model_runner),
+            device=worker.device.type,
+            num_layers=taps.model.num_layers if taps else 0,
+            streams=streams,
+            residual=verdict.convention,
+            reasons={"hidden_states": verdict.reason} if verdict.reason else {},
+            wants_rows=verdict.reason == NO_ROWS,
+            address="" if refusal else self._shared_server().address,
+            refusal=refusal,
+        )
+
+    def _streams(self, taps: ModelTaps, verdict: Verdict) -> Iterable[messages.StreamInfo]:
+        layers: dict[tuple[str, str, int], list[int]] = {}
+        for (stream, layer), place in taps.by_place.items():
+            if place.width and not (stream == "hidden_states" and verdict.reason):
+                layers.setdefault((stream, dtype_name(place), place.width), []).append(layer)
+        for (stream, dtype, width), numbers in layers.items():
+            convention = verdict.convention if stream == "hidden_states" else ""
+            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), convention)
+
+    @_replying
+    def start(self, data: bytes) -> messages.Started:
+        """Begin a capture: take what memory it needs and let marked requests through."""
+        start = messages.decode_start(data)
+        if self._session is not None:
+            raise CaptureError(
+                f"capture {self._session.start.capture_id} is under way: an engine serves one capture at a time. "
+                "Wait for it to end."
+            )
+        assert self._taps is not None
+        streams = tuple(self._share(start))
+        for (stream, _), place in self._taps.by_place.items():
+            place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
+        pool = self._pool(start.shared)
+        pool.budget_bytes = start.budget_bytes
+        pool.grow_ahead(min(start.budget_bytes, block_bytes(start.expected_rows, streams)))
+        sink = self._sink(start, streams, pool)
+        self._session = Session(start, self.rank, streams, sink, pool, self._taps.rows)
+        return messages.Started(rank=self.rank, streams=streams)
+
+    def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
+        assert self._taps is not None
+        taps, rows = self._taps.by_place, self._taps.rows
+        if self._worker.device.type != "cuda":
+            return HostSink(streams, taps, rows, pool)
+        from vllm_tap.engine.device import DeviceRows, DeviceSink
+
+        assert isinstance(rows, DeviceRows)
+        max_rows = self._worker.model_runner.max_num_tokens
+        return DeviceSink(streams, taps, rows, pool, max_rows, host.graph_rows(self._worker), start.staging)
+
+    def _share(self, start: messages.Start) -> Iterable[Stream]:
+        """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
+        assert self._taps is not None
+        rank = host.read_rank(self._worker)
+        for name, wanted in start.streams.items():
+            held = [place for (stream, _), place in self._taps.by_place.items() if stream == name]
+            layers = tuple(p.layer for p in held if p.layer in wanted and p.layer % rank.tp_size == rank.tp_rank)
+            if layers:
+                yield Stream(name, dtype_name(held[0]), held[0].width, layers)
+
+    @_replying
+    def finish(self, capture_id: str) -> messages.Descriptor:
+        """End a capture and hand its blocks over."""
+        session = self._require(capture_id)
+        try:
+            descriptor = session.finish()
+            if session.start.shared:
+                self._shared_server().publish(session.client, session.block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
+        self._session = None
+        session.close()
+        return descriptor
+
+    @_replying
+    def stop(self, capture_id: str) -> messages.Stopped:
+        """Abandon a capture, if it is the one under way."""
+        if self._session is not None and self._session.start.capture_id == capture_id:
+            self._abandon(self._session)
+        return messages.Stopped(rank=self.rank)
+
+    def fetch(self, rank: int, segment_id: int, offset: int, nbytes: int) -> bytes:
+        """Return bytes of an inline block of this rank; other ranks return nothing."""
+        if rank != self.rank:
+            return b""
+        return bytes(self._pool(False).segment(segment_id).view[offset : offset + nbytes])
+
+    @_replying
+    def release(self, rank: int, block_ids: list[int]) -> messages.Stopped:
+        """Free inline blocks."""
+        for block_id in block_ids if rank == self.rank else ():
+            self._pool(False).release(block_id)
+        return messages.Stopped(rank=self.rank)
+
+    def status(self) -> dict[str, int | str]:
+        """Say what this worker holds, in plain values."""
+        stats = [pool.stats() for pool in self._pools.values()]
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "capture_id": self._session.start.capture_id if self._session else "",
+            "num_rows": self._session.num_rows if self._session else 0,
+            "num_bytes": self._session.num_bytes if self._session else 0,
+            "capacity_bytes": sum(s.capacity_bytes for s in stats),
+            "used_bytes": sum(s.used_bytes for s in stats),
+            "num_blocks": sum(s.num_blocks for s in stats),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- the rest
+
+    def _require(self, capture_id: str) -> Session:
+        if self._session is None or self._session.start.capture_id != capture_id:
+            raise CaptureError(f"capture {capture_id} is not under way here: it was ended or never started")
+        return self._session
+
+    def _abandon(self, session: Session) -> None:
+        self._session = None
+        session.close()
+        pool = self._pool(session.start.shared)
+        for block_id in session.block_ids:
+            pool.release(block_id)
+
+    def _pool(self, shared: bool) -> SegmentPool:
+        if shared not in self._pools:
+            self._pools[shared] = self._new_pool(shared)
+        return self._pools[shared]
+
+    def _new_pool(self, shared: bool) -> SegmentPool:
+        if self._worker.device.type != "cuda":
+            return SegmentPool(0, shared=shared)
+        from vllm_tap.engine.device import register_segment, unregister_segment
+
+        return SegmentPool(
+            0, shared=shared, segment_bytes=1 << 30, on_create=register_segment, on_close=unregister_segment
+        )
+
+    def _shared_server(self) -> SegmentServer:
+        if self._server is None:
+            self._server = SegmentServer(self._pool(True))
+            self._server.on_disconnect = self._client_gone
+        return self._server
+
+    def _client_gone(self, client: int) -> None:
+        # From the socket's thread: only mark the capture; the engine's thread lets go of the taps.
+        session = self._session
+        if session is not None and session.start.shared and session.client == client:
+            session.fail(CaptureError("the client that asked for this capture is gone"))

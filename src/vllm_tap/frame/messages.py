@@ -1,0 +1,234 @@
+"""Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
+
+Every reply of a worker is one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`; decoding checks the types,
+`Descriptor.validate` the numbers, before any memory is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from vllm_tap import errors
+from vllm_tap.errors import DescriptorError, TapError
+from vllm_tap.frame.layout import IntArray, Stream, layout
+
+VERSION: Final = 1
+"""Rises whenever a message or the layout of a block changes."""
+
+MAX_MESSAGE_BYTES: Final = 256 << 20
+MAX_SEGMENT_BYTES: Final = 1 << 42
+MAX_ROWS: Final = 1 << 24
+"""Bounds that keep offsets computed from a descriptor far from the end of 64 bits."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all messages."""
+
+    version: int = VERSION
+
+
+class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker stands in the engine."""
+
+    rank: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+
+
+class StreamInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stream that a worker could capture: the layers it holds, and their rows."""
+
+    name: str
+    dtype: str
+    width: int
+    layers: tuple[int, ...]
+    convention: str
+
+
+class Hello(Message, frozen=True, tag=True, kw_only=True):
+    """Reply to `vllm_tap_open`: what this worker can capture, or why it cannot.
+
+    `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
+    missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for one real forward pass
+    and another call: the dummy passes did not tell the convention.
+    """
+
+    rank: Rank
+    pid: int
+    engine: str
+    runner: str
+    device: str
+    num_layers: int
+    streams: tuple[StreamInfo, ...]
+    residual: str
+    reasons: dict[str, str]
+    wants_rows: bool
+    address: str
+    refusal: str
+
+
+class Start(Message, frozen=True, tag=True, kw_only=True):
+    """Argument of `vllm_tap_start`, the same for every worker.
+
+    `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
+    the worker prepare memory ahead; 0 if unknown.
+    """
+
+    capture_id: str
+    streams: dict[str, tuple[int, ...]]
+    positions: str | tuple[int, ...]
+    residual: str
+    shared: bool
+    clients: dict[int, int]
+    budget_bytes: int
+    staging: str
+    expected_rows: int
+
+
+class Started(Message, frozen=True, tag=True, kw_only=True):
+    """Reply to `vllm_tap_start`: what this rank will ship."""
+
+    rank: int
+    streams: tuple[Stream, ...]
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request that a worker met, in the order of its numbers."""
+
+    request_id: str
+    sample: int
+    completion: int
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A reservation in a segment, in which blocks lie; the unit of leases."""
+
+    segment_id: int
+    offset: int
+    nbytes: int
+    block_id: int
+
+
+BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
+"""Columns of `Descriptor.blocks`: index into `chunks`, byte offset in the segment, rows."""
+
+
+class Descriptor(Message, frozen=True, tag=True, kw_only=True):
+    """Reply to `vllm_tap_finish`: everything a client needs to find its rows in the segments of one rank.
+
+    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian.
+    """
+
+    rank: int
+    capture_id: str
+    streams: tuple[Stream, ...]
+    requests: tuple[Request, ...]
+    chunks: tuple[Chunk, ...]
+    blocks: bytes
+    byte_order: str
+    wait_seconds: float
+
+    def table(self) -> IntArray:
+        """Return `blocks` as an array [B, 3].
+
+        Raises:
+            DescriptorError: Not a whole number of rows.
+        """
+        row_bytes = 8 * len(BLOCK_FIELDS)
+        if len(self.blocks) % row_bytes:
+            raise DescriptorError(f"rank {self.rank}: {len(self.blocks)} bytes are no table of {row_bytes} bytes a row")
+        return np.frombuffer(self.blocks, "<i8").reshape(-1, len(BLOCK_FIELDS))
+
+    def validate(self, capture_id: str, byte_order: str) -> None:
+        """Refuse a descriptor whose numbers cannot be.
+
+        Raises:
+            DescriptorError: What was expected, and what came.
+        """
+        if (self.capture_id, self.byte_order) != (capture_id, byte_order):
+            raise DescriptorError(
+                f"rank {self.rank}: expected capture {capture_id} in {byte_order} endian order, "
+                f"got capture {self.capture_id} in {self.byte_order} endian order"
+            )
+        for chunk in self.chunks:
+            if min(chunk.offset, chunk.nbytes) < 0 or max(chunk.offset, chunk.nbytes) > MAX_SEGMENT_BYTES:
+                raise DescriptorError(f"rank {self.rank}: {chunk} has a number out of range")
+        table = self.table()
+        index, offset, num_rows = table.T
+        if (
+            len(table)
+            and not ((index >= 0) & (index < len(self.chunks)) & (num_rows >= 1) & (num_rows <= MAX_ROWS)).all()
+        ):
+            raise DescriptorError(f"rank {self.rank}: a block names a chunk or a number of rows that cannot be")
+        starts = np.array([chunk.offset for chunk in self.chunks], np.int64)[index]
+        ends = starts + np.array([chunk.nbytes for chunk in self.chunks], np.int64)[index]
+        placed = layout(offset, num_rows, self.streams)
+        outside = np.flatnonzero((offset < starts) | (offset > ends) | (placed.end > ends))
+        if len(outside):
+            row = dict(zip(BLOCK_FIELDS, table[outside[0]].tolist(), strict=True))
+            raise DescriptorError(f"rank {self.rank}: block {row} does not fit its {self.chunks[row['chunk']]}")
+
+
+class Stopped(Message, frozen=True, tag=True, kw_only=True):
+    """Reply to calls that only end something."""
+
+    rank: int
+
+
+class Failure(Message, frozen=True, tag=True, kw_only=True):
+    """Reply of a worker that could not do what was asked."""
+
+    rank: int
+    error: str
+    message: str
+    identity: dict[str, int | str | float | None] = {}
+
+    def exception(self) -> TapError:
+        """Return the exception that this reply stands for."""
+        kind = errors.BY_NAME.get(self.error, errors.CaptureError)
+        return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
+
+
+Reply = Hello | Started | Descriptor | Stopped | Failure
+
+M = TypeVar("M", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+_reply_decoder = msgspec.msgpack.Decoder(Reply)
+_start_decoder = msgspec.msgpack.Decoder(Start)
+
+
+def encode(message: Message) -> bytes:
+    """Return a message as bytes."""
+    return _encoder.encode(message)
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Return a worker's reply; a `Failure` is returned, not raised."""
+    reply: Reply = _decode(_reply_decoder, data)
+    return reply
+
+
+def decode_start(data: bytes) -> Start:
+    """Return the argument of a start call."""
+    return _decode(_start_decoder, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise DescriptorError(f"a message of {len(data)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        message = decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DescriptorError(f"a message did not decode: {error}") from None
+    if message.version != VERSION:
+        raise DescriptorError(
+            f"the engine runs message version {message.version}, this client {VERSION}: "
+            "install the same vllm-tap in both environments"
+        )
+    return message

@@ -1,0 +1,180 @@
+"""What a user asks for: which streams, layers and positions. Checked in the client process, sent to the workers.
+
+A `Spec` knows nothing of a model; `resolve_layers` turns it into layer numbers once the model is known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tap.errors import LayerError, SpecError
+
+Layers = Literal["all"] | tuple[int, ...] | None
+
+LAYERED_STREAMS: Final = ("hidden_states", "router_logits", "routed_experts")
+"""Streams that exist once per decoder layer, by the names of the fields that choose them."""
+
+SINGLE_STREAMS: Final = ("embeddings", "final_hidden_states")
+"""Streams that exist once per model."""
+
+NAMED_POSITIONS: Final = ("all", "prompt", "generated", "last")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint such as ` Did you mean 'router_logits'?`, or the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+@dataclass(frozen=True, init=False)
+class Spec:
+    """What to capture. Immutable, comparable, and the same after a trip through JSON.
+
+    Args:
+        hidden_states: `"all"`, or decoder layers (0-based; negative numbers count from the end). The residual stream
+            after each layer, before the final norm.
+        router_logits: `"all"`, or layers with experts. The gate's output before softmax or sigmoid.
+        routed_experts: `"all"`, or layers with experts. Expert ids and weights as the router chose them.
+        embeddings: The input of decoder layer 0.
+        final_hidden_states: The output of the final norm.
+        positions: `"all"`, `"prompt"`, `"generated"`, `"last"` (the last position of the prompt), or prompt positions
+            (negative numbers count from the end of the prompt).
+
+    Raises:
+        SpecError: A field that does not exist, a value of the wrong kind, or nothing to capture.
+    """
+
+    hidden_states: Layers
+    router_logits: Layers
+    routed_experts: Layers
+    embeddings: bool
+    final_hidden_states: bool
+    positions: str | tuple[int, ...]
+
+    def __init__(
+        self,
+        *,
+        hidden_states: str | Iterable[int] | None = None,
+        router_logits: str | Iterable[int] | None = None,
+        routed_experts: str | Iterable[int] | None = None,
+        embeddings: bool = False,
+        final_hidden_states: bool = False,
+        positions: str | Iterable[int] = "all",
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            raise SpecError(f"Spec has no field {name!r}.{nearest(name, self.__dataclass_fields__)}")
+        chosen = {"hidden_states": hidden_states, "router_logits": router_logits, "routed_experts": routed_experts}
+        for name, layers in chosen.items():
+            object.__setattr__(self, name, _checked_layers(name, layers))
+        for name, flag in (("embeddings", embeddings), ("final_hidden_states", final_hidden_states)):
+            if not isinstance(flag, bool):
+                raise SpecError(f"Spec({name}=...) is True or False, got {flag!r}.")
+            object.__setattr__(self, name, flag)
+        object.__setattr__(self, "positions", _checked_positions(positions))
+        if not self.streams:
+            raise SpecError('This Spec captures nothing: choose a stream, for example Spec(hidden_states="all").')
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that this specification asks for."""
+        return tuple(name for name in LAYERED_STREAMS + SINGLE_STREAMS if getattr(self, name) not in (None, False))
+
+    def to_json(self) -> str:
+        """Return this specification as a JSON object; `from_json` gives an equal one back."""
+        return json.dumps({name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Build a specification from what `to_json` wrote."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise SpecError(f"A Spec in JSON is an object, got {type(fields).__name__}.")
+        return cls(**fields)
+
+
+def _checked_layers(name: str, layers: str | Iterable[int] | None) -> Layers:
+    if layers is None or layers == "all":
+        return layers  # type: ignore[return-value]
+    if isinstance(layers, str | Mapping | bool) or not isinstance(layers, Iterable):
+        raise SpecError(f'Spec({name}=...) is "all" or a list of layer numbers, got {layers!r}.')
+    numbers = tuple(_integer(name, layer) for layer in layers)
+    if not numbers:
+        raise SpecError(f"Spec({name}=[]) chooses no layer: leave {name} out, or name layers.")
+    return numbers
+
+
+def _integer(name: str, number: object) -> int:
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise SpecError(f"Spec({name}=...) takes whole numbers, got {number!r}.")
+    return number.__index__()
+
+
+def _checked_positions(positions: str | Iterable[int]) -> str | tuple[int, ...]:
+    if isinstance(positions, str):
+        if positions not in NAMED_POSITIONS:
+            raise SpecError(f"Spec(positions={positions!r}) is not known.{nearest(positions, NAMED_POSITIONS)}")
+        return positions
+    if not isinstance(positions, Iterable):
+        raise SpecError(f"Spec(positions=...) is a name or a list of prompt positions, got {positions!r}.")
+    numbers = tuple(sorted({_integer("positions", number) for number in positions}))
+    if not numbers:
+        raise SpecError('Spec(positions=[]) chooses no position: leave it out for "all".')
+    return numbers
+
+
+def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: int) -> list[int]:
+    """Turn a field of a specification into sorted layer numbers of one model.
+
+    Args:
+        name: Stream, for messages.
+        layers: The field's value.
+        available: Layers in which the model has this stream.
+        num_layers: Decoder layers of the model; negative numbers count from here.
+
+    Raises:
+        LayerError: A layer that the model does not have, or in which this stream does not exist.
+    """
+    if layers is None:
+        return []
+    if layers == "all":
+        return available
+    numbers = {layer + num_layers if layer < 0 else layer for layer in layers}
+    for given in layers:
+        layer = given + num_layers if given < 0 else given
+        if not 0 <= layer < num_layers:
+            raise LayerError(
+                f"{name}: the model has no layer {given}: it has {num_layers} decoder layers, "
+                f"0 to {num_layers - 1} (or -{num_layers} to -1).",
+                layer=given,
+            )
+        if layer not in available:
+            kind = "has no experts" if available else "belongs to a model without experts"
+            raise LayerError(f"{name}: layer {given} {kind}. Layers with {name}: {available}.", layer=given)
+    return sorted(numbers)
+
+
+def selected(positions: str | tuple[int, ...], prompt_len: int, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+    """Tell which of the absolute positions `start` to `stop` are asked for.
+
+    Returns:
+        None when all of them are, else a boolean array [stop - start].
+    """
+    if positions == "all":
+        return None
+    index = np.arange(start, stop)
+    if positions == "prompt":
+        return index < prompt_len
+    if positions == "generated":
+        return index >= prompt_len
+    wanted = (-1,) if positions == "last" else positions
+    absolute = [p + prompt_len if p < 0 else p for p in wanted]  # type: ignore[operator]
+    return np.isin(index, absolute) & (index < prompt_len)

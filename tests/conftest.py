@@ -1,0 +1,53 @@
+"""Fixtures and surroundings of all tests; runs in the test process before any test module is imported.
+
+Helpers beside this file are imported by their own name: `from models import FAMILIES`, `from reference import ...`.
+Skips are printed with their reasons at the end (-ra in pyproject.toml): a skip is not a pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from models import ensure_model, fingerprint
+
+_CACHE_ROOT = Path(tempfile.mkdtemp(prefix="vllm-tap-tests-"))
+
+# vLLM reads these when it is imported, here and in every process that it starts.
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CACHE_ROOT": str(_CACHE_ROOT),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder in which vLLM kept its compiled graphs."""
+    shutil.rmtree(_CACHE_ROOT, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def models_dir(pytestconfig: pytest.Config) -> Path:
+    """The folder of tiny models, kept between runs for as long as tests/models.py and its libraries stay the same."""
+    folder = pytestconfig.rootpath / "models" / "tiny" / fingerprint()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(models_dir: Path) -> Callable[..., Path]:
+    """A function (family, dtype="float32") that returns the folder of that tiny model."""
+
+    def make(family: str, dtype: str = "float32") -> Path:
+        return ensure_model(models_dir, family, dtype)
+
+    return make

@@ -1,0 +1,144 @@
+"""Runs a Hugging Face model in float32 with eager attention and keeps what the engine's taps are compared against.
+
+Runs in the test process. Everything is found by structure, so a new family needs no code here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one forward pass over one sequence gives; all float32, on the CPU, rows in order of position.
+
+    Attributes:
+        hidden_states: [L, T, D], the residual stream after each decoder layer, before the final norm.
+        embedding: [T, D], the residual stream before layer 0.
+        final_normed: [T, D], the state that the language head reads.
+        logits: [T, V].
+        router_logits: layer -> [T, E], before softmax or sigmoid; only layers that have experts.
+    """
+
+    hidden_states: Tensor
+    embedding: Tensor
+    final_normed: Tensor
+    logits: Tensor
+    router_logits: dict[int, Tensor]
+
+
+@dataclass
+class _Seen:
+    embedding: list[Tensor] = field(default_factory=list)
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    routers: dict[int, Tensor] = field(default_factory=dict)
+    head_input: list[Tensor] = field(default_factory=list)
+
+
+class ReferenceModel:
+    """A Hugging Face model in float32, whatever dtype it was saved in."""
+
+    def __init__(self, folder: Path | str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self.model = model.eval()
+        self.layers = decoder_layers(self.model)
+        self.routers = {i: gate for i, layer in enumerate(self.layers) if (gate := router(layer, self.model.config))}
+
+    def run(self, token_ids: Sequence[int]) -> Reference:
+        """Run one sequence from its beginning, without a cache.
+
+        Returns:
+            Reference with T = len(token_ids); its tensors share no memory with the model.
+
+        Source:
+            Forward hooks on the decoder layers, the routers and the language head.
+        """
+        with torch.inference_mode(), self._watch() as seen:
+            output = self.model(torch.tensor([list(token_ids)]), use_cache=False)
+        return Reference(
+            hidden_states=torch.stack([seen.layers[i] for i in range(len(self.layers))]),
+            embedding=seen.embedding[0],
+            final_normed=seen.head_input[0],
+            logits=output.logits[0].float().clone(),
+            router_logits=seen.routers,
+        )
+
+    def greedy(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Return the `max_tokens` tokens that greedy decoding appends; stops at no token, keeps no cache."""
+        known = list(token_ids)
+        with torch.inference_mode():
+            for _ in range(max_tokens):
+                logits = self.model(torch.tensor([known]), use_cache=False).logits
+                known.append(int(logits[0, -1].argmax()))
+        return known[len(token_ids) :]
+
+    @contextmanager
+    def _watch(self) -> Iterator[_Seen]:
+        seen = _Seen()
+        with ExitStack() as hooks:
+            hooks.enter_context(
+                self.layers[0].register_forward_pre_hook(
+                    lambda _, args, kwargs: seen.embedding.append(_rows(_first(args, kwargs))), with_kwargs=True
+                )
+            )
+            hooks.enter_context(
+                self.model.get_output_embeddings().register_forward_pre_hook(
+                    lambda _, args: seen.head_input.append(_rows(args[0]))
+                )
+            )
+            for i, layer in enumerate(self.layers):
+                hooks.enter_context(layer.register_forward_hook(_keep(seen.layers, i)))
+            for i, gate in self.routers.items():
+                hooks.enter_context(gate.register_forward_hook(_keep(seen.routers, i)))
+            yield seen
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the one ModuleList that has an entry for each hidden layer of the (text) configuration."""
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if len(found) != 1:
+        raise LookupError(f"{type(model).__name__} has {len(found)} module lists of {num_layers} entries, expected one")
+    return found[0]
+
+
+def router(layer: nn.Module, config: Any) -> nn.Module | None:
+    """Return the module of a decoder layer that scores the experts, or None where the layer is dense.
+
+    It is the one whose own weight is [E, D].
+    """
+    text = config.get_text_config(decoder=True)
+    num_experts = next((n for name in NUM_EXPERTS_NAMES if (n := getattr(text, name, None))), None)
+    if num_experts is None:
+        return None
+    shape = (num_experts, text.hidden_size)
+    found = [m for m in layer.modules() if tuple(getattr(getattr(m, "weight", None), "shape", ())) == shape]
+    if len(found) > 1:
+        raise LookupError(f"{type(layer).__name__} has {len(found)} weights of shape {shape}, expected one router")
+    return found[0] if found else None
+
+
+def _keep(into: dict[int, Tensor], index: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        into[index] = _rows(output if isinstance(output, Tensor) else output[0])
+
+    return hook
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _rows(states: Tensor) -> Tensor:
+    return states.detach().reshape(-1, states.shape[-1]).float().clone()
