@@ -10,6 +10,7 @@ the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -41,32 +42,48 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 BUDGET_BYTES = 56 << 30
 
+Plan = list[tuple[str, list[str], int]]
+"""(workload, specs, rounds), one after another on the same engines."""
+
+PLANS: dict[str, Plan] = {
+    "short": [
+        ("decode 8 x (64 + 128)", ["all layers"], 5),
+        ("decode 64 x (64 + 128)", ["all layers"], 5),
+        ("decode 256 x (64 + 128)", ["all layers"], 5),
+        ("prefill 64 x 1000", ["all layers"], 5),
+        ("prefill 16 x 8000", ["all layers"], 3),
+        ("decode 64 x (64 + 128)", ["3 layers", "last position, all layers"], 3),
+        ("prefill 64 x 1000", ["3 layers", "last position, all layers"], 3),
+    ],
+    "full": [(name, ["all layers", "3 layers", "last position, all layers"], 5) for name in WORKLOADS],
+    "router": [
+        ("decode 8 x (64 + 128)", ["router logits and experts"], 5),
+        ("decode 256 x (64 + 128)", ["router logits and experts", "all layers"], 5),
+        ("prefill 64 x 1000", ["router logits and experts", "all layers"], 5),
+    ],
+}
+
 
 def rates() -> dict[str, float]:
     """Measure device-to-host and device copy rates in GB/s; device copies count bytes read and written."""
     import torch
 
-    device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    nbytes = 1 << 30
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(device)
-    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def seconds(copy: Any) -> float:
+    def seconds(target: torch.Tensor) -> float:
         times = []
         for _ in range(7):
             torch.cuda.synchronize()
             begin = time.perf_counter()
-            copy()
+            target.copy_(device, non_blocking=True)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
-    result = {
-        "d2h": (1 << 30) / seconds(lambda: host.copy_(device, non_blocking=True)) / 1e9,
-        "device_copy": 2 * (1 << 30) / seconds(lambda: other.copy_(device)) / 1e9,
-    }
-    del device, other, host
-    torch.cuda.empty_cache()
-    return result
+    return {"d2h": nbytes / seconds(host) / 1e9, "device_copy": 2 * nbytes / seconds(other) / 1e9}
 
 
 def start_engine(model: Path, tapped: bool, memory: float, extra: dict[str, Any]) -> Any:
@@ -131,6 +148,45 @@ class Bench:
         )
         return time.perf_counter() - begin, result
 
+    def check(self) -> dict[str, Any]:
+        """Check rows before timing: equal prompts give equal rows, staged and direct captures the same bytes."""
+        import torch
+
+        free = [torch.cuda.mem_get_info()[0]]
+        prompts = self.prompts((2, 700, 1)) + self.prompts((2, 64, 1))
+        prompts = [*prompts, *prompts]
+        spec = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+        staged = self.capture(prompts, 16, spec, "staged")[1]
+        free.append(torch.cuda.mem_get_info()[0])
+        direct = self.capture(prompts, 16, spec, "direct")[1]
+        layers = staged.layers["hidden_states"]
+        equal = staged_direct = finite = 0
+        for i, sample in enumerate(staged):
+            twin, other = staged[(i + 4) % 8], direct[i]
+            for layer in layers:
+                rows = sample.hidden_states[layer]
+                prompt = slice(0, len(prompts[i]["prompt_token_ids"]))
+                equal += torch.equal(rows[prompt], twin.hidden_states[layer][prompt])
+                staged_direct += torch.equal(rows, other.hidden_states[layer])
+                finite += bool(rows.isfinite().all() and rows.abs().amax(-1).min() > 0)
+        begin = [time.perf_counter()]
+        for _ in range(21):
+            status = self.tapped.collective_rpc("vllm_tap_status")
+            begin.append(time.perf_counter())
+        time.sleep(2)
+        free.append(torch.cuda.mem_get_info()[0])
+        return {
+            "sample-layers": 8 * len(layers),
+            "equal prompts, equal rows": equal,
+            "staged equals direct": staged_direct,
+            "finite and not zero": finite,
+            "conventions": staged.conventions,
+            "call_ms": statistics.median(b - a for a, b in itertools.pairwise(begin)) * 1e3,
+            "staging_mib": (free[0] - free[1]) / 2**20,
+            "held_idle_mib": (free[0] - free[2]) / 2**20,
+            "status": status,
+        }
+
     def measure(self, name: str, specs: list[str], rounds: int, stagings: list[str]) -> list[dict[str, Any]]:
         """Run all arms of a workload in turn."""
         workload = WORKLOADS[name]
@@ -188,10 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--shape", default="llama-8b")
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--specs", nargs="+", default=["all layers"], choices=list(SPECS))
+    parser.add_argument("--plan", default="full", choices=list(PLANS))
     parser.add_argument("--stagings", nargs="+", default=["auto"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
     parser.add_argument("--memory", type=float, default=0.4)
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as JSON")
     parser.add_argument("--out", type=Path)
@@ -200,34 +255,37 @@ def main() -> None:
     import vllm
 
     measured = rates()
+    torch.cuda.empty_cache()
     print(f"# D2H {measured['d2h']:.1f} GB/s, device copy {measured['device_copy']:.0f} GB/s", flush=True)
     # The engine with taps first: the second takes its memory share beside it.
     tapped = start_engine(args.models / args.shape, True, args.memory, args.engine)
-    plain = start_engine(args.models / args.shape, False, args.memory, args.engine)
+    plain = tapped if args.no_plain else start_engine(args.models / args.shape, False, args.memory, args.engine)
     bench = Bench(plain, tapped)
+    facts = bench.check()
+    print(f"# {json.dumps(facts)}", flush=True)
     rows: list[dict[str, Any]] = []
-    for name in args.workloads:
-        rows += bench.measure(name, args.specs, args.rounds, args.stagings)
-        show(rows[-(2 + len(args.specs) * len(args.stagings)) :])
+    for name, specs, rounds in PLANS[args.plan]:
+        new = bench.measure(name, specs, rounds, args.stagings)
+        show(new)
+        rows += new
         if args.out:
-            args.out.write_text(
-                json.dumps(
-                    {
-                        "machine": {
-                            "gpu": torch.cuda.get_device_name(),
-                            "cpus": os.cpu_count(),
-                            "python": platform.python_version(),
-                            "torch": torch.__version__,
-                            "vllm": vllm.__version__,
-                        },
-                        "command": " ".join(sys.argv),
-                        "shape": args.shape,
-                        "rates_gb_per_s": measured,
-                        "rows": rows,
-                    },
-                    indent=1,
-                )
-            )
+            machine = {
+                "gpu": torch.cuda.get_device_name(),
+                "cpus": os.cpu_count(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "vllm": vllm.__version__,
+            }
+            report = {
+                "machine": machine,
+                "command": " ".join(sys.argv),
+                "shape": args.shape,
+                "plain": "idle engine" if args.no_plain else "engine without the plugin",
+                "rates_gb_per_s": measured,
+                "checks": facts,
+                "rows": rows,
+            }
+            args.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -102,8 +103,10 @@ class Spec:
 
 
 def _checked_layers(name: str, layers: str | Iterable[int] | None) -> Layers:
-    if layers is None or layers == "all":
-        return layers  # type: ignore[return-value]
+    if layers is None:
+        return None
+    if isinstance(layers, str) and layers == "all":
+        return "all"
     if isinstance(layers, str | Mapping | bool) or not isinstance(layers, Iterable):
         raise SpecError(f'Spec({name}=...) is "all" or a list of layer numbers, got {layers!r}.')
     numbers = tuple(_integer(name, layer) for layer in layers)
@@ -112,10 +115,10 @@ def _checked_layers(name: str, layers: str | Iterable[int] | None) -> Layers:
     return numbers
 
 
-def _integer(name: str, number: object) -> int:
+def _integer(name: str, number: Any) -> int:
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise SpecError(f"Spec({name}=...) takes whole numbers, got {number!r}.")
-    return number.__index__()
+    return int(operator.index(number))
 
 
 def _checked_positions(positions: str | Iterable[int]) -> str | tuple[int, ...]:
@@ -162,19 +165,27 @@ def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: 
     return sorted(numbers)
 
 
-def selected(positions: str | tuple[int, ...], prompt_len: int, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
-    """Tell which of the absolute positions `start` to `stop` are asked for.
+def selected(
+    positions: str | tuple[int, ...], prompt_len: npt.NDArray[np.integer], at: npt.NDArray[np.integer]
+) -> npt.NDArray[np.bool_]:
+    """Tell which rows are asked for.
+
+    Args:
+        positions: The field of a specification.
+        prompt_len: Length of each row's prompt, [R].
+        at: Position of each row in its sequence, [R].
 
     Returns:
-        None when all of them are, else a boolean array [stop - start].
+        Boolean array [R].
     """
     if positions == "all":
-        return None
-    index = np.arange(start, stop)
+        return np.ones(len(at), np.bool_)
     if positions == "prompt":
-        return index < prompt_len
+        return at < prompt_len
     if positions == "generated":
-        return index >= prompt_len
-    wanted = (-1,) if positions == "last" else positions
-    absolute = [p + prompt_len if p < 0 else p for p in wanted]  # type: ignore[operator]
-    return np.isin(index, absolute) & (index < prompt_len)
+        return at >= prompt_len
+    wanted = np.zeros(len(at), np.bool_)
+    for position in (-1,) if positions == "last" else positions:
+        assert isinstance(position, int)
+        wanted |= at == (position + prompt_len if position < 0 else position)
+    return wanted & (at < prompt_len)

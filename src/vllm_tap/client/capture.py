@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_tap.client import engine
 from vllm_tap.client.connection import Connection, connect, new_capture_id
+from vllm_tap.client.memory import RankMemory
 from vllm_tap.client.progress import bar
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.result import Capture
@@ -86,14 +87,14 @@ def capture(
         marked = [_marked(given, start.capture_id, sample) for sample, given in enumerate(params)]
         outputs = engine.generate(llm, prompts, marked, bar(progress, lambda: _counts(llm)))
         clock.lap("generate")
-        descriptors = connection.call(messages.Descriptor, "finish", start.capture_id)
+        handed_over = connection.finish(start.capture_id, start.shared)
     except BaseException:
         _stop(connection, start.capture_id)
         raise
     clock.lap("finish")
-    result = _result(connection, spec, start, outputs, descriptors)
+    result = _result(connection, spec, start, outputs, handed_over)
     clock.lap("check")
-    result.seconds.update(clock.seconds, wait=max(descriptor.wait_seconds for descriptor in descriptors))
+    result.seconds.update(clock.seconds, wait=max(descriptor.wait_seconds for descriptor, _ in handed_over))
     return result
 
 
@@ -229,13 +230,10 @@ def _result(
     spec: Spec,
     start: messages.Start,
     outputs: list[Any],
-    descriptors: list[messages.Descriptor],
+    handed_over: list[tuple[messages.Descriptor, RankMemory]],
 ) -> Capture:
     sequences = Sequences(outputs, spec.positions)
-    ranks = []
-    for descriptor in descriptors:
-        descriptor.validate(start.capture_id, sys.byteorder)
-        ranks.append(RankRows(descriptor, connection.memory(descriptor, start.shared), sequences))
+    ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over]
     conventions = {info.name: info.convention for hello in connection.hellos for info in hello.streams}
     conventions["hidden_states"] = connection.residual
     return Capture(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import sys
 import weakref
 from typing import Any, TypeVar
 
@@ -78,13 +79,33 @@ class Connection:
         Raises:
             TapError: The first failure that came back, or what kept the workers from answering.
         """
-        replies = [messages.decode_reply(data) for data in self._rpc(name, *args)]
+        replies = self._replies(name, *args)
         for reply in replies:
             if isinstance(reply, messages.Failure):
                 raise reply.exception()
             if not isinstance(reply, kind):
                 raise CaptureError(f"expected {kind.__name__} from vllm_tap_{name}, got {type(reply).__name__}")
         return replies  # type: ignore[return-value]
+
+    def finish(self, capture_id: str, shared: bool) -> list[tuple[messages.Descriptor, RankMemory]]:
+        """End a capture in all workers and take hold of what they hand over.
+
+        Raises:
+            TapError: A worker failed; what the others handed over is free again.
+        """
+        replies = self._replies("finish", capture_id)
+        descriptors = [reply for reply in replies if isinstance(reply, messages.Descriptor)]
+        for descriptor in descriptors:
+            descriptor.validate(capture_id, sys.byteorder)
+        # Held before anything is checked: what is let go of here is free in the worker.
+        held = [(descriptor, self._memory(descriptor, shared)) for descriptor in descriptors]
+        for reply in replies:
+            if isinstance(reply, messages.Failure):
+                raise reply.exception()
+        return held
+
+    def _replies(self, name: str, *args: Any) -> list[messages.Reply]:
+        return [messages.decode_reply(data) for data in self._rpc(name, *args)]
 
     def _rpc(self, name: str, *args: Any) -> list[Any]:
         llm = self._llm()
@@ -106,7 +127,7 @@ class Connection:
                 self._readers[hello.rank.rank] = SegmentReader(hello.address)
         return self._readers
 
-    def memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:
+    def _memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:
         """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
         if shared:
             return MappedMemory(descriptor, self._readers[descriptor.rank])

@@ -53,14 +53,10 @@ class Sequences:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         if positions == "all":
             return np.arange(self.starts[-1]), self.starts
-        chosen = []
-        for number, prompt_len in enumerate(prompt_lens):
-            start, stop = int(self.starts[number]), int(self.starts[number + 1])
-            mask = selected(positions, prompt_len, 0, stop - start)
-            assert mask is not None
-            chosen.append(start + np.flatnonzero(mask))
-        ends = np.cumsum([len(piece) for piece in chosen], dtype=np.int64)
-        return np.concatenate(chosen), np.concatenate(([0], ends))
+        lengths = np.diff(self.starts)
+        at = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], lengths)
+        wanted = np.flatnonzero(selected(positions, np.repeat(np.array(prompt_lens), lengths), at))
+        return wanted, np.searchsorted(wanted, self.starts)
 
     def position_of(self, flat: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the sequence number and the position of flat indices."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, Final
 
 from vllm_tap.errors import EngineUnsupportedError, TransportError
@@ -46,6 +47,7 @@ def _driver() -> Any:
     except OSError as error:
         raise EngineUnsupportedError(f"the CUDA driver's library cannot be loaded: {error}") from None
     library.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpy2DAsync_v2.argtypes = [ctypes.POINTER(_Memcpy2D), ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
     library.cuMemFree_v2.argtypes = [ctypes.c_uint64]
@@ -77,6 +79,12 @@ def allocate(nbytes: int) -> int:
 def free(address: int) -> None:
     """Give device memory back; waits for the work that is queued on the device."""
     _check(_driver().cuMemFree_v2(address), "cuMemFree")
+
+
+def write_words(target: int, words: Sequence[int], stream: int) -> None:
+    """Queue a copy of a few int64 words to device memory; the driver keeps its own copy of them at once."""
+    data = (ctypes.c_int64 * len(words))(*words)
+    _check(_driver().cuMemcpyHtoDAsync_v2(target, data, 8 * len(words), stream), "cuMemcpyHtoDAsync")
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:

@@ -19,8 +19,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_tap.engine import cuda, kernel
@@ -28,7 +26,7 @@ from vllm_tap.engine.graphs import GraphSwitch
 from vllm_tap.engine.rows import Batch, Selection
 from vllm_tap.engine.slab import Slab, SlabKeeper, aligned
 from vllm_tap.engine.tap import LIBRARY, REGISTRY, Rows, Tap, flat
-from vllm_tap.errors import BudgetError, CaptureError
+from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError
 from vllm_tap.frame.layout import Layout, Stream
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.memory import Segment
@@ -69,7 +67,13 @@ class DeviceRows(Rows):
         self._planes: dict[int, tuple[int, int]] = {}
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
+        self._header_address = self.header.data_ptr()
+        self._num_identity = 0
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def num_graph_nodes(self) -> int:
+        return self.switch.num_nodes
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         """Return a device pointer of a dtype from which destinations are counted; see `kernel`."""
@@ -105,15 +109,16 @@ class DeviceRows(Rows):
         """Return how many steps went through each tap since `switch_on`; waits for the device."""
         return list(self.counts.tolist())
 
-    def arm(self, header: Sequence[int], row_map: npt.NDArray[np.int32]) -> None:
-        """Send header and row map of a step to the device, in one copy."""
-        num_words = kernel.HEADER_WORDS + (len(row_map) + 1) // 2
-        # PyTorch keeps pinned memory until the copies out of it are done.
-        pinned = torch.empty(num_words, dtype=torch.int64, pin_memory=True)
-        words = pinned.numpy()
-        words[: kernel.HEADER_WORDS] = header
-        words[kernel.HEADER_WORDS :].view(np.int32)[: len(row_map)] = row_map
-        self._buffer[:num_words].copy_(pinned, non_blocking=True)
+    def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
+        """Send the header of a step to the device, and its row map unless the device has it already."""
+        num_tokens = header[0]
+        if not (selection.is_everything and num_tokens <= self._num_identity):
+            pinned = torch.empty(num_tokens, dtype=torch.int32, pin_memory=True)
+            pinned.numpy()[:] = selection.row_map
+            # PyTorch keeps pinned memory until the copies out of it are done.
+            self.row_map[:num_tokens].copy_(pinned, non_blocking=True)
+            self._num_identity = num_tokens if selection.is_everything else 0
+        cuda.write_words(self._header_address, header, stream.cuda_stream)
         self.active = self._dirty = True
 
     def clear(self) -> None:
@@ -198,10 +203,18 @@ class DeviceSink:
         self._last = torch.cuda.Event()
         self._labels = Ring(2 * max_rows)
         self._label_start = self._label_target = 0
+        self._step: tuple[Selection, Batch] | None = None
+        self._forward_done = torch.cuda.Event()
+        self._unsent = False
         self._lanes = [
             _Lane(stream, [taps[stream.name, layer] for layer in stream.layers], max_rows, self._small_rows)
             for stream in streams
         ]
+        names = [stream.name for stream in streams]
+        if len(set(names)) < len(names):
+            raise EngineUnsupportedError(
+                f"layers of one stream differ in width here ({names}): capture them separately."
+            )
         self._lane_of = {tap.index: lane for lane in self._lanes for tap in lane.taps}
         widest = max((max_rows * lane.stream.row_bytes for lane in self._lanes if lane.wide), default=0)
         self._planes = Ring(RING_PLANES * widest)
@@ -233,8 +246,9 @@ class DeviceSink:
     def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
         """Tell the kernels where the rows of this step go.
 
-        Cost: one small host-to-device copy and one small kernel on the main stream.
+        Cost: one copy of 128 bytes to the device; of the row map too when it changes.
         """
+        self.send()
         main = torch.cuda.current_stream(self._device)
         address = self._pool.segment(chunk.segment_id).address
         num_rows = self._num_rows = selection.num_rows
@@ -244,8 +258,9 @@ class DeviceSink:
         for lane, start in zip(self._lanes, placed.streams, strict=True):
             lane.target = address + start
             header[1 + 2 * lane.number : 3 + 2 * lane.number] = self._way(lane, main)
-        self._rows.arm(header, selection.row_map)
-        self._label(address + placed.labels, selection, batch, main)
+        self._rows.arm(header, selection, main)
+        self._label_target = address + placed.labels
+        self._step = selection, batch
 
     def _way(self, lane: _Lane, main: torch.cuda.Stream) -> tuple[int, int]:
         """Return where plane 0 of a stream begins in this step, and the bytes from plane to plane."""
@@ -257,10 +272,15 @@ class DeviceSink:
         lane.start = lane.rows.take(self._num_rows, main)
         return lane.staging + lane.start * row_bytes, lane.pitch
 
-    def _label(self, target: int, selection: Selection, batch: Batch, main: torch.cuda.Stream) -> None:
+    def _label(self, main: torch.cuda.Stream) -> None:
+        # After the forward pass has been launched, where the host's time is not on the engine's path. The runner's
+        # positions and token ids stay as they are until it prepares the next step, on the same stream.
+        assert self._step is not None
+        selection, batch = self._step
+        self._step = None
         num_rows = selection.num_rows
-        ctypes.memmove(target, selection.numbers.ctypes.data, 4 * num_rows)
-        self._label_target = target + 4 * num_rows
+        ctypes.memmove(self._label_target, selection.numbers.ctypes.data, 4 * num_rows)
+        self._label_target += 4 * num_rows
         address, pitch = self._label_target, num_rows
         if self._slab is not None:
             self._label_start = self._labels.take(num_rows, main)
@@ -280,7 +300,7 @@ class DeviceSink:
         lane.start = self._planes.take(nbytes, torch.cuda.current_stream(self._device))
         return self._plane_staging + lane.start
 
-    def send(self, tap: Tap) -> None:
+    def send_plane(self, tap: Tap) -> None:
         """Queue the copy of a plane that has just been written to the ring."""
         lane = self._lane_of[tap.index]
         nbytes = self._num_rows * lane.stream.row_bytes
@@ -290,14 +310,25 @@ class DeviceSink:
         self._planes.busy(lane.start, nbytes, self._side.record_event())
 
     def end(self) -> list[Tap]:
-        """Queue the copies of the staged planes and the labels; which taps were silent is known when all is settled."""
+        """Write the labels; which taps were silent is known when all is settled."""
         self._num_steps += 1
         self._rows.active = False
+        main = torch.cuda.current_stream(self._device)
+        self._label(main)
+        self._forward_done.record(main)
+        self._unsent = True
+        return []
+
+    def send(self) -> None:
+        """Queue the copies of the staged planes and the labels on the side stream."""
+        if not self._unsent:
+            return
+        self._unsent = False
         if self._slab is None:
-            self._last = torch.cuda.current_stream(self._device).record_event()
-            return []
+            self._last = self._forward_done
+            return
         num_rows, side = self._num_rows, self._side.cuda_stream
-        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
+        self._side.wait_event(self._forward_done)
         staged = [lane for lane in self._lanes if not (lane.wide and self._is_large)]
         for lane in staged:
             width = num_rows * lane.stream.row_bytes
@@ -309,7 +340,6 @@ class DeviceSink:
         for lane in staged:
             lane.rows.busy(lane.start, num_rows, self._last)
         self._labels.busy(self._label_start, num_rows, self._last)
-        return []
 
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
@@ -317,6 +347,7 @@ class DeviceSink:
         Raises:
             CaptureError: A tap was silent.
         """
+        self.send()
         self._last.synchronize()
         seen = self._rows.counted()
         silent = [place for place in self._lane_of if seen[place - self._rows.first_tap] != self._num_steps]
@@ -372,7 +403,7 @@ def _tap_cuda(hidden: torch.Tensor, residual: torch.Tensor | None, control: torc
         address = rows.sink.address_for(tap)
         kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, address=address)
         if address:
-            rows.sink.send(tap)
+            rows.sink.send_plane(tap)
 
 
 def _find(control: torch.Tensor) -> Tap:

@@ -246,6 +246,9 @@ class Recorder:
     def drain(self) -> None:
         """The forward pass has been launched."""
 
+    def sampled(self) -> None:
+        """The copy of the sampled tokens to the host has been queued."""
+
     def disarm(self) -> None:
         """A forward pass without requests is about to run."""
 
@@ -256,13 +259,14 @@ def runner_name(runner: Any) -> str:
 
 
 def watch_runner(runner: Any, recorder: Recorder) -> None:
-    """Let the recorder see every step of the runner, in the order meet, arm, forward, drain.
+    """Let the recorder see every step of the runner, in the order meet, arm, forward, drain, sampled.
 
     Raises:
         EngineUnsupportedError: The runner does not look as expected; it has not been changed.
     """
     execute = require(runner, "execute_model", "to see the steps")
     dummy_run = require(runner, "_dummy_run", "to tell dummy runs from real ones")
+    sample = require(runner, "sample_tokens", "to see when the tokens of a step are on their way")
     if runner_name(runner) == "V2":
         prepare = runner.prepare_inputs
         runner.prepare_inputs = _after(prepare, lambda batch: recorder.arm(_batch_v2(batch)))
@@ -288,6 +292,7 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
         return dummy_run(*args, **kwargs)
 
     runner.execute_model, runner._dummy_run = execute_model, _dummy_run
+    runner.sample_tokens = _after(sample, lambda _: recorder.sampled())
 
 
 def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineUnsupportedError
@@ -75,10 +76,12 @@ def start(model: str, **arguments: Any) -> Any:
         A `vllm.LLM`.
 
     Raises:
-        EngineUnsupportedError: vLLM is not installed, or does not start.
+        EngineUnsupportedError: vLLM is not installed or does not start, or there is no such folder.
     """
     if find_vllm() is None:
         raise EngineUnsupportedError(f"vLLM is not installed in this environment: {INSTALL}.")
+    if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
+        raise EngineUnsupportedError(f"{model} is not a folder: name the folder of a model.", path=model)
     try:
         from vllm import LLM
     except ImportError as error:

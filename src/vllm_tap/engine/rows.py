@@ -6,8 +6,7 @@ A `Batch` is what a runner adapter reads before the forward pass; a `Selection` 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +38,9 @@ class CapturedRequest(NamedTuple):
     prompt_len: int
 
 
+_NOBODY: Final = CapturedRequest(-1, 0)
+
+
 class Run(NamedTuple):
     """A contiguous piece of the batch: rows `source` to `source + num_rows` become rows `target` and following."""
 
@@ -51,7 +53,7 @@ class Selection(NamedTuple):
     """The captured rows of one step: R rows out of T tokens.
 
     `row_map` [T]: destination row of each token, -1 for none. `sources` [R]: the token of each row. `numbers` [R]: the
-    request number of each row. `runs`: the same map as contiguous pieces.
+    request number of each row. `runs`: the same map as contiguous pieces. `is_everything`: row t is token t.
     """
 
     num_rows: int
@@ -59,44 +61,72 @@ class Selection(NamedTuple):
     sources: Int32
     numbers: Int32
     runs: list[Run]
+    is_everything: bool
 
 
-def select(batch: Batch, requests: Mapping[str, CapturedRequest], positions: str | tuple[int, ...]) -> Selection | None:
-    """Choose the rows of a step that are asked for, or None when there are none.
+class Selector:
+    """Chooses the rows of each step. Keeps what does not change while the same requests decode."""
 
-    Cost: one dictionary look-up per request, a few numpy calls per step; one more per request when `positions` is not
-    "all". No device sync.
-    """
-    found = [requests.get(request_id) for request_id in batch.request_ids]
-    starts = batch.starts
-    num_tokens = int(starts[len(found)])
-    numbers = np.fromiter((-1 if r is None else r.number for r in found), np.int32, len(found))
-    token_numbers = np.repeat(numbers, np.diff(starts[: len(found) + 1]))
-    if positions != "all":
-        _deselect(token_numbers, batch, found, positions)
-    elif None not in found:
-        every = np.arange(num_tokens, dtype=np.int32)
-        return Selection(num_tokens, every, every, token_numbers, [Run(0, 0, num_tokens)])
-    sources = np.flatnonzero(token_numbers >= 0).astype(np.int32)
-    if not len(sources):
-        return None
-    row_map = np.full(num_tokens, -1, np.int32)
-    row_map[sources] = np.arange(len(sources), dtype=np.int32)
-    return Selection(len(sources), row_map, sources, token_numbers[sources], _runs(sources))
+    def __init__(self, positions: str | tuple[int, ...]) -> None:
+        self._positions = positions
+        self._requests: dict[str, CapturedRequest] = {}
+        self._ids: list[str] = []
+        self._starts: Int32 = np.zeros(1, np.int32)
+        self._numbers: Int32 = np.empty(0, np.int32)
+        self._prompt_lens: Int32 = np.empty(0, np.int32)
+        self._last: Selection | None = None
 
+    def add(self, request_id: str, request: CapturedRequest) -> None:
+        """Capture a request from now on."""
+        self._requests[request_id] = request
 
-def _deselect(
-    token_numbers: Int32, batch: Batch, found: list[CapturedRequest | None], positions: str | tuple[int, ...]
-) -> None:
-    """Set the numbers of tokens at positions that nobody asked for to -1."""
-    for index, request in enumerate(found):
-        if request is None:
-            continue
-        start, stop = int(batch.starts[index]), int(batch.starts[index + 1])
-        first = int(batch.num_computed[index])
-        wanted = selected(positions, request.prompt_len, first, first + stop - start)
-        if wanted is not None:
-            token_numbers[start:stop][~wanted] = -1
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def select(self, batch: Batch) -> Selection | None:
+        """Choose the rows of a step that are asked for, or None when there are none.
+
+        Cost: a list comparison when the requests and their lengths are those of the step before; else one look-up per
+        request and a few numpy calls per step. No device sync.
+        """
+        starts = batch.starts[: len(batch.request_ids) + 1]
+        same_requests = batch.request_ids == self._ids
+        if same_requests and self._positions == "all" and np.array_equal(starts, self._starts):
+            return self._last
+        if not same_requests:
+            self._look_up(batch.request_ids)
+        self._starts = starts.copy()
+        self._last = self._choose(batch, starts)
+        return self._last
+
+    def _look_up(self, request_ids: list[str]) -> None:
+        self._ids = request_ids
+        found = [self._requests.get(request_id, _NOBODY) for request_id in request_ids]
+        self._numbers = np.array([request.number for request in found], np.int32)
+        self._prompt_lens = np.array([request.prompt_len for request in found], np.int32)
+
+    def _choose(self, batch: Batch, starts: Int32) -> Selection | None:
+        counts = np.diff(starts)
+        numbers = np.repeat(self._numbers, counts)
+        if self._positions != "all":
+            # Most steps of a long generation have nothing for "prompt", "last" or prompt positions: see that early.
+            if self._positions != "generated" and (batch.num_computed >= self._prompt_lens).all():
+                return None
+            positions = np.arange(len(numbers)) + np.repeat(batch.num_computed - starts[:-1], counts)
+            wanted = selected(self._positions, np.repeat(self._prompt_lens, counts), positions)
+            numbers = np.where(wanted, numbers, np.int32(-1))
+        elif self._numbers.min(initial=0) >= 0:
+            every = np.arange(len(numbers), dtype=np.int32)
+            return Selection(len(numbers), every, every, numbers, [Run(0, 0, len(numbers))], True)
+        sources = np.flatnonzero(numbers >= 0).astype(np.int32)
+        if not len(sources):
+            return None
+        row_map = np.full(len(numbers), -1, np.int32)
+        row_map[sources] = np.arange(len(sources), dtype=np.int32)
+        return Selection(len(sources), row_map, sources, numbers[sources], _runs(sources), False)
 
 
 def _runs(sources: Int32) -> list[Run]:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from vllm_tap.engine.rows import Batch, CapturedRequest, Selection, select
+from vllm_tap.engine.rows import Batch, CapturedRequest, Selection, Selector
 from vllm_tap.engine.tap import Rows, Tap
 from vllm_tap.errors import BudgetError, CaptureError, TapError
 from vllm_tap.frame import messages
@@ -37,8 +37,11 @@ class Sink(Protocol):
         """Let the rows of a step through."""
 
     def end(self) -> list[Tap]:
-        """Send them off; return taps that are known to have been silent."""
+        """The forward pass has been launched; return taps that are known to have been silent."""
         ...
+
+    def send(self) -> None:
+        """The step's tokens are on their way: send off what is still on the device."""
 
     def settle(self) -> None:
         """Wait until all rows lie in their blocks."""
@@ -58,7 +61,7 @@ class Session:
         self.num_rows = 0
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
-        self._requests: dict[str, CapturedRequest] = {}
+        self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []
         self._free_offset = self._free_end = 0
@@ -70,18 +73,18 @@ class Session:
 
         The V2 runner adds a preempted request again under the same id: it keeps its number.
         """
-        if mark.capture_id != self.start.capture_id or request_id in self._requests:
+        if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
         child = _CHILD.match(request_id) if mark.num_completions > 1 else None
-        self._requests[request_id] = CapturedRequest(len(self._table), prompt_len)
+        self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
         self._table.append(messages.Request(request_id, mark.sample, int(child[1]) if child else 0))
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
-        if self.error is not None or not self._requests:
+        if self.error is not None or not len(self._selector):
             return
         try:
-            selection = select(batch, self._requests, self.start.positions)
+            selection = self._selector.select(batch)
             if selection is None:
                 self._rows.clear()
             else:
@@ -136,6 +139,16 @@ class Session:
                     f"the forward pass did not go through {len(silent)} taps ({names}): this model or step runs its "
                     "layers in a way that cannot be tapped. Set enforce_eager=True, and report the model."
                 )
+        except Exception as error:
+            self.fail(error)
+
+    def send(self) -> None:
+        """After sampling: send off what is still on the device.
+
+        Not before: the copy of the sampled tokens, for which the engine waits, would queue behind ours.
+        """
+        try:
+            self._sink.send()
         except Exception as error:
             self.fail(error)
 

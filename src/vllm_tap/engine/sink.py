@@ -1,6 +1,6 @@
 """Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
 
-A sink has four verbs: `begin` a step, `end` it, `settle` (all rows of all steps lie in their blocks), `close`.
+A sink has five verbs: `begin` a step, `end` it, `send` its rows, `settle` (all rows lie in their blocks), `close`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ class HostSink:
                     silent.append(tap)
         self._rows.clear()
         return silent
+
+    def send(self) -> None:
+        """Send off what is still on the device: nothing."""
 
     def settle(self) -> None:
         """Wait until all rows lie in their blocks: they already do."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from vllm_tap.engine import host
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
 from vllm_tap.engine.tap import Rows, Tap, tap
+
+SOURCES: Final = {
+    "embeddings": "input of decoder layer 0",
+    "final_hidden_states": "output of the final norm",
+    "router_logits": "output of the gate, before softmax or sigmoid and before any bias that only chooses",
+    "expert_ids": "ids as the router chose them, in its order",
+    "expert_weights": "weights as the router computed them, in the order of the ids",
+}
+"""Where the rows of each stream come from; that of hidden_states is decided for each model, see `convention`."""
 
 
 class ModelTaps:

@@ -16,9 +16,9 @@ from vllm_tap.engine import host
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN, Verdict
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
-from vllm_tap.engine.sink import HostSink
+from vllm_tap.engine.sink import HostSink, Taps
 from vllm_tap.engine.tap import ADD, Rows, Tap
-from vllm_tap.engine.taps import ModelTaps
+from vllm_tap.engine.taps import SOURCES, ModelTaps
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
@@ -66,6 +66,14 @@ def dtype_name(place: Tap) -> str:
     if name not in ITEMSIZE:
         raise EngineUnsupportedError(f"{place.stream}[{place.layer}] has dtype {name}; blocks carry {list(ITEMSIZE)}")
     return name
+
+
+def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
+    """Return the layers of each (stream, dtype, width): layers may differ, for example in their number of experts."""
+    layers: dict[tuple[str, str, int], list[int]] = {}
+    for (stream, layer), tap in taps.items():
+        layers.setdefault((stream, dtype_name(tap), tap.width), []).append(layer)
+    return layers
 
 
 class TapWorker(host.Recorder):
@@ -118,6 +126,10 @@ class TapWorker(host.Recorder):
         if self._session is not None:
             self._session.drain()
 
+    def sampled(self) -> None:
+        if self._session is not None:
+            self._session.send()
+
     def disarm(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
@@ -151,13 +163,15 @@ class TapWorker(host.Recorder):
         )
 
     def _streams(self, taps: ModelTaps, verdict: Verdict) -> Iterable[messages.StreamInfo]:
-        layers: dict[tuple[str, str, int], list[int]] = {}
-        for (stream, layer), place in taps.by_place.items():
-            if place.width and not (stream == "hidden_states" and verdict.reason):
-                layers.setdefault((stream, dtype_name(place), place.width), []).append(layer)
+        places = {
+            place: tap
+            for place, tap in taps.by_place.items()
+            if tap.width and not (place[0] == "hidden_states" and verdict.reason)
+        }
+        layers = by_shape(places)
         for (stream, dtype, width), numbers in layers.items():
-            convention = verdict.convention if stream == "hidden_states" else ""
-            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), convention)
+            source = verdict.convention if stream == "hidden_states" else SOURCES[stream]
+            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), source)
 
     @_replying
     def start(self, data: bytes) -> messages.Started:
@@ -194,11 +208,13 @@ class TapWorker(host.Recorder):
         """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
         assert self._taps is not None
         rank = host.read_rank(self._worker)
-        for name, wanted in start.streams.items():
-            held = [place for (stream, _), place in self._taps.by_place.items() if stream == name]
-            layers = tuple(p.layer for p in held if p.layer in wanted and p.layer % rank.tp_size == rank.tp_rank)
-            if layers:
-                yield Stream(name, dtype_name(held[0]), held[0].width, layers)
+        mine = {
+            (stream, layer): tap
+            for (stream, layer), tap in self._taps.by_place.items()
+            if layer in start.streams.get(stream, ()) and layer % rank.tp_size == rank.tp_rank
+        }
+        for (stream, dtype, width), layers in by_shape(mine).items():
+            yield Stream(stream, dtype, width, tuple(layers))
 
     @_replying
     def finish(self, capture_id: str) -> messages.Descriptor:
@@ -246,6 +262,7 @@ class TapWorker(host.Recorder):
             "num_bytes": self._session.num_bytes if self._session else 0,
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
             "used_bytes": sum(s.used_bytes for s in stats),
+            "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
         }
 

@@ -14,6 +14,7 @@ import numpy as np
 from vllm_tap import errors
 from vllm_tap.errors import DescriptorError, TapError
 from vllm_tap.frame.layout import IntArray, Stream, layout
+from vllm_tap.labels import NUM_LABELS
 
 VERSION: Final = 1
 """Rises whenever a message or the layout of a block changes."""
@@ -165,6 +166,11 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
             and not ((index >= 0) & (index < len(self.chunks)) & (num_rows >= 1) & (num_rows <= MAX_ROWS)).all()
         ):
             raise DescriptorError(f"rank {self.rank}: a block names a chunk or a number of rows that cannot be")
+        # Divided, not multiplied: a product of numbers from outside could wrap around in 64 bits.
+        row_bytes = NUM_LABELS * 4 + sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
+        room = np.array([chunk.nbytes // row_bytes for chunk in self.chunks], np.int64)[index]
+        if (num_rows > room).any():
+            raise DescriptorError(f"rank {self.rank}: a block of {num_rows.max()} rows does not fit its chunk")
         starts = np.array([chunk.offset for chunk in self.chunks], np.int64)[index]
         ends = starts + np.array([chunk.nbytes for chunk in self.chunks], np.int64)[index]
         placed = layout(offset, num_rows, self.streams)
