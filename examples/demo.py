@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from vllm_tap import Capture, Spec, capture
 from vllm_tap.cli.table import columns, summary
+from vllm_tap.engine.launch import stop
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "SmolLM2-135M-Instruct"
@@ -46,8 +47,10 @@ def main() -> None:
     print(f"starting vLLM on {folder.name} (about a minute)", flush=True)
     llm = start(folder)
     result = capture(llm, prompts, Spec(hidden_states="all"), max_tokens=NUM_TOKENS, temperature=0)
+    tokenizer = llm.get_tokenizer()
+    stop(llm)  # the rows outlive the engine
     print(summary(result), end="\n\n")
-    show_lens(result, llm.get_tokenizer(), read_head(folder))
+    show_lens(result, tokenizer, read_head(folder))
 
 
 def start(folder: Path) -> Any:
@@ -56,8 +59,8 @@ def start(folder: Path) -> Any:
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    # Eager only because compiling takes minutes on a few cores; a capture works the same in compiled graphs.
-    return LLM(str(folder), max_model_len=1024, enforce_eager=True)
+    # Eager because compiling takes minutes on a few cores; a part of the memory because others may use the rest.
+    return LLM(str(folder), max_model_len=1024, enforce_eager=True, gpu_memory_utilization=0.4)
 
 
 def read_head(folder: Path) -> Head:

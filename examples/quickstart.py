@@ -11,7 +11,8 @@ from vllm_tap import Spec, capture
 
 def main() -> None:
     """Capture two prompts and look at one layer."""
-    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct", max_model_len=1024)
+    model = sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct"
+    llm = LLM(model, max_model_len=512, gpu_memory_utilization=0.5)
     result = capture(llm, ["The capital of France is", "Bees dance"], Spec(hidden_states="all"), max_tokens=8)
     rows = result[0].hidden_states[-1]
     print(result)

@@ -31,7 +31,15 @@ def render_handover(results_dir: Path) -> str:
     return _table([head, *rows]) + "\n\n" + _origin(results, source)
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {"handover": render_handover}
+def render_gpu(results_dir: Path) -> str:
+    """Return a table for every results file of `bench/gpu.py`, or a sentence if there is none."""
+    sources = sorted(results_dir.glob("gpu-*.json"))
+    if not sources:
+        return "Nothing has been measured on a GPU yet."
+    return "\n\n".join(_gpu_table(json.loads(source.read_text()), source) for source in sources)
+
+
+RENDERERS: dict[str, Callable[[Path], str]] = {"handover": render_handover, "gpu": render_gpu}
 """Marker name to the function that renders it from the folder of results."""
 
 
@@ -84,6 +92,25 @@ def _duration(milliseconds: float) -> str:
 
 def _ratio(value: float) -> str:
     return f"{_three_digits(value)}x"
+
+
+def _gpu_table(results: dict[str, Any], source: Path) -> str:
+    head = ["workload", "arm", "ratio to plain", "rows GB", "GB/s"]
+    machine, rates = results["machine"], results["rates_gb_per_s"]
+    origin = (
+        f"Shape `{results['shape']}`, medians; ratio: time of the plain engine over time of the arm. {machine['gpu']}, "
+        f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
+        f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
+        f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
+    )
+    return _table([head, *map(_gpu_row, results["rows"])]) + "\n\n" + origin
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
+    """Return the cells of an arm; plain and idle engines ship no rows."""
+    gigabytes = row["bytes"] / 1e9
+    moved = [_three_digits(gigabytes), _three_digits(gigabytes / row["seconds"])] if row["bytes"] else ["", ""]
+    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", *moved]
 
 
 def _three_digits(value: float) -> str:

@@ -1,0 +1,91 @@
+"""What the commands take: values of options, and the options that start an engine. Runs in the user's process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_NEGATIVE_LIST = re.compile(r"-\d+(,-?\d+)+")
+
+
+def join_negative(argv: Iterable[str]) -> list[str]:
+    """Join lists such as `-2,-1` to the option before them, which argparse would take for an option of their own."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _NEGATIVE_LIST.fullmatch(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def layers(text: str) -> str | list[int]:
+    """Read `all`, or layer numbers between commas."""
+    return text if text == "all" else numbers(text, 'layers are "all" or whole numbers between commas, such as 0,8,-1')
+
+
+def positions(text: str) -> str | list[int]:
+    """Read a name of positions, or prompt positions between commas; `Spec` checks the name."""
+    if text.isalpha():
+        return text
+    return numbers(text, "positions are a name or whole numbers between commas, such as 0,-1")
+
+
+def numbers(text: str, rule: str) -> list[int]:
+    """Read whole numbers between commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rule}; got {text!r}") from None
+
+
+def size(text: str) -> int:
+    """Read a number of bytes, such as 4GiB or 500MB."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        units = "KB, MB, GB, KiB, MiB or GiB"
+        raise argparse.ArgumentTypeError(f"a size is a number of bytes, or one with {units}; got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def positive(text: str) -> int:
+    """Read a whole number above zero."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, such as '{{\"seed\": 1}}'; got {text!r}")
+    return value
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `engine_arguments` reads."""
+    group = parser.add_argument_group("engine", "Passed on to vllm.LLM.")
+    group.add_argument("--dtype", help="dtype of the model; by default what its configuration says")
+    group.add_argument("--max-model-len", type=positive, metavar="N", help="most tokens of a sequence")
+    group.add_argument("--tensor-parallel-size", type=positive, metavar="N", help="ranks that share the model")
+    group.add_argument("--enforce-eager", action="store_true", help="neither compile nor capture graphs")
+    group.add_argument(
+        "--engine", type=json_object, default={}, metavar="JSON", help="more arguments of vllm.LLM, as a JSON object"
+    )
+
+
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` that were given; the named options win over `--engine`."""
+    named = {name: getattr(options, name) for name in ("dtype", "max_model_len", "tensor_parallel_size")}
+    given = {name: value for name, value in named.items() if value is not None}
+    return {**options.engine, **given, **({"enforce_eager": True} if options.enforce_eager else {})}

@@ -1,0 +1,148 @@
+"""`vllm-tap capture`: prompts from a file through an engine, rows into a file. Runs in the user's process."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vllm_tap.cli import arguments, checks
+from vllm_tap.cli.prompts import read_prompts
+from vllm_tap.cli.save import check_target, save
+from vllm_tap.cli.table import size_text, summary
+from vllm_tap.errors import PluginNotLoadedError
+from vllm_tap.spec import Spec
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to a parser's subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "capture",
+        help="run prompts through a model and capture",
+        description="Run prompts through a model and capture hidden states (the default: of all layers), router "
+        "logits or routed experts. Prints how much came and how long it took; --save keeps the rows.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".txt: a prompt a line; .jsonl: "
+        'objects with "prompt" or "prompt_token_ids", other keys are ignored; empty lines too',
+    )
+    _add_spec_options(parser)
+    _add_run_options(parser)
+    arguments.add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_spec_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers such as 0,8,-1.")
+    layers: dict[str, Any] = {"type": arguments.layers, "metavar": "LAYERS"}
+    group.add_argument(
+        "--layers", **layers, help="hidden states after these decoder layers; all of them if no other stream is named"
+    )
+    group.add_argument("--router-logits", **layers, help="the gate's output of these layers")
+    group.add_argument("--routed-experts", **layers, help="expert ids and weights of these layers")
+    group.add_argument("--embeddings", action="store_true", help="the input of the first layer")
+    group.add_argument("--final-hidden-states", action="store_true", help="the output of the final norm")
+    group.add_argument(
+        "--positions",
+        type=arguments.positions,
+        default="all",
+        metavar="WHICH",
+        help="all (the default), prompt, generated, last, or prompt positions such as 0,-1",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--max-tokens",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="tokens to generate for each prompt, greedily (default 1: rows of the prompt only)",
+    )
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
+    group.add_argument("--force", action="store_true", help="replace the file if it exists")
+    group.add_argument(
+        "--transport",
+        choices=("auto", "segment", "inline"),
+        default="auto",
+        help="shared memory, bytes through calls, or the first that works (default)",
+    )
+    group.add_argument(
+        "--staging",
+        choices=("auto", "staged", "direct"),
+        default="auto",
+        help="on a GPU: through device memory, or straight to pinned memory",
+    )
+    group.add_argument(
+        "--budget-bytes",
+        type=arguments.size,
+        metavar="SIZE",
+        help="most memory for rows, such as 4GiB (default: a quarter of RAM, at most 8 GiB)",
+    )
+
+
+def spec_of(options: argparse.Namespace) -> Spec:
+    """Return the specification that the options describe: hidden states of all layers unless they name a stream."""
+    others = (options.router_logits, options.routed_experts, options.embeddings, options.final_hidden_states)
+    layers = options.layers if options.layers is not None or any(others) else "all"
+    return Spec(
+        hidden_states=layers,
+        router_logits=options.router_logits,
+        routed_experts=options.routed_experts,
+        embeddings=options.embeddings,
+        final_hidden_states=options.final_hidden_states,
+        positions=options.positions,
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command. What can be refused without an engine is refused before one starts."""
+    spec = spec_of(options)
+    prompts = read_prompts(options.prompts)
+    if options.save:
+        check_target(options.save, options.force)
+    require_plugin()
+    from vllm_tap.engine import launch
+
+    llm = launch.start(options.model, **arguments.engine_arguments(options))
+    try:
+        result = _capture(llm, prompts, spec, options)
+    finally:
+        launch.stop(llm)  # the rows outlive the engine, whose memory is free for writing the file
+    print(summary(result))
+    if options.save:
+        print(f"saved {options.save} ({size_text(save(result, options.save, options.model))})")
+    return 0
+
+
+def require_plugin() -> None:
+    """Refuse an environment in which the engine would start without taps.
+
+    Raises:
+        PluginNotLoadedError: What keeps the plugin from being loaded.
+    """
+    for finding in (checks.vllm(), checks.plugin(), checks.plugin_list(), checks.switch()):
+        if finding.level == checks.NO:
+            raise PluginNotLoadedError(f"{finding.subject}: {finding.text}.")
+
+
+def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace) -> Any:
+    from vllm_tap.client.capture import capture
+    from vllm_tap.client.engine import pools
+
+    sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
+    return capture(
+        llm,
+        prompts,
+        spec,
+        transport=options.transport,
+        staging=options.staging,
+        budget_bytes=options.budget_bytes,
+        **sampling,
+    )

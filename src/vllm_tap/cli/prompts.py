@@ -1,0 +1,66 @@
+"""Prompt files: text with a prompt a line, or JSON lines. Runs in the user's process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_tap.errors import SpecError
+
+KEYS: Final = ("prompt", "prompt_token_ids")
+
+Prompt = str | dict[str, Any]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read the prompts of a file, in the order of its lines; empty lines are left out.
+
+    Raises:
+        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, or a line is not one.
+    """
+    readers: dict[str, Callable[[str, str], Prompt]] = {".txt": lambda line, _: line, ".jsonl": _from_json}
+    if path.suffix not in readers:
+        raise SpecError(f"{path}: prompts are read from .txt (one a line) or .jsonl, not from {path.suffix!r}.")
+    read = readers[path.suffix]
+    lines = enumerate(_text(path).split("\n"), 1)
+    found = [read(line.rstrip("\r"), f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not found:
+        raise SpecError(f"{path} has no prompt in it: write one a line.", path=str(path))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror or error}.", path=str(path)) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SpecError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8.", path=str(path)) from error
+
+
+def _from_json(line: str, place: str) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise SpecError(f"{place}: not JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise SpecError(f'{place}: expected an object such as {{"prompt": "..."}}, got {type(fields).__name__}.')
+    chosen = [key for key in KEYS if key in fields]
+    if len(chosen) != 1:
+        have = "both" if chosen else f"neither, but {sorted(fields)}"
+        raise SpecError(f'{place}: an object has "prompt" or "prompt_token_ids", this one has {have}.')
+    return _checked(chosen[0], fields[chosen[0]], place)
+
+
+def _checked(key: str, value: Any, place: str) -> Prompt:
+    if key == "prompt":
+        if not isinstance(value, str) or not value:
+            raise SpecError(f'{place}: "prompt" is a text that is not empty, got {value!r}.')
+        return value
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(type(token) is int and token >= 0 for token in value):
+        raise SpecError(f'{place}: "prompt_token_ids" is a list of token ids that is not empty.')
+    return {key: value}

@@ -1,0 +1,92 @@
+"""Writes a capture into one safetensors file. Runs in the user's process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_tap import __version__
+from vllm_tap.errors import SpecError
+from vllm_tap.spec import SINGLE_STREAMS
+
+FORMAT: Final = "vllm-tap capture 1"
+"""Names the arrangement of tensors and metadata in a file; rises when it changes."""
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse a target before anything expensive happens.
+
+    Raises:
+        SpecError: safetensors is missing, the file exists, or its folder does not.
+    """
+    if importlib.util.find_spec("safetensors") is None:
+        raise SpecError("--save needs the package safetensors: pip install safetensors.")
+    if path.exists() and (path.is_dir() or not force):
+        advice = "name a file" if path.is_dir() else "choose another name, or add --force to replace it"
+        raise SpecError(f"{path} exists already: {advice}.", path=str(path))
+    if not path.parent.is_dir():
+        raise SpecError(f"{path.parent} is not a folder: create it first.", path=str(path))
+
+
+def save(result: Any, path: Path, model: str) -> int:
+    """Write all rows of a capture; the file appears when it is complete. See docs/format.md for the names in it.
+
+    Args:
+        result: A `Capture`.
+        path: The file; one that exists is replaced.
+        model: What the engine was started with, for the metadata.
+
+    Returns:
+        Size of the file in bytes.
+
+    Raises:
+        SpecError: The file could not be written.
+
+    Source:
+        See `Capture.conventions`, which the metadata repeats.
+
+    Cost:
+        One gather for each sample and layer, all held in memory until the file is written.
+    """
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors(result), draft, metadata(result, model))
+        draft.replace(path)
+    except OSError as error:
+        raise SpecError(f"{path} could not be written: {error.strerror or error}.", path=str(path)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def tensors(result: Any) -> dict[str, Any]:
+    """Return the tensors of a file by their names: `{sample}.{stream}.{layer}`, and labels beside them."""
+    named: dict[str, Any] = {}
+    for index, sample in enumerate(result):
+        named[f"{index}.positions"] = sample.positions
+        named[f"{index}.token_ids"] = sample.token_ids
+        for stream in result.layers:
+            rows = getattr(sample, stream)
+            if stream in SINGLE_STREAMS:
+                named[f"{index}.{stream}"] = rows.contiguous()
+            else:
+                named.update({f"{index}.{stream}.{layer}": tensor.contiguous() for layer, tensor in rows.items()})
+    return named
+
+
+def metadata(result: Any, model: str) -> dict[str, str]:
+    """Return what a reader needs to know of the rows; safetensors carries texts only."""
+    return {
+        "format": FORMAT,
+        "vllm_tap": __version__,
+        "model": model,
+        "num_samples": str(len(result)),
+        "spec": result.spec.to_json(),
+        "layers": json.dumps(result.layers),
+        "conventions": json.dumps(result.conventions),
+    }

@@ -1,0 +1,49 @@
+"""Which codec for a link, from rates that were measured.
+
+Runs in the client, before it asks for payloads.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from vllm_tap import codec
+from vllm_tap.errors import SpecError
+
+
+class Rates(NamedTuple):
+    """What one core does with bfloat16 hidden states."""
+
+    ratio: float
+    encode_gb_per_s: float
+    decode_gb_per_s: float
+
+    def seconds_per_gb(self, link_gb_per_s: float) -> float:
+        """Return the time for 1 GB: encoded, sent and decoded one after the other, as a payload is."""
+        return 1 / self.encode_gb_per_s + 1 / (self.ratio * link_gb_per_s) + 1 / self.decode_gb_per_s
+
+
+RATES: Final = {
+    "raw": Rates(1.0, 8.639, 5.039),
+    "lz4": Rates(0.9961, 1.419, 1.543),
+    "zstd": Rates(1.2759, 0.532, 0.576),
+    "bytesplit": Rates(1.4668, 0.543, 1.194),
+}
+"""Medians from `bench/results/codecs-cpu.json`: all 30 layers of SmolLM2-135M-Instruct over 763 tokens of text, on one
+core of an AMD EPYC (Zen 3), by `python -m vllm_tap.bench.codecs`. Other models and streams differ: measure yours."""
+
+
+def auto(link_bytes_per_second: float, same_host: bool) -> str:
+    """Return the name of the codec that brings a payload over soonest, among those whose packages are installed here.
+
+    Within a host that is always `raw`. By the rates above, byte split pays below about 0.14 GB/s (1.1 Gbit/s).
+
+    Raises:
+        SpecError: the speed of the link is not positive.
+    """
+    if same_host:
+        return "raw"
+    if not link_bytes_per_second > 0:
+        raise SpecError(f"link_bytes_per_second is {link_bytes_per_second}, expected more than 0: measure the link")
+    usable = [name for name in RATES if codec.installed(name)]
+    return min(usable, key=lambda name: RATES[name].seconds_per_gb(link_bytes_per_second / 1e9))

@@ -1,0 +1,160 @@
+"""What users import, and what importing it loads; and that the documents say what the code does."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import vllm_tap
+from vllm_tap.bench.render import render
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def fresh(code: str) -> str:
+    """Run code in a new interpreter and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names() -> None:
+    """These names are the package's promise; a change here is a change for users."""
+    assert vllm_tap.__all__ == ["Capture", "Sample", "Spec", "TapError", "__version__", "capture"]
+    assert dir(vllm_tap) == vllm_tap.__all__
+    for name in vllm_tap.__all__:
+        assert getattr(vllm_tap, name) is not None
+
+
+def test_capture_takes_these_arguments() -> None:
+    """The signature of `capture` is public: names, order and defaults."""
+    parameters = inspect.signature(vllm_tap.capture).parameters.values()
+    required = inspect.Parameter.empty
+    assert {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} == {
+        "llm": required,
+        "prompts": required,
+        "spec": required,
+    }
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == {
+        "transport": "auto",
+        "budget_bytes": None,
+        "staging": "auto",
+        "progress": None,
+        "sampling_params": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        ("Capture", "conventions layers num_bytes num_rows outputs rows sample seconds spec"),
+        ("Sample", "embeddings expert_ids expert_weights final_hidden_states hidden_states positions router_logits "
+                   "token_ids"),
+    ],
+)  # fmt: skip
+def test_public_attributes(owner: str, names: str) -> None:
+    """What a result offers is there by these names, as attributes or in the class's documentation."""
+    kind = getattr(vllm_tap, owner)
+    documented = inspect.getdoc(kind) or ""
+    missing = [name for name in names.split() if not hasattr(kind, name) and f"{name}:" not in documented]
+    assert missing == []
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A wrong name fails as in any module, so that `hasattr` and import hints work."""
+    with pytest.raises(AttributeError, match="no attribute 'capturee'"):
+        vllm_tap.capturee  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code", ["import vllm_tap", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
+             "import vllm_tap.engine.plugin", "import vllm_tap.legacy.install"]
+)  # fmt: skip
+def test_importing_is_light(code: str) -> None:
+    """Importing the package, a `Spec`, the command line or the plugin loads neither torch nor vLLM."""
+    loaded = fresh(f"import sys, json\n{code}\nprint(json.dumps(sorted(m.partition('.')[0] for m in sys.modules)))")
+    assert not {"torch", "vllm", "transformers"} & set(json.loads(loaded))
+
+
+def test_importing_starts_and_reads_nothing() -> None:
+    """Importing neither starts a thread nor looks at the environment."""
+    code = """
+import os, threading
+class Watched(dict):
+    def __getitem__(self, key): raise SystemExit(f"read {key}")
+    get = __getitem__
+import msgspec, numpy  # what these do is theirs
+os.environ = Watched()
+import vllm_tap
+print(threading.active_count())
+"""
+    assert fresh(code).strip() == "1"
+
+
+def test_versions_agree() -> None:
+    """The package, its metadata and pyproject.toml name one version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert vllm_tap.__version__ == project["version"] == importlib.metadata.version("vllm-tap")
+
+
+def test_the_plugin_is_registered() -> None:
+    """vLLM finds the package by its entry point, and calling that does no harm outside vLLM's processes."""
+    (entry,) = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "vllm_tap"]
+    assert entry.value == "vllm_tap.engine.plugin:register"
+    assert callable(entry.load())
+
+
+def readme_example() -> ast.Module:
+    """Return the first Python block of the README."""
+    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return ast.parse(found[1])
+
+
+def test_the_readme_example_uses_what_exists() -> None:
+    """The README's example compiles, is guarded, and names only attributes and fields that there are."""
+    tree = readme_example()
+    compile(tree, "README.md", "exec")
+    assert "__main__" in ast.dump(tree.body[-1])
+    (spec,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Spec"]
+    vllm_tap.Spec(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in spec.keywords if keyword.arg})
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "sample"}
+    assert used
+    assert all(hasattr(vllm_tap.Sample, name) for name in used)
+
+
+def test_the_readme_is_short_enough_to_read() -> None:
+    """The example has at most ten lines, as the README's opening promises to be brief."""
+    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    assert len(found[1].strip().splitlines()) <= 10
+
+
+def test_the_readme_tables_are_up_to_date() -> None:
+    """Every figure of the README is rendered from a results file."""
+    assert render(README, ROOT / "bench" / "results") == README
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/format.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    """Relative links of the documents name files that exist."""
+    path = ROOT / document
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_guarded(path: Path) -> None:
+    """vLLM starts processes by spawn, so an example without the guard would start itself again."""
+    tree = ast.parse(path.read_text())
+    assert "__main__" in ast.dump(tree.body[-1])

@@ -1,0 +1,61 @@
+"""Tables of documents come from results files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_tap.bench.render import render
+
+RESULTS = {
+    "machine": {"gpu": "Some GPU", "cpus": 8, "python": "3.12.0", "torch": "2.13.0", "vllm": "0.32.0"},
+    "command": "bench/gpu.py --shape tiny",
+    "shape": "tiny",
+    "rates_gb_per_s": {"d2h": 55.34, "device_copy": 4301.0},
+    "rows": [
+        {"workload": "prefill 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "bytes": 0, "parts": {}},
+        {"workload": "prefill 1 x 10", "arm": "all / auto", "seconds": 0.52, "ratio": 0.96154, "bytes": 13 * 10**9,
+         "parts": {"start": 0.1}},
+    ],
+}  # fmt: skip
+
+MARKED = "before\n<!-- bench:gpu -->\nold\n<!-- /bench:gpu -->\nafter\n"
+
+
+def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
+    """Each results file becomes a table with its machine, command and name; arms without rows have empty cells."""
+    for name in ("gpu-a.json", "gpu-b.json", "other.json"):
+        (tmp_path / name).write_text(json.dumps(RESULTS))
+    text = render(MARKED, tmp_path)
+    assert text.count("| workload | arm | ratio to plain | rows GB | GB/s |") == 2
+    assert "| prefill 1 x 10 | plain | 1.000 |  |  |" in text
+    assert "| prefill 1 x 10 | all / auto | 0.962 | 13 | 25 |" in text
+    assert "Some GPU, 8 processors" in text
+    assert "55.3 GB/s" in text
+    assert "[gpu-b.json](bench/results/gpu-b.json)" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+
+
+def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
+    """Without results the document says that there are none."""
+    assert "Nothing has been measured on a GPU yet." in render(MARKED, tmp_path)
+
+
+def test_rendering_twice_changes_nothing(tmp_path: Path) -> None:
+    """A document that was rendered is up to date."""
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS))
+    once = render(MARKED, tmp_path)
+    assert render(once, tmp_path) == once
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- bench:gpu -->\n", "<!-- bench:gpu -->\n<!-- /bench:handover -->\n", MARKED.replace("gpu", "none")]
+)
+def test_markers_that_do_not_pair_are_refused(text: str, tmp_path: Path) -> None:
+    """A marker without its partner, or of no known name, raises instead of leaving an old table."""
+    with pytest.raises(ValueError, match="marker"):
+        render(text, tmp_path)
