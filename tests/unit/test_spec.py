@@ -100,7 +100,6 @@ def test_numpy_integers_are_layers() -> None:
     assert json.loads(spec.to_json())["hidden_states"] == [2, 3]
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason='an array is compared with "all" as a whole')
 def test_an_array_of_layers_is_a_list_of_layers() -> None:
     """A numpy array chooses layers as a list does."""
     assert Spec(hidden_states=np.arange(2, 4)) == Spec(hidden_states=[2, 3])
