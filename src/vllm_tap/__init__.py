@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.recording import Recording
     from vllm_tap.client.result import Capture, Sample
     from vllm_tap.errors import TapError
     from vllm_tap.spec import Spec
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
+    "Recording": "vllm_tap.client.recording",
     "Sample": "vllm_tap.client.result",
     "Spec": "vllm_tap.spec",
     "TapError": "vllm_tap.errors",
 }
 
-__all__ = ["Capture", "Sample", "Spec", "TapError", "__version__", "capture"]
+__all__ = ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
 
 
 def __getattr__(name: str) -> Any:

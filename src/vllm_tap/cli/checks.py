@@ -158,9 +158,9 @@ def default_budget_bytes() -> int:
 
     if not launch.describe_torch():
         return 0
-    from vllm_tap.client import capture
+    from vllm_tap.client import recording
 
-    return capture.default_budget_bytes()
+    return recording.default_budget_bytes()
 
 
 def cuda() -> Finding:

@@ -104,6 +104,10 @@ class Connection:
                 raise reply.exception()
         return held
 
+    def status(self) -> list[dict[str, Any]]:
+        """Return what every worker says it holds, in plain values."""
+        return self._rpc("status")
+
     def _replies(self, name: str, *args: Any) -> list[messages.Reply]:
         return [messages.decode_reply(data) for data in self._rpc(name, *args)]
 

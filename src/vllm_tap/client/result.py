@@ -118,7 +118,7 @@ class Capture(Sequence[Sample]):
 
     Attributes:
         outputs: What vLLM returned, in the order of the prompts.
-        layers: {stream: layers captured, ascending}.
+        layers: {stream: layers captured, ascending}. Empty for router streams of a model without experts.
         conventions: {stream: where its rows come from}.
         spec: What was asked for.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands
@@ -132,6 +132,7 @@ class Capture(Sequence[Sample]):
         sequences: Sequences,
         ranks: list[RankRows],
         conventions: dict[str, str],
+        streams: list[str],
         num_layers: int,
     ) -> None:
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
@@ -141,8 +142,7 @@ class Capture(Sequence[Sample]):
         for rank in ranks:
             for place in rank.places:
                 self._owner[place] = rank
-        names = dict.fromkeys(stream for stream, _ in sorted(self._owner))
-        self.layers = {name: sorted(layer for stream, layer in self._owner if stream == name) for name in names}
+        self.layers = {name: sorted(layer for stream, layer in self._owner if stream == name) for name in streams}
 
     def __len__(self) -> int:
         return len(self.outputs)

@@ -37,6 +37,8 @@ class Sequences:
         lengths: list[int] = []
         prompt_lens: list[int] = []
         for sample, output in enumerate(outputs):
+            if output is None:
+                continue
             prompt = output.prompt_token_ids
             for completion, generated in _completions(output):
                 self.slots[sample, completion] = len(lengths)

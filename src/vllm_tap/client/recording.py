@@ -1,0 +1,172 @@
+"""A capture under way: started, fed with marked requests, finished or stopped. Client process.
+
+`capture` is the short way. Use a `Recording` when you drive the engine yourself: mark the parameters of the requests to
+capture, add them in any order beside others, run the engine's steps, and finish with the outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from vllm_tap.client.connection import Connection, connect, new_capture_id
+from vllm_tap.client.memory import RankMemory
+from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client.result import Capture
+from vllm_tap.client.sequences import Sequences
+from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.labels import mark
+from vllm_tap.spec import LAYERED_STREAMS, SINGLE_STREAMS, Layers, Spec, nearest, resolve_layers
+
+MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
+
+STAGINGS: Final = ("auto", "staged", "direct")
+
+SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
+"""Fields of a Spec that stand for more than one stream of the workers."""
+
+
+class Recording:
+    """A capture under way in an engine; an engine runs one at a time.
+
+    Args:
+        llm: A `vllm.LLM`, started without any special argument.
+        spec: What to capture.
+        transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
+        budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
+        staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
+            write to pinned host memory: no device memory, slower for many rows), or "auto".
+        expected_rows: A guess that lets the workers prepare memory ahead.
+
+    Raises:
+        SpecError: An argument or a layer that cannot be.
+        EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
+        CaptureError: Another capture is under way.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        spec: Spec,
+        *,
+        transport: str = "auto",
+        budget_bytes: int | None = None,
+        staging: str = "auto",
+        expected_rows: int = 0,
+    ) -> None:
+        if not isinstance(spec, Spec):
+            raise SpecError(f'spec is a vllm_tap.Spec, got {type(spec).__name__}: try Spec(hidden_states="all").')
+        if staging not in STAGINGS:
+            raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
+        budget_bytes = default_budget_bytes() if budget_bytes is None else budget_bytes
+        if budget_bytes <= 0:
+            raise SpecError(f"budget_bytes is a positive number, got {budget_bytes}.")
+        self.spec = spec
+        self._connection = connection = connect(llm)
+        shared = connection.choose_transport(transport)
+        self._start = messages.Start(
+            capture_id=new_capture_id(),
+            streams=_resolve(connection, spec),
+            positions=spec.positions,
+            residual=connection.residual,
+            shared=shared,
+            clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},
+            budget_bytes=budget_bytes // len(connection.hellos),
+            staging=staging,
+            expected_rows=expected_rows if spec.positions == "all" else 0,
+        )
+        connection.call(messages.Started, "start", messages.encode(self._start))
+
+    def mark(self, params: Any, sample: int) -> Any:
+        """Return a copy of a request's parameters that makes the engine capture it as this sample.
+
+        Rows that the prefix cache holds never go through the model, so captured requests do not read it; others still
+        do.
+        """
+        marked = copy.copy(params)
+        field = "extra_args" if hasattr(params, "extra_args") else "extra_kwargs"
+        label = mark(self._start.capture_id, sample, getattr(params, "n", 1) or 1)
+        setattr(marked, field, {**(getattr(params, field) or {}), **label})
+        marked.skip_reading_prefix_cache = True
+        return marked
+
+    def counts(self) -> tuple[int, int]:
+        """Return rows and bytes taken so far; costs the engine about a millisecond."""
+        states = self._connection.status()
+        return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
+
+    def finish(self, outputs: Sequence[Any]) -> Capture:
+        """End the capture and return its rows, checked against what the engine returned.
+
+        Args:
+            outputs: vLLM's finished outputs by sample number; None for a sample that has none, such as an aborted
+                request, whose rows are dropped.
+
+        Raises:
+            BudgetError: The rows did not fit the budget.
+            RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
+            EngineDiedError: The engine ended.
+        """
+        begin = time.perf_counter()
+        handed_over = self._connection.finish(self._start.capture_id, self._start.shared)
+        handed = time.perf_counter()
+        result = self._check(list(outputs), handed_over)
+        result.seconds.update(
+            finish=handed - begin,
+            wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
+            check=time.perf_counter() - handed,
+        )
+        return result
+
+    def _check(self, outputs: list[Any], handed_over: list[tuple[messages.Descriptor, RankMemory]]) -> Capture:
+        sequences = Sequences(outputs, self.spec.positions)
+        ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over]
+        conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
+        if self._connection.residual:
+            conventions["hidden_states"] = self._connection.residual
+        return Capture(
+            self.spec,
+            outputs,
+            sequences,
+            ranks,
+            {name: conventions[name] for name, layers in self._start.streams.items() if layers},
+            list(self._start.streams),
+            self._connection.num_layers,
+        )
+
+    def stop(self) -> None:
+        """Abandon the capture in the workers. While an exception is handled, failing to do so becomes a note on it."""
+        current = sys.exception()
+        try:
+            self._connection.call(messages.Stopped, "stop", self._start.capture_id)
+        except TapError as error:
+            if current is None:
+                raise
+            current.add_note(f"(and the capture could not be stopped: {error})")
+
+
+def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Return the layers of each of the workers' streams that the specification asks for."""
+    has_experts = bool(connection.available("router_logits"))
+    streams: dict[str, tuple[int, ...]] = {}
+    for field in spec.streams:
+        for stream in SHIPPED.get(field, (field,)):
+            available = connection.available(stream)
+            reason = connection.why_not(stream)
+            if not available and not reason and (field in SINGLE_STREAMS or has_experts):
+                reason = "no forward pass went through the place where it is taken"
+            if reason:
+                raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
+            layers: Layers = getattr(spec, field) if field in LAYERED_STREAMS else "all"
+            streams[stream] = tuple(resolve_layers(stream, layers, available, connection.num_layers))
+    return streams
+
+
+def default_budget_bytes() -> int:
+    """Return a quarter of this machine's RAM, at most 8 GiB."""
+    return min(MAX_DEFAULT_BUDGET_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
