@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -23,6 +22,7 @@ import torch
 
 from vllm_tap.engine import cuda, kernel
 from vllm_tap.engine.graphs import GraphSwitch
+from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch, Selection
 from vllm_tap.engine.slab import Slab, SlabKeeper, aligned
 from vllm_tap.engine.tap import LIBRARY, REGISTRY, Rows, Tap, flat
@@ -126,30 +126,6 @@ class DeviceRows(Rows):
         if self._dirty:
             self.header[:1].zero_()
             self._dirty = False
-
-
-class Ring:
-    """Places in a ring, taken in order, each free again once the copy out of it is done."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._head = 0
-        self._busy: deque[tuple[int, int, torch.cuda.Event]] = deque()
-
-    def take(self, size: int, stream: torch.cuda.Stream) -> int:
-        """Return the start of a free place; `stream` waits for the copies that still read from it."""
-        if self._head + size > self.capacity:
-            self._head = 0
-        start, stop = self._head, self._head + size
-        # Places are taken in ring order, so what overlaps is the oldest.
-        while self._busy and self._busy[0][0] < stop and start < self._busy[0][1]:
-            stream.wait_event(self._busy.popleft()[2])
-        self._head = stop
-        return start
-
-    def busy(self, start: int, size: int, done: torch.cuda.Event) -> None:
-        """Keep a place until an event."""
-        self._busy.append((start, start + size, done))
 
 
 class _Lane:
@@ -362,8 +338,10 @@ class DeviceSink:
     def close(self) -> None:
         """Switch the taps off and give the staging memory back."""
         self._rows.switch_off()
+        # Blocks may be freed and segments unmapped after this: nothing may be on its way into them.
+        self.send()
+        self._last.synchronize()
         if self._slab is not None:
-            self._last.synchronize()
             self._rows.slabs.give(self._slab)
             self._slab = None
 
