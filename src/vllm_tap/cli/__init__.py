@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_tap import __version__
-from vllm_tap.cli import capture, doctor
+from vllm_tap.cli import capture, doctor, verify
 from vllm_tap.cli.arguments import join_negative
 from vllm_tap.errors import TapError
 
@@ -41,4 +41,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     capture.add_command(commands)
     doctor.add_command(commands)
+    verify.add_command(commands)
     return parser

@@ -59,6 +59,11 @@ def decide(last_layer: Probe | None, final_norm: Norm | None, final: Probe | Non
         if len(candidates) == 1:
             return Verdict(WHOLE, "")
         return Verdict(UNDECIDED, "the layers return two tensors and the model has no final norm to tell them by")
+    if last_layer.hidden.shape != final.hidden.shape:
+        shapes = f"{tuple(last_layer.hidden.shape)} and {tuple(final.hidden.shape)}"
+        return Verdict(
+            UNDECIDED, f"the layers return several streams: rows of the last layer and the final norm: {shapes}"
+        )
     usable = _usable(final.hidden)
     if not usable.any():
         return Verdict(UNDECIDED, NO_ROWS)

@@ -79,7 +79,8 @@ class Tap:
         self.width = hidden.shape[-1]
         if self.dtype is None:
             self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
-        if self.keep_probe and self.probe is None:
+        if self.keep_probe:
+            # The last call counts: a model may use its final norm on the embeddings too.
             self.probe = Probe(hidden, residual)
 
     def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:

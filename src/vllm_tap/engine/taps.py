@@ -26,6 +26,7 @@ class ModelTaps:
     def __init__(self, model: host.Model, device: torch.device, rows: Rows) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
+        self._num_experts: dict[int, int] = {}
         self.verdict: Verdict | None = None
         self._device = device
         # The norm itself, not its tapped forward: the check must not go through the tap again.
@@ -55,6 +56,7 @@ class ModelTaps:
         if experts is None:
             return
         _tap_logits(experts, self._new("router_logits", index))
+        self._num_experts[index] = experts.num_experts
         if hasattr(experts.router, "select_experts"):
             weights = self._new("expert_weights", index)
             ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
@@ -64,6 +66,19 @@ class ModelTaps:
     def seen(self) -> bool:
         """Whether a forward pass has gone through the layers, so that widths and dtypes are known."""
         return all(place.width for (stream, _), place in self.by_place.items() if stream == "hidden_states")
+
+    def reasons(self) -> dict[str, str]:
+        """Return why streams whose places exist cannot be had: {stream: reason}."""
+        verdict = self.residual()
+        reasons = {"hidden_states": verdict.reason} if verdict.reason else {}
+        for layer, num_experts in self._num_experts.items():
+            width = self.by_place["router_logits", layer].width
+            if width not in (0, num_experts):
+                # vLLM's Transformers backend hands the weights of the chosen experts on where others hand logits on.
+                reasons["router_logits"] = (
+                    f"layer {layer} passes {width} numbers on where its {num_experts} experts' logits would be"
+                )
+        return reasons
 
     def residual(self) -> Verdict:
         """Decide what the layers return, once; stages without the final norm leave it to the one that has it.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_tap.engine import host
-from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN, Verdict
+from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import HostSink, Taps
@@ -140,13 +140,13 @@ class TapWorker(host.Recorder):
     def open(self) -> messages.Hello:
         """Say what can be captured here."""
         refusal, taps, worker = self.refusal, self._taps, self._worker
-        verdict = UNKNOWN
+        verdict, reasons = UNKNOWN, dict[str, str]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
             if not taps.seen:
                 host.run_dummy(worker.model_runner)
-            verdict = taps.residual()
-            streams = tuple(self._streams(taps, verdict))
+            verdict, reasons = taps.residual(), taps.reasons()
+            streams = tuple(self._streams(taps, verdict.convention, reasons))
         return messages.Hello(
             rank=host.read_rank(worker),
             pid=os.getpid(),
@@ -156,21 +156,16 @@ class TapWorker(host.Recorder):
             num_layers=taps.model.num_layers if taps else 0,
             streams=streams,
             residual=verdict.convention,
-            reasons={"hidden_states": verdict.reason} if verdict.reason else {},
+            reasons=reasons,
             wants_rows=verdict.reason == NO_ROWS,
             address="" if refusal else self._shared_server().address,
             refusal=refusal,
         )
 
-    def _streams(self, taps: ModelTaps, verdict: Verdict) -> Iterable[messages.StreamInfo]:
-        places = {
-            place: tap
-            for place, tap in taps.by_place.items()
-            if tap.width and not (place[0] == "hidden_states" and verdict.reason)
-        }
-        layers = by_shape(places)
-        for (stream, dtype, width), numbers in layers.items():
-            source = verdict.convention if stream == "hidden_states" else SOURCES[stream]
+    def _streams(self, taps: ModelTaps, residual: str, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
+        places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
+        for (stream, dtype, width), numbers in by_shape(places).items():
+            source = residual if stream == "hidden_states" else SOURCES[stream]
             yield messages.StreamInfo(stream, dtype, width, tuple(numbers), source)
 
     @_replying
