@@ -116,7 +116,9 @@ class Connection:
         if llm is None or any(not reader.alive for reader in self._readers.values()):
             raise EngineDiedError("the engine is gone: a worker closed its connection. Start a new LLM.")
         try:
-            return list(llm.collective_rpc(f"vllm_tap_{name}", args=args))
+            return engine.call(llm, f"vllm_tap_{name}", args)
+        except EngineDiedError:
+            raise
         except Exception as error:
             raise _explain(error) from error
 

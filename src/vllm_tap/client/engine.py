@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import threading
+from typing import Any, Final
 
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
+
+WATCH_SECONDS: Final = 0.1
+"""How often a call that waits looks whether the engine is still there."""
 
 
 def pools(llm: Any) -> bool:
@@ -30,12 +34,45 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
     return kind(**fields)
 
 
+def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
+    """Call a method of all workers and return what they return.
+
+    vLLM 0.26 to 0.33 waits for the reply of such a call even when the engine core has died meanwhile, so the call waits
+    in a thread of its own and this one watches the engine.
+
+    Raises:
+        EngineDiedError: The engine core has ended.
+    """
+    resources = getattr(llm.llm_engine.engine_core, "resources", None)
+    if resources is None:  # the engine runs in this process
+        return list(llm.collective_rpc(method, args=args))
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((llm.collective_rpc(method, args=args), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name=f"vllm-tap-{method}", daemon=True)
+    thread.start()
+    while not outcome:
+        thread.join(WATCH_SECONDS)
+        if not outcome and getattr(resources, "engine_dead", False):
+            raise EngineDiedError(f"the engine core died before it answered {method}. Start a new LLM.")
+    replies, error = outcome[0]
+    if error is not None:
+        raise error
+    return list(replies)
+
+
 def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> list[Any]:
     """Run prompts through an engine and return its outputs in the order of the prompts.
 
     Raises:
         EngineDiedError: The engine died on the way.
     """
+    others = set(_unfinished(llm))
     try:
         if pools(llm):
             return list(llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed"))
@@ -43,4 +80,20 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> 
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
+        _abort(llm, others)
         raise
+    except BaseException:
+        # Ctrl-C leaves requests in the engine; the next call would run them on and return their outputs among its own.
+        _abort(llm, others)
+        raise
+
+
+def _unfinished(llm: Any) -> list[str]:
+    return list(llm.llm_engine.output_processor.request_states)
+
+
+def _abort(llm: Any, others: set[str]) -> None:
+    """Abort the requests that are not among `others`."""
+    mine = [request_id for request_id in _unfinished(llm) if request_id not in others]
+    if mine:
+        llm.llm_engine.abort_request(mine, internal=True)
