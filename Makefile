@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | bench-render
+# make setup | demo | test | check | bench | bench-seed | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test check bench bench-render clean
+.PHONY: setup demo test check bench bench-seed bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev
@@ -67,8 +67,16 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.handover
 	$(MAKE) bench-render
 
+bench-seed: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.seed
+	$(MAKE) bench-render
+
 bench-render: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.render README.md
+
+# Half an hour: an engine for each family. FAMILIES="llama cohere" runs some; results of the others stay.
+architectures: $(VENV)/.dev
+	$(BIN)/python architectures/run.py $(FAMILIES)
 
 clean:
 	rm -rf models dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

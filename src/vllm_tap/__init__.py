@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_tap.legacy.install import offer_vllm_hidden_states
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ _HOMES = {
 }
 
 __all__ = ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
+
+
+offer_vllm_hidden_states()
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,45 @@ def render_gpu(results_dir: Path) -> str:
     return "\n\n".join(_gpu_table(json.loads(source.read_text()), source) for source in sources)
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {"handover": render_handover, "gpu": render_gpu}
+def render_seed(results_dir: Path) -> str:
+    """Return the table of payloads out of a real engine, and that of the founding document's claims."""
+    source = results_dir / "seed-cpu.json"
+    results = json.loads(source.read_text())
+    engine, machine = results["engine"], results["machine"]
+    best = engine["rows"][-1]["median_ms"]
+    title = _case_title({"name": "hidden states", **engine})
+    ways = [["from the end of the last forward pass", title, "times the last line"]]
+    ways += [[_seed_label(row), _duration(row["median_ms"]), _ratio(row["median_ms"] / best)] for row in engine["rows"]]
+    claims = [["claim (estimates)", "lists, bytes, gain claimed", "measured here", "holds here"]]
+    claims += [_claim_row(claim) for claim in results["claims"]]
+    origin = (
+        f"Medians of {engine['rows'][-1]['rounds']} interleaved rounds; {engine['model']}; claims are of conversion "
+        f"alone, the last one of a call. {machine['cpu']}, {machine['cores']} cores, {machine['kernel']}, Python "
+        f"{machine['python']}, numpy {machine['numpy']}, torch {machine['torch']}; load average "
+        f"{' before, '.join(map(str, results['load_average']))} after; `{results['command']}`; "
+        f"[{source.name}](bench/results/{source.name})."
+    )
+    return _table(ways) + "\n\n" + _table(claims) + "\n\n" + origin
+
+
+def _seed_label(row: dict[str, Any]) -> str:
+    scale = row["scaled_by"]
+    return f"{row['label']}" + (f" (measured on {row['measured_rows']} rows, times {scale})" if scale > 1 else "")
+
+
+def _claim_row(claim: dict[str, Any]) -> list[str]:
+    def figures(milliseconds: list[float], gain: float) -> str:
+        return f"{_duration(milliseconds[0])}, {_duration(milliseconds[1])}, {_ratio(gain)}"
+
+    return [
+        claim["claim"],
+        figures(claim["claimed_ms"], claim["claimed_gain"]),
+        figures(claim["measured_ms"], claim["measured_gain"]),
+        "yes" if claim["holds"] else "no",
+    ]
+
+
+RENDERERS: dict[str, Callable[[Path], str]] = {"handover": render_handover, "gpu": render_gpu, "seed": render_seed}
 """Marker name to the function that renders it from the folder of results."""
 
 

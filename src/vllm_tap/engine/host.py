@@ -36,6 +36,20 @@ GRAPH_VERSION: Final = 1
 RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status")
 """Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
 
+LEGACY_METHODS: Final = (
+    "enable_hidden_states_capture",
+    "disable_hidden_states_capture",
+    "get_captured_hidden_states",
+    "clear_hidden_states",
+    "get_hidden_states_debug_info",
+    "enable_moe_router_logits_capture",
+    "disable_moe_router_logits_capture",
+    "get_moe_router_logits",
+    "clear_moe_router_logits",
+    "get_moe_debug_info",
+)
+"""Methods of `LegacyTapWorker`, reached by their own names."""
+
 NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "final_norm")
 """What the owner of the decoder layers calls its final norm, over all model files of 0.32."""
 
@@ -102,6 +116,9 @@ def install() -> None:
     WorkerWrapperBase.init_device = _watched(init_device)
     for name in RPC_METHODS:
         setattr(WorkerBase, f"vllm_tap_{name}", _rpc(name))
+    for name in LEGACY_METHODS:
+        if not hasattr(WorkerBase, name):
+            setattr(WorkerBase, name, _rpc(name))
 
 
 def _keyed(create_config: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,9 +145,9 @@ def _watched(init_device: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load_model)
         def load_and_tap(*args: Any, **kwargs: Any) -> Any:
             loaded = load_model(*args, **kwargs)
-            from vllm_tap.engine.worker import TapWorker
+            from vllm_tap.engine.legacy_calls import LegacyTapWorker
 
-            worker.vllm_tap = TapWorker.install(worker)
+            worker.vllm_tap = LegacyTapWorker.install(worker)
             return loaded
 
         worker.load_model = load_and_tap
@@ -237,6 +254,9 @@ def read_rank(worker: Any) -> Rank:
 class Recorder:
     """What a runner reports to; `TapWorker` implements it."""
 
+    def scheduled(self, request_id: str) -> None:
+        """A request, captured or not, is scheduled for the first time."""
+
     def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
         """A captured request is scheduled for the first time."""
 
@@ -306,6 +326,7 @@ def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callabl
 
 
 def _meet(new: Any, recorder: Recorder) -> None:
+    recorder.scheduled(new.req_id)
     sampling = new.sampling_params
     pooling = getattr(new, "pooling_params", None)
     extra = sampling.extra_args if sampling is not None else getattr(pooling, "extra_kwargs", None)

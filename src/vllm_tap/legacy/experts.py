@@ -39,7 +39,8 @@ def analyze_expert_usage(
         router_logits: tensors [T, E] by layer, e.g. of `get_moe_router_logits`.
         top_k: experts per token.
         token_range: (start, end) of the tokens to look at, as a slice; None is open.
-        normalize: counts become fractions of all selections of the layer, which sum to 1.
+        normalize: counts are divided by the number of tokens, so that each is the part of the tokens that selected the
+            expert and those of a layer sum to `top_k`.
 
     Returns:
         `expert_selection` {layer: LongTensor [T, K]}, heaviest first; `expert_weights` {layer: Tensor [T, K]}, float32,
@@ -68,7 +69,7 @@ def analyze_expert_usage(
         counts = torch.bincount(selection.flatten(), minlength=logits.shape[1]).float().cpu()
         usage["expert_selection"][layer] = selection
         usage["expert_weights"][layer] = weights
-        usage["expert_usage_counts"][layer] = (counts / max(1, selection.numel()) if normalize else counts).tolist()
+        usage["expert_usage_counts"][layer] = (counts / max(1, len(selection)) if normalize else counts).tolist()
         usage["load_balance"][layer] = _load_balance(counts)
         usage["num_tokens_analyzed"] = len(selection)
     return usage

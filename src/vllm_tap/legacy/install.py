@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Final
@@ -26,6 +27,12 @@ FUNCTIONS: Final = (
 )
 
 
+def offer_vllm_hidden_states() -> None:
+    """Let `import vllm.hidden_states` find the module, after all other places. Loads and looks up nothing now."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.append(_FINDER)
+
+
 def install_vllm_hidden_states() -> ModuleType | None:
     """Put the module `vllm.hidden_states` in place, unless there is one. May be called again.
 
@@ -41,6 +48,22 @@ def install_vllm_hidden_states() -> ModuleType | None:
     if parent is not None and not hasattr(parent, "hidden_states"):
         parent.hidden_states = module  # type: ignore[attr-defined]
     return module
+
+
+class _Finder(MetaPathFinder, Loader):
+    """The last finder that Python asks for `vllm.hidden_states`, once vLLM is loaded and has none."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(NAME, self, origin=__name__) if fullname == NAME else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _stand_in()
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing: functions are looked up when they are first used."""
+
+
+_FINDER: Final = _Finder()
 
 
 def _shipped_by_vllm() -> bool:

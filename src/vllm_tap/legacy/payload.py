@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, NoReturn
@@ -27,16 +26,17 @@ import numpy as np
 import torch
 
 from vllm_tap import codec as codecs
-from vllm_tap.errors import DescriptorError, SpecError
+from vllm_tap.errors import CaptureError, DescriptorError, SpecError
+from vllm_tap.frame.entry import FORMAT, checksum
 from vllm_tap.frame.layout import ITEMSIZE
 
-FORMAT: Final = 2
 LIMIT_BYTES: Final = 1 << 30
 DTYPES: Final[dict[str, torch.dtype]] = {f"torch.{name}": getattr(torch, name) for name in ITEMSIZE}
 WIDENED: Final = ("torch.float32", "torch.bfloat16", "torch.float16")
 OLD_KEYS: Final = frozenset({"data", "shape", "dtype"})
 KEYS: Final = OLD_KEYS | {"format", "codec", "crc32"}
 MAX_DIMS: Final = 8
+MAX_MESSAGE: Final = 1000
 MAX_BYTES: Final = (1 << 63) - 1
 MAX_LAYER: Final = 1 << 20
 CHUNK: Final = 1 << 18
@@ -101,6 +101,7 @@ def deserialize(payload: Mapping[Any, Any], *, limit_bytes: int = LIMIT_BYTES) -
         Tensors of the shape and dtype that were stored, on the CPU, by layer in ascending order.
 
     Raises:
+        CaptureError: the worker sent `{"error": ...}` instead of layers.
         DescriptorError: a header or a length that does not validate, before any tensor is allocated; or encoded bytes
             that do not decode, or whose checksum differs.
         SpecError: a codec whose package is missing.
@@ -114,6 +115,8 @@ def deserialize(payload: Mapping[Any, Any], *, limit_bytes: int = LIMIT_BYTES) -
     if not isinstance(payload, Mapping):
         got = type(payload).__name__
         raise DescriptorError(f"a payload is a dict of one worker, got {got}: pass one item of the RPC's list")
+    if set(payload) == {"error"}:
+        raise CaptureError(f"the worker could not: {str(payload['error'])[:MAX_MESSAGE]}")
     entries = sorted((_check(key, entry) for key, entry in payload.items()), key=lambda entry: entry.layer)
     for before, after in pairwise(entries):
         if before.layer == after.layer:
@@ -148,13 +151,8 @@ def _write(layer: int, tensor: torch.Tensor, codec: str) -> dict[str, Any]:
         "dtype": dtype,
         "format": FORMAT,
         "codec": codec,
-        "crc32": _crc32(layer, dtype, tuple(tensor.shape), plain),
+        "crc32": checksum(layer, dtype, tuple(tensor.shape), plain),
     }
-
-
-def _crc32(layer: int, dtype: str, shape: tuple[int, ...], plain: memoryview | bytes) -> int:
-    header = f"{layer} {dtype} {','.join(map(str, shape))}\n".encode("ascii")
-    return zlib.crc32(plain, zlib.crc32(header))
 
 
 def _require_little_endian() -> None:
@@ -290,7 +288,7 @@ def _read_versioned(entry: Entry, name: str) -> torch.Tensor:
         plain = codecs.get(name).decode(memoryview(entry.data), entry.nbytes, entry.itemsize)
     except DescriptorError as error:
         raise DescriptorError(f"layer {entry.layer}: {error}", layer=entry.layer) from error
-    crc32 = _crc32(entry.layer, entry.dtype, entry.shape, plain)
+    crc32 = checksum(entry.layer, entry.dtype, entry.shape, plain)
     if crc32 != entry.crc32:
         _refuse(entry.layer, f"has crc32 {crc32:#010x}, its header says {entry.crc32:#010x}", "send it again")
     if not entry.num_elements:

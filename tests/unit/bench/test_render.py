@@ -59,3 +59,42 @@ def test_markers_that_do_not_pair_are_refused(text: str, tmp_path: Path) -> None
     """A marker without its partner, or of no known name, raises instead of leaving an old table."""
     with pytest.raises(ValueError, match="marker"):
         render(text, tmp_path)
+
+
+def test_claims_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    """The seed table has a line a way, times the last, and says of each claim whether it holds."""
+    machine = {
+        "cpu": "Some CPU",
+        "cores": 2,
+        "kernel": "Linux",
+        "python": "3.12.0",
+        "numpy": "2.3.5",
+        "torch": "2.13.0",
+    }
+    rows = [
+        {"method": "lists", "label": "lists", "median_ms": 5000.0, "rounds": 3, "measured_rows": 100, "scaled_by": 10},
+        {"method": "segment", "label": "ours", "median_ms": 5.0, "rounds": 3, "measured_rows": 1000, "scaled_by": 1},
+    ]
+    shape = {"num_layers": 32, "shape": [1000, 4096], "dtype": "bfloat16", "nbytes": 262144000}
+    claim = {
+        "claim": "a layer",
+        "claimed_ms": [200, 0.5],
+        "claimed_gain": 400,
+        "measured_ms": [300, 3],
+        "measured_gain": 100,
+    }
+    results = {
+        "machine": machine,
+        "command": "bench",
+        "engine": {"model": "Llama", **shape, "rows": rows},
+        "claims": [claim | {"holds": False}, claim | {"claim": "another", "holds": True}],
+        "load_average": [0.1, 1.2],
+    }
+    (tmp_path / "seed-cpu.json").write_text(json.dumps(results))
+    text = render("<!-- bench:seed -->\n<!-- /bench:seed -->\n", tmp_path)
+    assert "| lists (measured on 100 rows, times 10) | 5 s | 1000x |" in text
+    assert "| ours | 5 ms | 1x |" in text
+    assert "| a layer | 200 ms, 0.5 ms, 400x | 300 ms, 3 ms, 100x | no |" in text
+    assert "| another |" in text
+    assert "yes |" in text
+    assert "load average 0.1 before, 1.2 after" in text

@@ -8,7 +8,7 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
-from vllm_tap.errors import SpecError
+from vllm_tap.errors import CaptureError, SpecError
 from vllm_tap.legacy.deserialize import (
     deserialize_hidden_states,
     deserialize_moe_router_logits,
@@ -100,3 +100,9 @@ def test_mixtures_of_experts_are_found_in_real_models(model: type, config: objec
 def test_names_tell_the_decoder_layer(name: str, layer: int | None) -> None:
     """The number after a list of layers is the layer; the number of an expert is not; no number is None."""
     assert extract_moe_layer_id_from_name(name) == layer
+
+
+def test_a_reply_that_says_what_failed_is_raised() -> None:
+    """Worker calls cannot raise: their error comes as a payload, and is an exception here."""
+    with pytest.raises(CaptureError, match="the worker could not: BudgetError: the rows do not fit"):
+        deserialize_hidden_states({"error": "BudgetError: the rows do not fit"})

@@ -53,12 +53,12 @@ def test_load_balance_is_deviation_over_mean() -> None:
     assert analyze_expert_usage({0: torch.eye(4)}, top_k=1)["load_balance"] == {0: 0.0}
 
 
-def test_normalized_counts_are_fractions_of_selections() -> None:
-    """With `normalize` counts sum to 1 in every layer, and the balance is what it was."""
+def test_normalized_counts_are_parts_of_the_tokens() -> None:
+    """With `normalize` counts are divided by the tokens and sum to `top_k`; the balance is what it was."""
     plain, parts = analyze_expert_usage(LOGITS), analyze_expert_usage(LOGITS, normalize=True)
     for layer, fractions in parts["expert_usage_counts"].items():
-        assert fractions == pytest.approx([count / 18 for count in plain["expert_usage_counts"][layer]])
-        assert sum(fractions) == pytest.approx(1)
+        assert fractions == pytest.approx([count / 9 for count in plain["expert_usage_counts"][layer]])
+        assert sum(fractions) == pytest.approx(2)
     assert parts["load_balance"] == plain["load_balance"]
 
 
@@ -80,7 +80,7 @@ def test_no_layers_give_no_usage() -> None:
 
 
 def test_empty_range_normalizes_to_zeros() -> None:
-    """No tokens are no selections: fractions are 0, not a division by zero."""
+    """No tokens: parts are 0, not a division by zero."""
     usage = analyze_expert_usage(LOGITS, token_range=(0, 0), normalize=True)
     assert usage["expert_usage_counts"][1] == [0.0] * 6
     assert usage["load_balance"][1] == 0.0

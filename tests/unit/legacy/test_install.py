@@ -102,3 +102,23 @@ from vllm.hidden_states import is_moe_layer
 assert not is_moe_layer(object())
 """
     assert run(Path(__file__).parent, code) == ""
+
+
+def test_importing_this_package_offers_the_module(vllm: Path) -> None:
+    """After `import vllm_tap` alone the old name can be imported; until then nothing is loaded, nor torch with it."""
+    code = """
+import vllm_tap
+assert not {"vllm", "vllm.hidden_states", "torch"} & set(sys.modules)
+import vllm.hidden_states as found
+assert "torch" not in sys.modules
+import vllm
+assert vllm.hidden_states is found is install()
+assert len(found.__all__) == 6 and found.is_moe_layer(object()) is False
+"""
+    assert run(vllm.parent, code) == "vllm was loaded\n"
+
+
+def test_offered_module_comes_after_a_real_one(vllm: Path) -> None:
+    """Should vLLM ship the module, it is the one that is imported."""
+    (vllm / "hidden_states.py").write_text("print('the real one')\n")
+    assert run(vllm.parent, "import vllm_tap, vllm.hidden_states") == "vllm was loaded\nthe real one\n"
