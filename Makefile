@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test check bench bench-seed bench-render architectures clean
+.PHONY: setup demo test test-all check bench bench-seed bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev
@@ -55,6 +55,10 @@ demo: $(MODEL)/config.json
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+# Every engine, every combination; `make test` starts a subset that covers each side.
+test-all: $(VENV)/.dev
+	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

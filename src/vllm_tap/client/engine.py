@@ -75,8 +75,9 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> 
     others = set(_unfinished(llm))
     try:
         if pools(llm):
-            return list(llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed"))
-        return list(llm.generate(prompts, params, use_tqdm=use_tqdm))
+            outputs = llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed")
+        else:
+            outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
@@ -86,6 +87,8 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> 
         # Ctrl-C leaves requests in the engine; the next call would run them on and return their outputs among its own.
         _abort(llm, others)
         raise
+    # vLLM returns requests that were queued before among these, in the order of arrival: ours are the last.
+    return list(outputs)[-len(prompts) :]
 
 
 def _unfinished(llm: Any) -> list[str]:

@@ -1,0 +1,246 @@
+"""Starts and ends vLLM engines for tests, and compares what was captured from them with Hugging Face.
+
+Runs in the test process; each engine is a handful of processes of its own, which are watched until they are gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import vllm_tap
+from reference import Reference, ReferenceModel
+
+FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
+"""Whether to start an engine for every combination rather than for a subset that covers each side."""
+
+MAX_MODEL_LEN = 256
+MAX_NEW_TOKENS = 8
+DEADLINE_S = 20.0
+
+# The longest prompt takes three steps of 64 tokens, and several short ones share a step with a piece of it.
+PROMPT_LENGTHS = (3, 17, 64, 5, 130, 33, 1, 9)
+
+ARGUMENTS = {
+    "dtype": "float32",
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 16,
+}
+
+# Both sides compute in float32 (eps 1.2e-7) and add up a few hundred products per element in different orders, layer
+# after layer; 1e-6 of the stream's scale was the most seen over all families. Ten times that is allowed. A row of
+# another token, layer or convention is off by the scale itself.
+TOLERANCE = 1e-5
+
+
+def prompts(lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Return prompts of random token ids, none of them special."""
+    rng = np.random.default_rng(seed)
+    return [{"prompt_token_ids": rng.integers(0, 256, length).tolist()} for length in lengths]
+
+
+@contextmanager
+def surroundings(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+class Process:
+    """A process that an engine has started; known by a descriptor, so that no later process is taken for it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+
+    def is_gone(self, timeout_s: float = 0.0) -> bool:
+        """Tell whether the process has ended, or ends within a time."""
+        return bool(select.select([self._fd], [], [], max(timeout_s, 0.0))[0])
+
+    def close(self) -> None:
+        """Forget the process."""
+        os.close(self._fd)
+
+
+class Engine:
+    """A vLLM engine and its processes."""
+
+    def __init__(self, folder: Path, **arguments: Any) -> None:
+        from vllm import LLM
+
+        before = _children()
+        self.llm: Any = LLM(str(folder), **{**ARGUMENTS, **arguments})
+        self.processes = [Process(pid) for pid in sorted(_children() - before)]
+
+    def generate(self, given: Sequence[Any], **sampling: Any) -> list[list[int]]:
+        """Return the tokens of plain greedy generation, per prompt."""
+        outputs = self.llm.generate(list(given), greedy(**sampling), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def capture(self, given: Any, spec: Any, **options: Any) -> Any:
+        """Capture with greedy sampling of a fixed length, unless told otherwise."""
+        if "sampling_params" not in options:
+            sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": MAX_NEW_TOKENS}
+            options = {**sampling, **options}
+        return vllm_tap.capture(self.llm, given, spec, progress=False, **options)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what each worker holds, in order of rank."""
+        return sorted(self.llm.collective_rpc("vllm_tap_status"), key=lambda state: state["rank"])
+
+    def used_bytes(self) -> int:
+        """Return how many bytes of rows the workers hold for captures."""
+        return sum(state["used_bytes"] for state in self.status())
+
+    def is_gone(self, timeout_s: float = 0.0) -> bool:
+        """Tell whether all processes have ended, or end within a time."""
+        deadline = time.monotonic() + timeout_s
+        return all(process.is_gone(deadline - time.monotonic()) for process in self.processes)
+
+    def close(self) -> None:
+        """Let go of the engine, as a user does, and fail if a process outlives it."""
+        self.llm = None
+        forget_failures()
+        gone = self.is_gone(DEADLINE_S)
+        left = [process for process in self.processes if not process.is_gone()]
+        for process in left:
+            os.kill(process.pid, 9)
+        for process in self.processes:
+            process.close()
+        self.processes = []
+        assert gone, f"processes {[process.pid for process in left]} of the engine outlived it by {DEADLINE_S} s"
+
+
+def forget_failures() -> None:
+    """Let go of what Python keeps of the last test that failed: its frames, and the engine and rows in them."""
+    sys.last_exc = sys.last_value = sys.last_traceback = None
+    gc.collect()
+
+
+def _children() -> set[int]:
+    """Return the processes below this one, without Python's own helpers, which stay for its whole life."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                found.add(process.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+class Shelf:
+    """At most one engine, started when it is asked for, and again when a test has ended it."""
+
+    def __init__(self, start: Callable[[], Engine]) -> None:
+        self._start = start
+        self._engine: Engine | None = None
+
+    def get(self) -> Engine:
+        """Return a running engine."""
+        if self._engine is not None and any(process.is_gone() for process in self._engine.processes):
+            self._engine.close()
+        if self._engine is None or self._engine.llm is None:
+            self._engine = self._start()
+        return self._engine
+
+    def close(self) -> None:
+        """End the engine if there is one."""
+        if self._engine is not None and self._engine.llm is not None:
+            self._engine.close()
+
+
+def greedy(**fields: Any) -> Any:
+    """Return vLLM's parameters for greedy sampling of a fixed length, with other fields on top."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": MAX_NEW_TOKENS, **fields})
+
+
+class References:
+    """Hugging Face's forward passes over whole sequences, each run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = ReferenceModel(folder)
+        self._known: dict[tuple[int, ...], Reference] = {}
+
+    def of(self, token_ids: Sequence[int]) -> Reference:
+        """Return the forward pass over a sequence."""
+        key = tuple(token_ids)
+        if key not in self._known:
+            self._known[key] = self._model.run(key)
+        return self._known[key]
+
+
+def sequence(output: Any, completion: int = 0) -> list[int]:
+    """Return the tokens that went through the model: the prompt, and all generated ones but the last."""
+    return [*output.prompt_token_ids, *output.outputs[completion].token_ids[:-1]]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = DEADLINE_S) -> None:
+    """Return as soon as a condition holds; fail where it does not within the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        os.sched_yield()
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
+    """Return the largest difference, relative to a scale."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    return float((actual - expected).abs().max() / scale) if actual.numel() else 0.0
+
+
+def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
+    """Return the rows of one stream and layer of a sample, as a user reads them."""
+    found = getattr(sample, stream)
+    return found if isinstance(found, torch.Tensor) else found[layer]
+
+
+def expected_rows(reference: Reference, stream: str, layer: int) -> torch.Tensor:
+    """Return Hugging Face's rows for one stream and layer."""
+    return {
+        "hidden_states": reference.hidden_states[layer],
+        "embeddings": reference.embedding,
+        "final_hidden_states": reference.final_normed,
+        "router_logits": reference.router_logits.get(layer),
+    }[stream]
+
+
+Positions = Callable[[int, int], list[int]]
+"""(length of the prompt, rows of the sequence) to the positions that are to be there."""
+
+
+def compare(result: Any, references: References, positions: Positions | None = None, completion: int = 0) -> None:
+    """Compare every row of every stream, layer and sample of a capture with Hugging Face's, and all labels."""
+    for index, output in enumerate(result.outputs):
+        tokens, sample = sequence(output, completion), result.sample(index, completion)
+        at = list(range(len(tokens))) if positions is None else positions(len(output.prompt_token_ids), len(tokens))
+        assert sample.positions.tolist() == at
+        assert sample.token_ids.tolist() == [tokens[position] for position in at]
+        assert len(sample) == len(at)
+        for stream in result.layers:
+            for layer in result.layers[stream]:
+                whole = expected_rows(references.of(tokens), stream, layer)
+                # The scale is that of the whole sequence: a single row may be small.
+                off = error(rows_of(sample, stream, layer), whole[at], whole.square().mean().sqrt())
+                assert off < TOLERANCE, f"sample {index}: {stream}[{layer}] is off by {off:.2g} of its scale"

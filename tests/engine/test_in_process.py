@@ -1,0 +1,39 @@
+"""An engine without processes of its own, as debuggers use it. Runs the whole of it in a process beside the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+PROGRAM = """
+import os, sys
+from engine.engines import Engine, References, compare, prompts, wait_until
+from pathlib import Path
+from vllm_tap import Spec
+
+engine = Engine(Path(sys.argv[1]), enforce_eager=True)
+assert engine.status()[0]["pid"] == os.getpid()
+known = References(Path(sys.argv[1]))
+for transport in ("segment", "inline"):
+    result = engine.capture(prompts(), Spec(hidden_states="all"), transport=transport)
+    compare(result, known)
+    assert (engine.used_bytes() > 0) == (transport == "segment")
+    del result
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows")
+"""
+
+
+def test_rows_of_an_engine_in_the_same_process(tiny_model: Callable[..., Path]):
+    """Worker and client in one process: rows are right by either transport, and free when they are dropped."""
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", PROGRAM, str(tiny_model("llama"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,268 @@
+"""How long rows, memory and sessions last: dropped results, small budgets, interrupted calls, killed processes.
+
+Runs in the test process, beside one eager Llama engine; a test that kills it leaves the next one to start another. By
+default the engine's core is killed between captures and its worker during one; VLLM_TAP_TEST_MATRIX=full kills either
+in both.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.engines import (
+    FULL_MATRIX,
+    MAX_MODEL_LEN,
+    Engine,
+    References,
+    Shelf,
+    compare,
+    forget_failures,
+    greedy,
+    prompts,
+    surroundings,
+    wait_until,
+)
+from vllm_tap import Spec
+from vllm_tap.errors import BudgetError, EngineDiedError, TransportError
+
+pytestmark = pytest.mark.engine
+
+HIDDEN = Spec(hidden_states="all")
+RELEASE_S = 1.0
+DEATH_S = 5.0
+TOO_SMALL_BYTES = 64 << 10
+VICTIMS = ["core", "worker"] if FULL_MATRIX else []
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the engine takes for temporary files."""
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_model: Callable[..., Path], temporary: Path) -> Iterator[Shelf]:
+    """The engine of this module."""
+
+    def start() -> Engine:
+        with surroundings({"TMPDIR": str(temporary)}):
+            return Engine(tiny_model("llama"), enforce_eager=True)
+
+    shelf = Shelf(start)
+    yield shelf
+    shelf.close()
+
+
+@pytest.fixture
+def engine(shelf: Shelf) -> Engine:
+    """A running engine that holds no rows."""
+    forget_failures()
+    return shelf.get()
+
+
+@pytest.fixture
+def known(references: Callable[[str], References]) -> References:
+    """Hugging Face's forward passes of the engine's model."""
+    return references("llama")
+
+
+def test_rows_are_free_as_soon_as_the_last_tensor_is_gone(engine):
+    """One row of a view keeps what it lies in; when it goes, nothing is in use, without another call."""
+    result = engine.capture(prompts([9, 20, 6]), HIDDEN, max_tokens=1)  # one step: views, not gathered copies
+    whole = engine.used_bytes()
+    tensor = result[1].hidden_states[2][7:8]
+    expected = tensor.clone()
+    del result
+    assert 0 < engine.used_bytes() <= whole
+    assert tensor.equal(expected)
+    del tensor
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+
+
+def test_inline_rows_hold_nothing_in_the_worker(engine):
+    """Rows that were fetched are free in the worker when the call returns."""
+    result = engine.capture(prompts(), HIDDEN, transport="inline")
+    assert engine.used_bytes() == 0
+    assert len(result) == 8
+
+
+def test_memory_is_used_again(engine):
+    """Captures that are dropped do not make the worker grow; those that are kept stay as they were."""
+    kept = engine.capture(prompts(), HIDDEN)
+    copies = [sample.hidden_states[1].clone() for sample in kept]
+    engine.capture(prompts(seed=1), HIDDEN)
+    wait_until(lambda: engine.status()[0]["num_blocks"] >= 1, "a held block")
+    capacity = engine.status()[0]["capacity_bytes"]
+    for seed in range(2, 8):
+        engine.capture(prompts(seed=seed), HIDDEN)
+    assert engine.status()[0]["capacity_bytes"] == capacity
+    assert all(sample.hidden_states[1].equal(copy) for sample, copy in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+def test_a_budget_too_small_ends_the_capture_alone(engine, known, transport):
+    """Rows that do not fit raise BudgetError with the numbers; the engine goes on, and captures with more memory."""
+    before = engine.generate(prompts())
+    with pytest.raises(BudgetError, match="budget_bytes") as caught:
+        engine.capture(prompts(), HIDDEN, budget_bytes=TOO_SMALL_BYTES, transport=transport)
+    assert caught.value.budget_bytes == TOO_SMALL_BYTES < caught.value.needed_bytes + caught.value.used_bytes
+    assert engine.status()[0]["capture_id"] == ""
+    assert engine.used_bytes() == 0
+    assert engine.generate(prompts()) == before
+    compare(engine.capture(prompts(), HIDDEN, transport=transport), known)
+
+
+def test_rows_that_are_held_count_against_the_budget(engine, known):
+    """Captures under one budget fit until the rows that are kept fill it, and again once these are dropped."""
+    budget_bytes, held = 4 << 20, []
+
+    def fill() -> None:
+        for _ in range(64):  # each takes at least 0.6 MiB
+            held.append(engine.capture(prompts(), HIDDEN, budget_bytes=budget_bytes))
+
+    with pytest.raises(BudgetError, match="let go of the tensors of earlier captures"):
+        fill()
+    compare(held[0], known)
+    held.clear()
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+    compare(engine.capture(prompts(), HIDDEN, budget_bytes=budget_bytes), known)
+
+
+def test_a_prompt_that_the_engine_refuses_leaves_no_session(engine, known):
+    """vLLM's own error comes through; the capture is over in the workers, and the next one has its own rows only."""
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=str(MAX_MODEL_LEN)):
+        engine.capture(prompts([5, MAX_MODEL_LEN + 20]), HIDDEN)
+    assert engine.status()[0]["capture_id"] == ""
+    assert engine.used_bytes() == 0
+    compare(engine.capture(prompts(), HIDDEN), known)
+
+
+def test_an_interrupted_capture_leaves_no_session_and_no_requests(monkeypatch, engine, known):
+    """After Ctrl-C in the middle of a capture the next one has its own prompts and rows, and nothing stays in use."""
+    step, num_steps = engine.llm.llm_engine.step, 0
+
+    def interrupted() -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm.llm_engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.capture(prompts(seed=1), HIDDEN)
+    assert engine.status()[0]["capture_id"] == ""
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+    try:
+        result = engine.capture(prompts(), HIDDEN)
+        assert len(result) == len(prompts())
+        compare(result, known)
+    finally:
+        engine.llm.wait_for_completion(use_tqdm=False)
+
+
+def test_nothing_with_a_name_is_left_behind(engine, temporary):
+    """Captures by either transport make no file, no shared memory with a name, and leave no file open."""
+    engine.capture(prompts(), HIDDEN)  # connects, and makes what stays as long as the engine
+    left = [left_by_captures(engine, temporary) for _ in range(3)]
+    # Other programs make names in /dev/shm as well; one that captures leave behind is there every time.
+    assert set() in left
+
+
+def left_by_captures(engine: Engine, temporary: Path) -> set[str]:
+    """Capture by either transport; return the names that were not there before."""
+    before = named(engine, temporary)
+    for transport in ("segment", "inline"):
+        engine.capture(prompts(), HIDDEN, transport=transport)
+    return named(engine, temporary) - before
+
+
+def named(engine: Engine, temporary: Path) -> set[str]:
+    """Return all files in the folders that processes share, and the files that worker and client hold open."""
+    shared = {str(path) for folder in (temporary, Path("/dev/shm")) for path in folder.rglob("*")}
+    return shared | open_files(os.getpid()) | open_files(engine.status()[0]["pid"])
+
+
+def open_files(pid: int) -> set[str]:
+    """Return the names of open files of a process; sockets, pipes and memory without a name are left out."""
+    names = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            names.add(os.readlink(fd))
+        except OSError:
+            continue  # closed since the listing, as the listing's own descriptor is
+    return {name for name in names if name.startswith("/") and not name.startswith(("/memfd:", "/proc/"))}
+
+
+def test_memory_that_the_system_refuses_is_an_error_with_a_way_out(engine, known):
+    """A worker that may open no more files says what to do; inline works at once, shared memory when it may again."""
+    engine.capture(prompts([1]), Spec(hidden_states=[0]), budget_bytes=TOO_SMALL_BYTES)  # closes what is larger
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+    pid, limits = engine.status()[0]["pid"], resource.RLIMIT_NOFILE
+    soft, hard = resource.prlimit(pid, limits)
+    resource.prlimit(pid, limits, (8, hard))  # no more than it has; it still may wait for that many
+    try:
+        with pytest.raises(TransportError, match=r'ulimit -n.*transport="inline"'):
+            engine.capture(prompts(), HIDDEN, transport="segment")
+        compare(engine.capture(prompts(), HIDDEN, transport="inline"), known)
+    finally:
+        resource.prlimit(pid, limits, (soft, hard))
+    compare(engine.capture(prompts(), HIDDEN, transport="segment"), known)
+
+
+def core_and_worker(engine: Engine) -> dict[str, int]:
+    """Return the processes of an engine by their part in it."""
+    worker = engine.status()[0]["pid"]
+    return {"worker": worker, "core": psutil.Process(worker).ppid()}
+
+
+@pytest.mark.timeout(30, func_only=True)
+@pytest.mark.parametrize("victim", VICTIMS or ["core"])
+def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(engine, known, victim):
+    """Tensors can be read after a kill -9, and the next capture raises at once, by either transport."""
+    result = engine.capture(prompts(), Spec(hidden_states="all", embeddings=True))
+    pid = core_and_worker(engine)[victim]
+    os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    for transport in ("segment", "inline"):
+        with pytest.raises(EngineDiedError, match="new LLM"):
+            engine.capture(prompts(), HIDDEN, transport=transport)
+    assert time.monotonic() - begin < DEATH_S
+    compare(result, known)
+    engine.close()
+    compare(result, known)
+
+
+@pytest.mark.timeout(30, func_only=True)
+@pytest.mark.parametrize("victim", VICTIMS or ["worker"])
+def test_an_engine_that_dies_during_a_capture_is_an_error(monkeypatch, engine, victim):
+    """A process killed between two steps of a capture ends the call with EngineDiedError in bounded time."""
+    pid = core_and_worker(engine)[victim]
+    step, num_steps, killed_at = engine.llm.llm_engine.step, 0, 0.0
+
+    def deadly() -> Any:
+        nonlocal num_steps, killed_at
+        num_steps += 1
+        if num_steps == 4:
+            killed_at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm.llm_engine, "step", deadly)
+        with pytest.raises(EngineDiedError, match="new LLM"):
+            engine.capture(prompts(), HIDDEN, sampling_params=greedy(max_tokens=100))
+    assert time.monotonic() - killed_at < 2 * DEATH_S
+    engine.close()

@@ -1,0 +1,48 @@
+"""Captures from an engine that embeds rather than generates.
+
+Runs in the test process, beside one eager Llama engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_tap
+from engine.engines import PROMPT_LENGTHS, TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
+from vllm_tap import Spec
+from vllm_tap.errors import SpecError
+
+pytestmark = pytest.mark.engine
+
+EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    """An engine for embeddings."""
+    engine = Engine(tiny_model("llama"), enforce_eager=True, runner="pooling", convert="embed")
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+def test_every_row_is_that_of_hugging_face(engine, references: Callable[[str], References], transport):
+    """All tokens of all prompts have their rows, also of prompts cut into chunks; nothing is generated."""
+    result = vllm_tap.capture(engine.llm, prompts(), EVERYTHING, transport=transport, progress=False)
+    assert [len(sample) for sample in result] == list(PROMPT_LENGTHS)
+    for sample, prompt in zip(result, prompts(), strict=True):
+        tokens = prompt["prompt_token_ids"]
+        assert sample.token_ids.tolist() == tokens
+        for stream in result.layers:
+            for layer in result.layers[stream]:
+                expected = expected_rows(references("llama").of(tokens), stream, layer)
+                assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
+
+
+def test_parameters_of_sampling_are_refused(engine):
+    """A field of SamplingParams is no field of PoolingParams, and the message says which class it was looked up in."""
+    with pytest.raises(SpecError, match="PoolingParams has no field 'max_tokens'"):
+        vllm_tap.capture(engine.llm, prompts(), EVERYTHING, max_tokens=3)

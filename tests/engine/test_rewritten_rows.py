@@ -1,0 +1,70 @@
+"""Positions that go through the model more than once: drafts that are rejected, requests that are preempted.
+
+Runs in the test process, beside one eager Llama engine with speculative decoding and too few blocks of key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.engines import Engine, References, compare, prompts
+from vllm_tap import Spec
+
+pytestmark = pytest.mark.engine
+
+STREAMS = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    """An engine that drafts three tokens a step, and whose 20 blocks hold 640 tokens."""
+    engine = Engine(
+        tiny_model("llama"),
+        enforce_eager=True,
+        disable_log_stats=False,
+        block_size=32,
+        num_gpu_blocks_override=20,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def known(references: Callable[[str], References]) -> References:
+    """Hugging Face's forward passes of the engine's model."""
+    return references("llama")
+
+
+def count(engine: Engine, name: str) -> int:
+    """Return one of vLLM's own counters."""
+    return next(metric.value for metric in engine.llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+def test_rows_of_rejected_drafts_are_not_kept(engine, known, transport):
+    """A position whose draft was rejected has the row of the token that came to stand there."""
+    names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+    drafted, accepted = (count(engine, name) for name in names)
+    repeating = [{"prompt_token_ids": prompt["prompt_token_ids"] * 4} for prompt in prompts([6] * 4)]
+    result = engine.capture(repeating, Spec(**STREAMS), max_tokens=40, transport=transport)
+    compare(result, known)
+    drafted, accepted = (count(engine, name) - was for name, was in zip(names, (drafted, accepted), strict=True))
+    assert drafted > accepted > 0
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+def test_rows_of_preempted_requests_are_complete(engine, known, transport):
+    """Requests that lost their cache and were computed again have each row once, and right."""
+    before = count(engine, "num_preemptions")
+    result = engine.capture(prompts([60] * 12), Spec(**STREAMS), max_tokens=60, transport=transport)
+    compare(result, known)
+    assert count(engine, "num_preemptions") > before

@@ -1,0 +1,178 @@
+"""Every row of every layer against Hugging Face, for each family and for compiled and eager models.
+
+By default three engines cover each family and both modes: Llama compiled, Qwen3 eager, Gemma-3 compiled.
+VLLM_TAP_TEST_MATRIX=full runs all six combinations. Runs in the test process, beside one engine at a time.
+
+Compiled models run twice: an engine without the plugin goes first and leaves its compiled graphs in the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from engine.engines import (
+    FULL_MATRIX,
+    MAX_NEW_TOKENS,
+    PROMPT_LENGTHS,
+    TOLERANCE,
+    Engine,
+    References,
+    compare,
+    error,
+    greedy,
+    prompts,
+    rows_of,
+    sequence,
+    surroundings,
+)
+from vllm_tap import Recording, Spec
+from vllm_tap.errors import RowsMissingError
+
+pytestmark = pytest.mark.engine
+
+EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+
+
+class Case(NamedTuple):
+    """A model and how it runs; `plain` starts an engine without the plugin first."""
+
+    family: str
+    compiled: bool
+    plain: bool
+
+    def __str__(self) -> str:
+        return f"{self.family}-{'compiled' if self.compiled else 'eager'}"
+
+
+COVERING = [Case("llama", True, True), Case("qwen3", False, False), Case("gemma3", True, False)]
+FULL = [Case(family, compiled, True) for family in ("llama", "qwen3", "gemma3") for compiled in (True, False)]
+CASES = FULL if FULL_MATRIX else COVERING
+
+
+class Running(NamedTuple):
+    """An engine, what it is, and the tokens that it generates without the plugin, if that was tried."""
+
+    case: Case
+    engine: Engine
+    plain_tokens: list[list[int]] | None
+    plain_graphs: set[str]
+
+
+def compiled_graphs() -> set[str]:
+    """Return the keys under which vLLM has kept compiled models."""
+    return {folder.name for folder in Path(os.environ["VLLM_CACHE_ROOT"]).glob("torch_compile_cache/*aot*/*")}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def running(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Iterator[Running]:
+    """An engine with the plugin, whose compile cache is warm from one without."""
+    case: Case = request.param
+    folder, eager = tiny_model(case.family), not case.compiled
+    plain_tokens = None
+    if case.plain:
+        with surroundings({"VLLM_TAP": "0"}):
+            plain = Engine(folder, enforce_eager=eager)
+            plain_tokens = plain.generate(prompts())
+            plain.close()
+    plain_graphs = compiled_graphs()
+    engine = Engine(folder, enforce_eager=eager)
+    yield Running(case, engine, plain_tokens, plain_graphs)
+    engine.close()
+
+
+@pytest.fixture
+def engine(running: Running) -> Engine:
+    """The engine alone."""
+    return running.engine
+
+
+@pytest.fixture
+def known(running: Running, references: Callable[[str], References]) -> References:
+    """Hugging Face's forward passes of the engine's model."""
+    return references(running.case.family)
+
+
+def test_every_row_is_that_of_hugging_face(engine, known):
+    """All rows of all layers, the embeddings and the normed states are right, also for prompts cut into chunks."""
+    result = engine.capture(prompts(), EVERYTHING)
+    compare(result, known)
+    assert [len(sample) for sample in result] == [length + MAX_NEW_TOKENS - 1 for length in PROMPT_LENGTHS]
+    assert result.layers == {"hidden_states": [0, 1, 2, 3], "embeddings": [0], "final_hidden_states": [3]}
+
+
+def test_both_transports_give_the_same_bits(engine):
+    """Rows that cross in shared memory equal rows that cross in calls, bit by bit."""
+    shared = engine.capture(prompts(), EVERYTHING, transport="segment")
+    inline = engine.capture(prompts(), EVERYTHING, transport="inline")
+    for one, other in zip(shared, inline, strict=True):
+        for stream in EVERYTHING.streams:
+            for layer in shared.layers[stream]:
+                assert rows_of(one, stream, layer).equal(rows_of(other, stream, layer))
+
+
+def test_tokens_stay_the_same(running, engine, known):
+    """Generation gives the same tokens without the plugin, with it, while it captures, and as Hugging Face has them."""
+    idle = engine.generate(prompts())
+    result = engine.capture(prompts(), EVERYTHING)
+    assert [list(output.outputs[0].token_ids) for output in result.outputs] == idle
+    assert running.plain_tokens in (None, idle)
+    for output in result.outputs:
+        logits = known.of(sequence(output)).logits[len(output.prompt_token_ids) - 1 :]
+        assert list(output.outputs[0].token_ids) == logits.argmax(-1).tolist()
+
+
+def generated_positions(prompt_len: int, num_rows: int) -> list[int]:
+    """Positions of the generated tokens that entered the model."""
+    return list(range(prompt_len, num_rows))
+
+
+@pytest.mark.parametrize(("positions", "expected"), [("all", None), ("generated", generated_positions)])
+def test_other_requests_in_the_same_steps_leave_no_rows(engine, known, positions, expected):
+    """Rows are those of the captured requests when plain requests share every step with them."""
+    plain = prompts([40, 2, 70, 21, 8, 100, 12, 6], seed=1)
+    alone = engine.generate(plain)
+    recording = Recording(engine.llm, Spec(hidden_states="all", positions=positions))
+    given = [prompt for pair in zip(plain, prompts(), strict=True) for prompt in pair]
+    params = [own for sample in range(8) for own in (greedy(), recording.mark(greedy(), sample))]
+    outputs = engine.llm.generate(given, params, use_tqdm=False)
+    compare(recording.finish(outputs[1::2]), known, expected)
+    assert [list(output.outputs[0].token_ids) for output in outputs[::2]] == alone
+
+
+def test_samples_need_not_come_in_order_nor_all(engine, known):
+    """Requests may be added in any order; a sample without an output has no rows, and the others have theirs."""
+    recording = Recording(engine.llm, EVERYTHING)
+    params = [recording.mark(greedy(), sample) for sample in (2, 0, 1)]
+    outputs = engine.llm.generate(prompts([12, 70, 33]), params, use_tqdm=False)
+    result = recording.finish([outputs[1], None, outputs[0]])
+    for sample, number in ((0, 1), (2, 0)):
+        assert result[sample].token_ids.tolist() == sequence(outputs[number])
+        expected = known.of(sequence(outputs[number])).hidden_states[3]
+        scale = expected.square().mean().sqrt()
+        assert error(result[sample].hidden_states[3], expected, scale) < TOLERANCE
+    with pytest.raises(RowsMissingError):
+        result[1]
+
+
+def test_requests_that_wait_in_the_engine_are_not_taken_for_captured_ones(engine, known):
+    """Plain requests that were queued before a capture run with it; the result holds the captured prompts only."""
+    engine.llm.enqueue(prompts([30, 5], seed=2), greedy(), use_tqdm=False)
+    try:
+        result = engine.capture(prompts(), EVERYTHING)
+        assert [list(output.prompt_token_ids) for output in result.outputs] == [
+            prompt["prompt_token_ids"] for prompt in prompts()
+        ]
+        compare(result, known)
+    finally:
+        engine.llm.wait_for_completion(use_tqdm=False)
+
+
+def test_graphs_with_taps_have_a_place_of_their_own_in_the_cache(running):
+    """An engine with the plugin looks for compiled graphs elsewhere than one without, whose graphs have no taps."""
+    if running.case.compiled and running.case.plain:
+        assert compiled_graphs() > running.plain_graphs > set()

@@ -1,0 +1,230 @@
+"""What a specification chooses, and how requests end, against Hugging Face, on one eager Llama with a prefix cache.
+
+Runs in the test process, beside the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engines import (
+    MAX_MODEL_LEN,
+    PROMPT_LENGTHS,
+    Engine,
+    References,
+    Shelf,
+    compare,
+    greedy,
+    prompts,
+)
+from vllm_tap import Spec
+from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+
+pytestmark = pytest.mark.engine
+
+BLOCK_SIZE = 32  # the granule of the prefix cache
+HIDDEN = Spec(hidden_states="all")
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_model: Callable[..., Path]) -> Iterator[Shelf]:
+    """The engine of this module; a test that ends it leaves the next one to start another."""
+    shelf = Shelf(
+        lambda: Engine(tiny_model("llama"), enforce_eager=True, enable_prefix_caching=True, block_size=BLOCK_SIZE)
+    )
+    yield shelf
+    shelf.close()
+
+
+@pytest.fixture
+def engine(shelf: Shelf) -> Engine:
+    """A running engine."""
+    return shelf.get()
+
+
+@pytest.fixture
+def known(references: Callable[[str], References]) -> References:
+    """Hugging Face's forward passes of the engine's model."""
+    return references("llama")
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers"), [([0, 2], [0, 2]), ([-1], [3]), ([-4, 3, 0, -1], [0, 3]), (range(1, 3), [1, 2])]
+)
+def test_layers_are_those_that_were_named(engine, known, layers, numbers):
+    """A subset of layers arrives, counted from either end, and no other layer can be read."""
+    result = engine.capture(prompts(), Spec(hidden_states=layers))
+    compare(result, known)
+    assert result.layers == {"hidden_states": numbers}
+    assert result[0].hidden_states[-4 + numbers[0]].equal(result[0].hidden_states[numbers[0]])
+    absent = min(set(range(4)) - set(numbers))
+    with pytest.raises(LayerError, match=rf"layer {absent} was not captured.*{numbers[0]}"):
+        result[0].hidden_states[absent]
+
+
+def prompt_positions(prompt_len: int, num_rows: int) -> list[int]:
+    """Positions of the prompt."""
+    return list(range(prompt_len))
+
+
+def generated_positions(prompt_len: int, num_rows: int) -> list[int]:
+    """Positions of the generated tokens that entered the model."""
+    return list(range(prompt_len, num_rows))
+
+
+def last_position(prompt_len: int, num_rows: int) -> list[int]:
+    """The last position of the prompt."""
+    return [prompt_len - 1]
+
+
+def listed_positions(prompt_len: int, num_rows: int) -> list[int]:
+    """Positions 0, 5, 70 and the last two, where the prompt has them."""
+    return sorted({p for p in (0, 5, 70, prompt_len - 1, prompt_len - 2) if 0 <= p < prompt_len})
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("prompt", prompt_positions),
+        ("generated", generated_positions),
+        ("last", last_position),
+        ([-1, 0, 5, 70, -2], listed_positions),
+    ],
+)
+def test_positions_are_those_that_were_named(engine, known, positions, expected):
+    """Rows of the named positions arrive, and of no others, whichever step and chunk they fall into."""
+    result = engine.capture(prompts(), Spec(hidden_states=[0, 3], embeddings=True, positions=positions))
+    compare(result, known, expected)
+    if positions == "last":
+        assert [len(sample) for sample in result] == [1] * len(PROMPT_LENGTHS)
+
+
+def test_completions_of_one_prompt_have_their_own_rows(engine, known):
+    """With n=2 both completions carry the rows of their own tokens; a third does not exist."""
+    params = greedy(n=2, temperature=1.0)  # a seed per request ends vLLM 0.32 on the CPU when prompts are chunked
+    result = engine.capture(prompts([5, 40]), HIDDEN, sampling_params=params)
+    for completion in range(2):
+        compare(result, known, completion=completion)
+    one, other = (list(output.token_ids) for output in result.outputs[0].outputs)
+    assert one != other
+    with pytest.raises(RowsMissingError, match="no completion 2"):
+        result.sample(0, completion=2)
+
+
+def test_a_stop_token_ends_the_rows(engine, known):
+    """A request that stops early has the rows of what it generated until then."""
+    given = prompts([12, 80])
+    plain = engine.generate(given)
+    result = engine.capture(given, HIDDEN, ignore_eos=False, stop_token_ids=[plain[0][3]])
+    compare(result, known)
+    generated = list(result.outputs[0].outputs[0].token_ids)
+    assert generated == plain[0][: plain[0].index(plain[0][3]) + 1]
+    assert len(result[0]) == 12 + len(generated) - 1
+
+
+def test_a_single_new_token_leaves_the_rows_of_the_prompt(engine, known):
+    """With max_tokens=1 nothing generated enters the model: rows are the prompt's, generated rows are none."""
+    result = engine.capture(prompts(), HIDDEN, max_tokens=1)
+    compare(result, known)
+    assert [len(sample) for sample in result] == list(PROMPT_LENGTHS)
+    nothing = engine.capture(prompts([4, 6]), Spec(hidden_states="all", positions="generated"), max_tokens=1)
+    assert [tuple(sample.hidden_states[1].shape) for sample in nothing] == [(0, 128)] * 2
+
+
+def test_the_longest_prompt_is_captured_whole(engine, known):
+    """A prompt of max_model_len - 1 tokens, in four chunks, has a row for each."""
+    result = engine.capture(prompts([MAX_MODEL_LEN - 1]), HIDDEN)
+    compare(result, known)
+    assert len(result[0]) == MAX_MODEL_LEN - 1
+
+
+def test_captures_follow_each_other_with_other_specifications(engine, known):
+    """Each capture of one engine has what its own specification asks for; earlier results stay as they were."""
+    first = engine.capture(prompts(), Spec(hidden_states=[1]))
+    before = first[4].hidden_states[1].clone()
+    others = [Spec(final_hidden_states=True), Spec(embeddings=True, positions="last"), HIDDEN, Spec(hidden_states=[1])]
+    for spec in others:
+        result = engine.capture(prompts(seed=4), spec)
+        assert set(result.layers) == set(spec.streams)
+        compare(result, known, last_position if spec.positions == "last" else None)
+    assert first[4].hidden_states[1].equal(before)
+    compare(first, known)
+
+
+def test_a_prompt_given_as_text_is_captured(engine, known):
+    """A single string is tokenized by the engine; labels are its tokens."""
+    result = engine.capture("the quick brown fox", HIDDEN)
+    assert result[0].token_ids[:19].tolist() == list(result.outputs[0].prompt_token_ids)
+    compare(result, known)
+
+
+def test_captured_requests_do_not_read_the_prefix_cache(engine, known):
+    """Rows of a prefix that the cache holds arrive all the same; plain requests go on hitting the cache."""
+    given = prompts([4 * BLOCK_SIZE + 5], seed=5)
+    shared = given[0]["prompt_token_ids"][: 3 * BLOCK_SIZE]
+    following = [{"prompt_token_ids": shared + prompt["prompt_token_ids"]} for prompt in prompts([9, 30], seed=6)]
+    engine.generate(given)
+    assert cached(engine, following) == [3 * BLOCK_SIZE] * 2
+    result = engine.capture(following, HIDDEN)
+    assert [output.num_cached_tokens for output in result.outputs] == [0, 0]
+    compare(result, known)
+    assert min(cached(engine, following)) >= 3 * BLOCK_SIZE
+
+
+def test_captured_requests_fill_the_prefix_cache(engine):
+    """A plain request after a capture of the same prompt finds its blocks in the cache."""
+    given = prompts([2 * BLOCK_SIZE + 3], seed=8)
+    engine.capture(given, HIDDEN)
+    assert cached(engine, given) == [2 * BLOCK_SIZE]
+
+
+def cached(engine: Engine, given: list[dict[str, list[int]]]) -> list[int]:
+    """Return how many tokens of each prompt the cache held, for plain requests."""
+    return [output.num_cached_tokens for output in engine.llm.generate(given, greedy(), use_tqdm=False)]
+
+
+def test_what_cannot_be_asked_for_is_refused(engine):
+    """Wrong specifications, prompts and parameters raise before anything runs, and say what would be right."""
+    with pytest.raises(SpecError, match=r'vllm_tap.Spec, got str.*Spec\(hidden_states="all"\)'):
+        engine.capture(prompts(), "all")
+    with pytest.raises(SpecError, match="prompts is empty"):
+        engine.capture([], HIDDEN)
+    with pytest.raises(SpecError, match="prompt 1 is a int"):
+        engine.capture(["a", 5], HIDDEN)
+    with pytest.raises(LayerError, match=r"no layer 4: it has 4 decoder layers, 0 to 3 \(or -4 to -1\)"):
+        engine.capture(prompts(), Spec(hidden_states=[0, 4]))
+    with pytest.raises(SpecError, match=r"no field 'temprature'.*'temperature'"):
+        engine.capture(prompts(), HIDDEN, temprature=0.0)
+    with pytest.raises(SpecError, match="not both"):
+        engine.capture(prompts(), HIDDEN, sampling_params=greedy(), max_tokens=3)
+    with pytest.raises(SpecError, match="2 sampling_params for 8 prompts"):
+        engine.capture(prompts(), HIDDEN, sampling_params=[greedy()] * 2)
+    with pytest.raises(SpecError, match='"segment" or "inline"'):
+        engine.capture(prompts(), HIDDEN, transport="carrier pigeon")
+    with pytest.raises(SpecError, match="positive"):
+        engine.capture(prompts(), HIDDEN, budget_bytes=0)
+    assert [state["capture_id"] for state in engine.status()] == [""]
+
+
+def test_a_dense_model_has_no_experts(engine, known):
+    """Of all layers with experts a dense model has none; naming one of them is refused, and says so."""
+    result = engine.capture(prompts(), Spec(hidden_states=[2], router_logits="all", routed_experts="all"))
+    assert len(result[0].router_logits) == len(result[0].expert_ids) == len(result[0].expert_weights) == 0
+    assert result[0].hidden_states[2].shape == (len(result[0]), 128)
+    for stream in ("router_logits", "routed_experts"):
+        with pytest.raises(LayerError, match="layer 1 belongs to a model without experts"):
+            engine.capture(prompts(), Spec(**{stream: [1]}))
+
+
+def test_tensors_outlive_the_engine_object(engine, known):
+    """After the LLM is let go of and its processes are gone, all rows of a capture can still be read."""
+    result = engine.capture(prompts(), Spec(hidden_states="all", embeddings=True))
+    views = [sample.hidden_states[2] for sample in result]
+    copies = [view.clone() for view in views]
+    engine.close()
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
+    compare(result, known)
