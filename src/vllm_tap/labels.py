@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 KEY: Final = "vllm_tap"
-"""The entry of a request's extra arguments that marks it as captured."""
+"""The entry of a request's extra arguments that marks it as captured, and of an engine's configuration with taps."""
+
+NO_TAPS: Final = "this engine has no taps"
+"""What a worker without taps says to every call."""
 
 LABELS: Final = ("request", "position", "token_id")
 """Order of the int32 label arrays at the head of a block."""

@@ -20,10 +20,14 @@ from vllm_tap.errors import (
     TransportError,
 )
 from vllm_tap.frame import messages
+from vllm_tap.labels import NO_TAPS
 from vllm_tap.transport.reader import SegmentReader
 
 PROBE_TOKENS = list(range(1, 17))
 """A prompt for the one forward pass that an engine may want before it can say what its layers return."""
+
+ENGINE_IS_GONE = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
+"""What vLLM 0.26 to 0.33 says in its errors when the core, or a worker below it, has ended."""
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -171,17 +175,19 @@ class Connection:
 def _explain(error: Exception) -> Exception:
     """Turn what vLLM raised for a call into an error that says what to do."""
     text = f"{type(error).__name__}: {error}"
-    if "vllm_tap_open" in text:
+    if NO_TAPS in text or "vllm_tap_open" in text:
         allowed = os.environ.get("VLLM_PLUGINS")
         reason = (
             f"VLLM_PLUGINS={allowed!r} does not name it: add vllm_tap to the list, or unset it"
             if allowed is not None and "vllm_tap" not in allowed.split(",")
             else "VLLM_TAP=0 switches it off: unset it"
             if os.environ.get("VLLM_TAP") == "0"
+            else text
+            if NO_TAPS in text
             else "install vllm-tap in the environment that the engine runs in"
         )
         return PluginNotLoadedError(f"the engine's workers did not load the vllm-tap plugin. {reason}, and restart.")
-    if "EngineDead" in text or "EngineCore" in text:
+    if any(word in text for word in ENGINE_IS_GONE):
         return EngineDiedError(f"the engine died during a call ({text}). Start a new LLM.")
     return CaptureError(f"a call to the workers failed: {text}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from vllm_tap.errors import EngineDiedError, SpecError
@@ -74,10 +76,11 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> 
     """
     others = set(_unfinished(llm))
     try:
-        if pools(llm):
-            outputs = llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed")
-        else:
-            outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+        with _watched(llm):
+            if pools(llm):
+                outputs = llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed")
+            else:
+                outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
@@ -89,6 +92,31 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> 
         raise
     # vLLM returns requests that were queued before among these, in the order of arrival: ours are the last.
     return list(outputs)[-len(prompts) :]
+
+
+@contextmanager
+def _watched(llm: Any) -> Iterator[None]:
+    """End a wait for outputs when the engine core dies: vLLM 0.26 to 0.33 may wait on, if the core had no last word."""
+    core = llm.llm_engine.engine_core
+    resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    if resources is None or outputs is None:  # the engine runs in this process
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            if getattr(resources, "engine_dead", False):
+                outputs.put_nowait(EngineDiedError("the engine core died."))
+                return
+
+    thread = threading.Thread(target=watch, name="vllm-tap-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _unfinished(llm: Any) -> list[str]:

@@ -20,7 +20,7 @@ from vllm_tap import __version__
 from vllm_tap.engine.rows import Batch
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.frame.messages import Rank
-from vllm_tap.labels import KEY, Mark, read_mark
+from vllm_tap.labels import KEY, NO_TAPS, Mark, read_mark
 
 if TYPE_CHECKING:
     from vllm_tap.engine.worker import TapWorker
@@ -73,7 +73,7 @@ def require(owner: Any, name: str, why: str) -> Any:
 
 
 def enabled() -> bool:
-    """Tell whether new engines get taps; asked anew for each, so that one process can have engines with and without."""
+    """Tell whether the engine that is being configured gets taps."""
     return os.environ.get("VLLM_TAP", "1") != "0"
 
 
@@ -122,7 +122,10 @@ def install() -> None:
 
 
 def _keyed(create_config: Callable[..., Any]) -> Callable[..., Any]:
-    """Put a key into `additional_config`, which vLLM hashes: cached graphs without taps must never be served."""
+    """Put a key into `additional_config`: it tells the workers to install taps.
+
+    vLLM hashes it, so that a cached graph without taps is never served to an engine with them.
+    """
 
     @functools.wraps(create_config)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,9 +148,11 @@ def _watched(init_device: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load_model)
         def load_and_tap(*args: Any, **kwargs: Any) -> Any:
             loaded = load_model(*args, **kwargs)
-            from vllm_tap.engine.legacy_calls import LegacyTapWorker
+            extra = worker.vllm_config.additional_config
+            if isinstance(extra, dict) and KEY in extra:
+                from vllm_tap.engine.legacy_calls import LegacyTapWorker
 
-            worker.vllm_tap = LegacyTapWorker.install(worker)
+                worker.vllm_tap = LegacyTapWorker.install(worker)
             return loaded
 
         worker.load_model = load_and_tap
@@ -160,7 +165,7 @@ def _rpc(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
         tap_worker: TapWorker | None = getattr(self, "vllm_tap", None)
         if tap_worker is None:
-            raise RuntimeError("vllm-tap: the model is not loaded")
+            raise RuntimeError(f"{NO_TAPS}: it was made with VLLM_TAP=0 or with an additional_config that is no dict")
         return getattr(tap_worker, name)(*args)
 
     return method

@@ -1,17 +1,18 @@
-"""The entry point that vLLM calls in each of its processes. Cheap, harmless to call twice, off with `VLLM_TAP=0`."""
+"""The entry point that vLLM calls in each of its processes. Cheap, and harmless to call twice.
+
+`VLLM_TAP=0` is looked at where an engine is configured, not here: vLLM calls this once per process, which may have
+engines with taps and without.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 
 logger = logging.getLogger("vllm_tap")
 
 
 def register() -> None:
     """Prepare this vLLM process for captures. Never raises: vLLM does not catch what a plugin raises."""
-    if os.environ.get("VLLM_TAP", "1") == "0":
-        return
     try:
         from vllm_tap.engine import host
 
