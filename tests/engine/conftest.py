@@ -8,21 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.engines import FULL_MATRIX, References
-
-# These start a dozen more engines: `make test-all` runs them, about 20 minutes on two cores.
-collect_ignore = (
-    []
-    if FULL_MATRIX
-    else [
-        "test_lifetimes.py",
-        "test_parallel.py",
-        "test_pooling.py",
-        "test_refusals.py",
-        "test_rewritten_rows.py",
-        "test_specs.py",
-    ]
-)
+from engine.engines import References
 
 # A worker that has been told to end waits this long for something to happen; nothing does.
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
