@@ -23,6 +23,7 @@ def capture(
     budget_bytes: int | None = None,
     staging: str = "auto",
     progress: bool | None = None,
+    lora_request: Any = None,
     sampling_params: Any = None,
     **sampling: Any,
 ) -> Capture:
@@ -39,6 +40,7 @@ def capture(
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.
         progress: Show a progress bar; by default when standard error is a terminal.
+        lora_request: A `vllm.lora.request.LoRARequest`, or one (or None) per prompt.
         sampling_params: A `vllm.SamplingParams`, or one per prompt.
         **sampling: Fields of `SamplingParams`, instead of `sampling_params`.
 
@@ -72,7 +74,7 @@ def capture(
     try:
         marked = [recording.mark(given, sample) for sample, given in enumerate(params)]
         started = time.perf_counter()
-        outputs = engine.generate(llm, prompts, marked, bar(progress, recording.counts))
+        outputs = engine.generate(llm, prompts, marked, bar(progress, recording.counts), lora_request)
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:

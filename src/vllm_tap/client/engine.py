@@ -68,19 +68,20 @@ def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
     return list(replies)
 
 
-def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any) -> list[Any]:
+def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any, lora_request: Any = None) -> list[Any]:
     """Run prompts through an engine and return its outputs in the order of the prompts.
 
     Raises:
         EngineDiedError: The engine died on the way.
     """
     others = set(_unfinished(llm))
+    options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
     try:
         with _watched(llm):
             if pools(llm):
-                outputs = llm.encode(prompts, pooling_params=params, use_tqdm=use_tqdm, pooling_task="embed")
+                outputs = llm.encode(prompts, pooling_params=params, pooling_task="embed", **options)
             else:
-                outputs = llm.generate(prompts, params, use_tqdm=use_tqdm)
+                outputs = llm.generate(prompts, params, **options)
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
