@@ -58,8 +58,8 @@ def test_capture_takes_these_arguments() -> None:
     ("owner", "names"),
     [
         ("Capture", "conventions layers num_bytes num_rows outputs rows sample seconds spec"),
-        ("Sample", "embeddings expert_ids expert_weights final_hidden_states hidden_states positions router_logits "
-                   "token_ids"),
+        ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
+                   "router_logits token_ids"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:

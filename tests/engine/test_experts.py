@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.engines import TOLERANCE, Engine, References, compare, prompts, sequence
+from engine.engines import TOLERANCE, Engine, References, compare, compare_with_outputs, prompts, sequence
 from models import FAMILIES, MOE_FAMILIES
 from vllm_tap import Spec
 from vllm_tap.errors import LayerError
@@ -44,6 +44,19 @@ def known(family: str, references: Callable[[str], References]) -> References:
 def test_router_logits_are_those_of_hugging_face(engine, known):
     """The logits of every token and layer are right, beside the hidden states of the same capture."""
     compare(engine.capture(prompts(), Spec(hidden_states="all", router_logits="all")), known)
+
+
+def test_a_sample_reads_as_hugging_face_returns_it(engine, known):
+    """`as_hf` gives the logits of `output_router_logits=True`, with and without the hidden states beside them."""
+    everything = Spec(hidden_states="all", embeddings=True, final_hidden_states=True, router_logits="all")
+    result = engine.capture(prompts(), everything)
+    compare_with_outputs(result, known)
+    assert len(result[0].as_hf().hidden_states) == 5
+    alone = engine.capture(prompts([5]), Spec(router_logits="all"))[0].as_hf()
+    assert alone.hidden_states is None
+    assert [tuple(logits.shape) for logits in alone.router_logits] == [
+        tuple(logits.shape) for logits in known.outputs_of(range(12)).router_logits
+    ]
 
 
 def test_experts_are_those_that_the_logits_choose(engine, family, known):

@@ -23,6 +23,7 @@ from engine.engines import (
     Engine,
     References,
     compare,
+    compare_with_outputs,
     error,
     greedy,
     prompts,
@@ -103,6 +104,16 @@ def test_every_row_is_that_of_hugging_face(engine, known):
     compare(result, known)
     assert [len(sample) for sample in result] == [length + MAX_NEW_TOKENS - 1 for length in PROMPT_LENGTHS]
     assert result.layers == {"hidden_states": [0, 1, 2, 3], "embeddings": [0], "final_hidden_states": [3]}
+
+
+def test_a_sample_reads_as_hugging_face_returns_it(engine, known):
+    """`as_hf` gives the L + 1 hidden states of `output_hidden_states=True`, the last one behind the final norm."""
+    result = engine.capture(prompts(), EVERYTHING)
+    compare_with_outputs(result, known)
+    given = result[1].as_hf()
+    width = result[1].embeddings.shape[-1]
+    assert [tuple(rows.shape) for rows in given.hidden_states] == [(1, len(result[1]), width)] * 5
+    assert given.router_logits is None
 
 
 def test_both_transports_give_the_same_bits(engine):

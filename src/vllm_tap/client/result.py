@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_tap.client.hugging_face import HuggingFaceOutput, output_of
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
@@ -104,6 +105,27 @@ class Sample:
     def final_hidden_states(self) -> torch.Tensor:
         """The output of the final norm. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
         return self._layers("final_hidden_states")[-1]
+
+    def as_hf(self) -> HuggingFaceOutput:
+        """Return the rows as a Hugging Face model returns them when asked for hidden states and router logits.
+
+        Returns:
+            An object with `hidden_states`, L + 1 tensors [1, R, D], and `router_logits`, a tensor [R, E] for each layer
+            with experts; each is None where it was not captured. Model dtype, CPU; see `LayerMap` for their lifetime.
+
+        Raises:
+            SpecError: The capture lacks positions, layers, embeddings or final hidden states; the message names the
+                `Spec` that has them.
+
+        Source:
+            `output_hidden_states=True`: [0] is what goes into decoder layer 0 (where a model scales its embeddings,
+            after that), [i] the residual stream after layer i - 1, and the last one the output of the final norm.
+            `output_router_logits=True`: the gate's output before softmax or sigmoid, as transformers 5.19 returns it.
+
+        Cost:
+            That of reading each tensor once (see `LayerMap`); the further axis is a view.
+        """
+        return output_of(self, self._capture)
 
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)
