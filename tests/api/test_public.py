@@ -57,7 +57,7 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs rows sample seconds spec"),
+        ("Capture", "conventions layers num_bytes num_rows outputs routing rows sample seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
     ],

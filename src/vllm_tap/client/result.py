@@ -12,6 +12,7 @@ from vllm_tap.client.hugging_face import HuggingFaceOutput, output_of
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
 
 
@@ -141,7 +142,9 @@ class Capture(Sequence[Sample]):
     Attributes:
         outputs: What vLLM returned, in the order of the prompts.
         layers: {stream: layers captured, ascending}. Empty for router streams of a model without experts.
-        conventions: {stream: where its rows come from}.
+        conventions: {stream: where its rows come from}; of the router's streams also how it chooses.
+        routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
+            experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands
             over; of which `wait` was for the last transfer), `check` (labels compared with the outputs).
@@ -154,11 +157,12 @@ class Capture(Sequence[Sample]):
         sequences: Sequences,
         ranks: list[RankRows],
         conventions: dict[str, str],
+        routing: dict[int, Routing],
         streams: list[str],
         num_layers: int,
     ) -> None:
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
-        self.num_layers = num_layers
+        self.routing, self.num_layers = routing, num_layers
         self.seconds: dict[str, float] = {}
         self._owner: dict[tuple[str, int], RankRows] = {}
         for rank in ranks:

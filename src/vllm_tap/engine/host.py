@@ -20,6 +20,7 @@ from vllm_tap import __version__
 from vllm_tap.engine.rows import Batch
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.frame.messages import Rank
+from vllm_tap.frame.routing import Routing, unknown
 from vllm_tap.labels import KEY, Mark, read_mark
 
 if TYPE_CHECKING:
@@ -425,6 +426,50 @@ def find_experts(layer: torch.nn.Module) -> Experts | None:
             fused = bool(getattr(module, "_fse_fuse_gate", False))
             return Experts(module, getattr(module, "router", None), int(config.num_experts), fused)
     return None
+
+
+READABLE_ROUTERS: Final = ("FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CPURouter")
+"""The classes of vLLM's routers that do nothing beside what their attributes say, over all of 0.26 to 0.33."""
+
+OTHER_WAYS: Final = {
+    "custom_routing_function": "a function of the model chooses",
+    "_hash_indices_table": "experts are looked up by token id",
+    "bias_vl": "image tokens have a bias of their own",
+    "eplb_state": "load balancing (EPLB) puts numbers of replicas in the place of experts",
+}
+"""Attributes by which a router does something else, and what."""
+
+
+def read_routing(experts: Experts) -> Routing:
+    """Return what a router states about how it chooses; `routing.confirm` finds out whether it is so."""
+    name = type(experts.router).__name__
+    if name not in READABLE_ROUTERS:
+        return unknown(f"vLLM's {name} is not a router whose settings this package reads")
+    for attribute, meaning in OTHER_WAYS.items():
+        if getattr(experts.router, attribute, None) is not None:
+            return unknown(meaning)
+    if getattr(experts.router, "num_fused_shared_experts", 0):
+        return unknown("shared experts stand among the chosen ones")
+    try:
+        return _stated(experts.router, experts.runner)
+    except AttributeError as error:
+        return unknown(f"vLLM {vllm_version()}: {error}")
+
+
+def _stated(router: Any, runner: Any) -> Routing:
+    # The router for processors leaves out bias and factor of softmax scores, unless experts are grouped.
+    is_plain = not getattr(router, "use_grouped_topk", True) and router.scoring_func == "softmax"
+    bias = None if is_plain else getattr(router, "e_score_correction_bias", None)
+    return Routing(
+        scoring=router.scoring_func,
+        num_chosen=router.top_k,
+        renormalized=bool(router.renormalize),
+        bias=() if bias is None else tuple(bias.float().tolist()),
+        num_groups=getattr(router, "num_expert_group", None) or 1,
+        num_chosen_groups=getattr(router, "topk_group", None) or 1,
+        scale=1.0 if is_plain else float(getattr(router, "routed_scaling_factor", 1.0)),
+        output_scale=float(getattr(runner, "routed_scaling_factor", 1.0)),
+    )
 
 
 def graph_rows(worker: Any) -> int:
