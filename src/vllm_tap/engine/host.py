@@ -407,13 +407,15 @@ class Experts(NamedTuple):
     """The mixture of experts of a decoder layer.
 
     `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
-    `router` has `select_experts(...)`, which returns weights and ids as chosen.
+    `router` has `select_experts(...)`, which returns weights and ids as chosen, and which is called unless a kernel
+    chooses: then `chooser` is the kernel's name.
     """
 
     runner: Any
     router: Any
     num_experts: int
     has_fused_gate: bool
+    chooser: str
 
 
 def find_experts(layer: torch.nn.Module) -> Experts | None:
@@ -424,7 +426,9 @@ def find_experts(layer: torch.nn.Module) -> Experts | None:
             if getattr(config, "is_sequence_parallel", False) or getattr(module, "do_naive_dispatch_combine", False):
                 return None
             fused = bool(getattr(module, "_fse_fuse_gate", False))
-            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused)
+            method = getattr(getattr(module, "routed_experts", None), "quant_method", None)
+            chooser = type(method).__name__ if getattr(method, "is_monolithic", False) else ""
+            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused, chooser)
     return None
 
 
