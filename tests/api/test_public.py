@@ -145,7 +145,9 @@ def test_the_readme_tables_are_up_to_date() -> None:
     assert render(README, ROOT / "bench" / "results") == README
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/format.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/design.md", "docs/format.md", "docs/vllm-support.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     """Relative links of the documents name files that exist."""
     path = ROOT / document

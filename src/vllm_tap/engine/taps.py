@@ -8,6 +8,7 @@ import torch
 
 from vllm_tap.engine import host
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
+from vllm_tap.engine.experts import Experts, find_experts, read_routing
 from vllm_tap.engine.routing import confirm
 from vllm_tap.engine.tap import Rows, Tap, tap
 from vllm_tap.frame.routing import Routing, unknown
@@ -30,7 +31,7 @@ class ModelTaps:
     def __init__(self, model: host.Model, device: torch.device, rows: Rows) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
-        self._experts: dict[int, host.Experts] = {}
+        self._experts: dict[int, Experts] = {}
         self._routing: dict[int, Routing] = {}
         self.verdict: Verdict | None = None
         self._device = device
@@ -57,7 +58,7 @@ class ModelTaps:
                 _tap_norm(model.final_norm, final)
 
     def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
-        experts = host.find_experts(layer)
+        experts = find_experts(layer)
         if experts is None:
             return
         _tap_logits(experts, self._new("router_logits", index))
@@ -101,8 +102,8 @@ class ModelTaps:
                 self._routing[layer] = self._read_routing(layer, experts)
         return self._routing
 
-    def _read_routing(self, layer: int, experts: host.Experts) -> Routing:
-        stated = host.read_routing(experts)
+    def _read_routing(self, layer: int, experts: Experts) -> Routing:
+        stated = read_routing(experts)
         if ("expert_ids", layer) not in self.by_place:
             return stated
         places = [self.by_place[stream, layer] for stream in ROUTED]
@@ -162,7 +163,7 @@ def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
     host.tap_inputs(layer, ("hidden_states", "residual"), then)
 
 
-def _tap_logits(experts: host.Experts, place: Tap) -> None:
+def _tap_logits(experts: Experts, place: Tap) -> None:
     control, num_experts = place.control, experts.num_experts
 
     def then(logits: torch.Tensor) -> None:
@@ -172,7 +173,7 @@ def _tap_logits(experts: host.Experts, place: Tap) -> None:
     host.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
 
 
-def _tap_choice(experts: host.Experts, weights: Tap, ids: Tap) -> None:
+def _tap_choice(experts: Experts, weights: Tap, ids: Tap) -> None:
     weights_control, ids_control = weights.control, ids.control
 
     def then(result: Any) -> None:

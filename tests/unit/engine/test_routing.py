@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from routing import follow, in_order
-from vllm_tap.engine import host
 from vllm_tap.engine.convention import NO_ROWS
+from vllm_tap.engine.experts import Experts, read_routing
 from vllm_tap.engine.routing import confirm
 from vllm_tap.frame.routing import UNKNOWN, Routing, summary
 
@@ -43,9 +43,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def experts(router: Any) -> host.Experts:
+def experts(router: Any) -> Experts:
     """Return experts with this router and nothing else."""
-    return host.Experts(SimpleNamespace(routed_scaling_factor=1.0), router, NUM_EXPERTS, False, "")
+    return Experts(SimpleNamespace(routed_scaling_factor=1.0), router, NUM_EXPERTS, False, "")
 
 
 def router_of(**settings: Any) -> Any:
@@ -59,7 +59,7 @@ def test_experts_follow_from_what_is_stated(settings: dict[str, Any]) -> None:
     """The router's own choice is confirmed; ids are exactly, weights to rounding, what follows from the statement."""
     router = router_of(**settings)
     weights, ids = router.select_experts(torch.zeros(len(LOGITS), 8), LOGITS)
-    routing = confirm(host.read_routing(experts(router)), LOGITS, ids, weights)
+    routing = confirm(read_routing(experts(router)), LOGITS, ids, weights)
     assert routing.checked
     found_ids, found_weights = in_order(ids, weights)
     expected_ids, expected_weights = follow(routing, LOGITS)
@@ -163,7 +163,7 @@ class OtherRouter(SimpleNamespace):
 )
 def test_a_router_that_does_not_state_it_is_unknown(router: Any, reason: str) -> None:
     """Missing attributes, other classes and other ways of choosing give a reason, not an error."""
-    found = host.read_routing(experts(router))
+    found = read_routing(experts(router))
     assert found.scoring == UNKNOWN
     assert reason in found.reason
     assert str(found) == f"unknown: {found.reason}"
