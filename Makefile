@@ -73,6 +73,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m vllm_tap.bench.render README.md --check
+	$(BIN)/python -m vllm_tap.engine.support docs/vllm-support.md --check
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.handover

@@ -62,6 +62,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
+    # Half of the groups are in reach of a token, and its bias steers the choice; the first layer has no experts.
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
 }
 """Settings of each family, over the common ones, as its configuration class takes them."""
 
@@ -141,6 +155,9 @@ def _draw_weights(model: Any, generator: Any) -> None:
             else:
                 # Norms start at one, or at zero where the module adds the one itself.
                 weight.add_(torch.empty_like(weight).uniform_(-0.5, 0.5, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
 
 
 def _rename_unless_there(draft: Path, folder: Path) -> None:

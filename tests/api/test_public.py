@@ -57,9 +57,9 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs rows sample seconds spec"),
-        ("Sample", "embeddings expert_ids expert_weights final_hidden_states hidden_states positions router_logits "
-                   "token_ids"),
+        ("Capture", "conventions layers num_bytes num_rows outputs routing rows sample seconds spec"),
+        ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
+                   "router_logits token_ids"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:
@@ -145,7 +145,9 @@ def test_the_readme_tables_are_up_to_date() -> None:
     assert render(README, ROOT / "bench" / "results") == README
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/design.md", "docs/format.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/design.md", "docs/format.md", "docs/vllm-support.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     """Relative links of the documents name files that exist."""
     path = ROOT / document

@@ -190,6 +190,17 @@ class References:
             self._known[key] = self._model.run(key)
         return self._known[key]
 
+    def outputs_of(self, token_ids: Sequence[int]) -> Any:
+        """Return what the model itself returns when it is asked for hidden states, and for router logits if it has."""
+        model = self._model.model.base_model
+        with torch.inference_mode():
+            return model(
+                torch.tensor([list(token_ids)]),
+                use_cache=False,
+                output_hidden_states=True,
+                **({"output_router_logits": True} if self._model.routers else {}),
+            )
+
 
 def sequence(output: Any, completion: int = 0) -> list[int]:
     """Return the tokens that went through the model: the prompt, and all generated ones but the last."""
@@ -244,3 +255,13 @@ def compare(result: Any, references: References, positions: Positions | None = N
                 # The scale is that of the whole sequence: a single row may be small.
                 off = error(rows_of(sample, stream, layer), whole[at], whole.square().mean().sqrt())
                 assert off < TOLERANCE, f"sample {index}: {stream}[{layer}] is off by {off:.2g} of its scale"
+
+
+def compare_with_outputs(result: Any, references: References) -> None:
+    """Compare `as_hf()` of every sample with what Hugging Face's model returns, tensor by tensor."""
+    for sample, output in zip(result, result.outputs, strict=True):
+        theirs, ours = references.outputs_of(sequence(output)), sample.as_hf()
+        for name, found in ours._asdict().items():
+            for index, (one, other) in enumerate(zip(found or (), getattr(theirs, name, None) or (), strict=True)):
+                off = error(one, other, other.square().mean().sqrt())
+                assert off < TOLERANCE, f"{name}[{index}] is off by {off:.2g} of its scale"

@@ -23,6 +23,7 @@ from engine.engines import (
     Engine,
     References,
     compare,
+    compare_with_outputs,
     error,
     greedy,
     prompts,
@@ -31,7 +32,7 @@ from engine.engines import (
     surroundings,
 )
 from vllm_tap import Recording, Spec
-from vllm_tap.errors import RowsMissingError
+from vllm_tap.errors import LayerError, RowsMissingError
 
 pytestmark = pytest.mark.engine
 
@@ -105,6 +106,16 @@ def test_every_row_is_that_of_hugging_face(engine, known):
     assert result.layers == {"hidden_states": [0, 1, 2, 3], "embeddings": [0], "final_hidden_states": [3]}
 
 
+def test_a_sample_reads_as_hugging_face_returns_it(engine, known):
+    """`as_hf` gives the L + 1 hidden states of `output_hidden_states=True`, the last one behind the final norm."""
+    result = engine.capture(prompts(), EVERYTHING)
+    compare_with_outputs(result, known)
+    given = result[1].as_hf()
+    width = result[1].embeddings.shape[-1]
+    assert [tuple(rows.shape) for rows in given.hidden_states] == [(1, len(result[1]), width)] * 5
+    assert given.router_logits is None
+
+
 def test_both_transports_give_the_same_bits(engine):
     """Rows that cross in shared memory equal rows that cross in calls, bit by bit."""
     shared = engine.capture(prompts(), EVERYTHING, transport="segment")
@@ -124,6 +135,20 @@ def test_tokens_stay_the_same(running, engine, known):
     for output in result.outputs:
         logits = known.of(sequence(output)).logits[len(output.prompt_token_ids) - 1 :]
         assert list(output.outputs[0].token_ids) == logits.argmax(-1).tolist()
+
+
+def test_a_dense_model_has_no_experts(engine):
+    """Of all layers with experts a dense model has none; naming one of them is refused, and says so."""
+    result = engine.capture(prompts(), Spec(hidden_states=[2], router_logits="all", routed_experts="all"))
+    assert len(result[0].router_logits) == len(result[0].expert_ids) == len(result[0].expert_weights) == 0
+    assert len(result[0].hidden_states[2]) == len(result[0])
+    assert result.routing == {}
+    assert list(result.conventions) == ["hidden_states"]
+    alone = engine.capture(prompts([5]), Spec(router_logits="all", routed_experts="all"))
+    assert (dict(alone[0].router_logits), dict(alone[0].expert_ids), len(alone[0])) == ({}, {}, 12)
+    for stream in ("router_logits", "routed_experts"):
+        with pytest.raises(LayerError, match="layer 1 belongs to a model without experts"):
+            engine.capture(prompts(), Spec(**{stream: [1]}))
 
 
 def generated_positions(prompt_len: int, num_rows: int) -> list[int]:

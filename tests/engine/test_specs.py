@@ -210,16 +210,6 @@ def test_what_cannot_be_asked_for_is_refused(engine):
     assert [state["capture_id"] for state in engine.status()] == [""]
 
 
-def test_a_dense_model_has_no_experts(engine, known):
-    """Of all layers with experts a dense model has none; naming one of them is refused, and says so."""
-    result = engine.capture(prompts(), Spec(hidden_states=[2], router_logits="all", routed_experts="all"))
-    assert len(result[0].router_logits) == len(result[0].expert_ids) == len(result[0].expert_weights) == 0
-    assert result[0].hidden_states[2].shape == (len(result[0]), 128)
-    for stream in ("router_logits", "routed_experts"):
-        with pytest.raises(LayerError, match="layer 1 belongs to a model without experts"):
-            engine.capture(prompts(), Spec(**{stream: [1]}))
-
-
 def test_tensors_outlive_the_engine_object(engine, known):
     """After the LLM is let go of and its processes are gone, all rows of a capture can still be read."""
     result = engine.capture(prompts(), Spec(hidden_states="all", embeddings=True))

@@ -20,6 +20,7 @@ from vllm_tap.errors import (
     TransportError,
 )
 from vllm_tap.frame import messages
+from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NO_TAPS
 from vllm_tap.transport.reader import SegmentReader
 
@@ -66,6 +67,11 @@ class Connection:
     def residual(self) -> str:
         """The convention of the decoder layers, from the stage that holds the final norm."""
         return next((hello.residual for hello in self.hellos if hello.residual), "")
+
+    @property
+    def routing(self) -> dict[int, Routing]:
+        """How the routers choose, by layer; empty for a model without experts."""
+        return dict(sorted(pair for hello in self.hellos for pair in hello.routing.items()))
 
     def available(self, stream: str) -> list[int]:
         """Return the layers in which the model has a stream."""

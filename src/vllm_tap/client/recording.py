@@ -20,6 +20,7 @@ from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
+from vllm_tap.frame.routing import summary
 from vllm_tap.labels import mark
 from vllm_tap.spec import LAYERED_STREAMS, SINGLE_STREAMS, Layers, Spec, nearest, resolve_layers
 
@@ -29,6 +30,8 @@ STAGINGS: Final = ("auto", "staged", "direct")
 
 SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
 """Fields of a Spec that stand for more than one stream of the workers."""
+
+ROUTED: Final = ("router_logits", *SHIPPED["routed_experts"])
 
 
 class Recording:
@@ -129,12 +132,17 @@ class Recording:
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual
+        routing = self._connection.routing
+        for name in ROUTED:
+            if name in conventions and routing:
+                conventions[name] += f"; routing: {summary(routing)}"
         return Capture(
             self.spec,
             outputs,
             sequences,
             ranks,
             {name: conventions[name] for name, layers in self._start.streams.items() if layers},
+            routing,
             list(self._start.streams),
             self._connection.num_layers,
         )

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_tap.client.hugging_face import HuggingFaceOutput, output_of
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
 
 
@@ -105,6 +107,27 @@ class Sample:
         """The output of the final norm. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
         return self._layers("final_hidden_states")[-1]
 
+    def as_hf(self) -> HuggingFaceOutput:
+        """Return the rows as a Hugging Face model returns them when asked for hidden states and router logits.
+
+        Returns:
+            An object with `hidden_states`, L + 1 tensors [1, R, D], and `router_logits`, a tensor [R, E] for each layer
+            with experts; each is None where it was not captured. Model dtype, CPU; see `LayerMap` for their lifetime.
+
+        Raises:
+            SpecError: The capture lacks positions, layers, embeddings or final hidden states; the message names the
+                `Spec` that has them.
+
+        Source:
+            `output_hidden_states=True`: [0] is what goes into decoder layer 0 (where a model scales its embeddings,
+            after that), [i] the residual stream after layer i - 1, and the last one the output of the final norm.
+            `output_router_logits=True`: the gate's output before softmax or sigmoid, as transformers 5.19 returns it.
+
+        Cost:
+            That of reading each tensor once (see `LayerMap`); the further axis is a view.
+        """
+        return output_of(self, self._capture)
+
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)
         return LayerMap(self._capture, stream, *self._range)
@@ -119,7 +142,9 @@ class Capture(Sequence[Sample]):
     Attributes:
         outputs: What vLLM returned, in the order of the prompts.
         layers: {stream: layers captured, ascending}. Empty for router streams of a model without experts.
-        conventions: {stream: where its rows come from}.
+        conventions: {stream: where its rows come from}; of the router's streams also how it chooses.
+        routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
+            experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands
             over; of which `wait` was for the last transfer), `check` (labels compared with the outputs).
@@ -132,11 +157,12 @@ class Capture(Sequence[Sample]):
         sequences: Sequences,
         ranks: list[RankRows],
         conventions: dict[str, str],
+        routing: dict[int, Routing],
         streams: list[str],
         num_layers: int,
     ) -> None:
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
-        self.num_layers = num_layers
+        self.routing, self.num_layers = routing, num_layers
         self.seconds: dict[str, float] = {}
         self._owner: dict[tuple[str, int], RankRows] = {}
         for rank in ranks:

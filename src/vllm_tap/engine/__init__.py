@@ -1,1 +1,1 @@
-"""The half of the package that runs inside vLLM's processes. `host` alone knows what vLLM looks like inside."""
+"""The half of the package that runs inside vLLM's processes. `host` and `experts` alone know vLLM's inside."""

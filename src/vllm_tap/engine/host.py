@@ -1,7 +1,7 @@
-"""Everything this package assumes about vLLM's inside, and every place where it hooks in. Nothing else imports vLLM.
+"""Every place where this package hooks into vLLM or looks inside it. Nothing else imports vLLM.
 
-Runs in all of vLLM's processes (`install`) and in its workers (the rest). Read from vLLM 0.26.0, 0.32.0 and 0.33.0;
-`require` checks each assumption where it is used and refuses by name when it does not hold.
+Runs in all of vLLM's processes (`install`) and in its workers (the rest). `assumptions` lists each name that is used,
+with the reason and the versions it was read from; `require` refuses by that name where it is not there.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from vllm_tap import __version__
+from vllm_tap.engine.assumptions import REQUESTS, V1_ROWS, V2_ROWS, Assumption, why
 from vllm_tap.engine.rows import Batch
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.frame.messages import Rank
@@ -56,8 +58,8 @@ NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_n
 NOT_DECODER: Final = ("visual", "vision", "audio", "encoder")
 
 
-def require(owner: Any, name: str, why: str) -> Any:
-    """Return an attribute of a vLLM object, or refuse with its name.
+def require(owner: Any, name: str) -> Any:
+    """Return an attribute of a vLLM object that `assumptions` lists, or refuse with its name.
 
     Raises:
         EngineUnsupportedError: This vLLM does not have it.
@@ -67,9 +69,24 @@ def require(owner: Any, name: str, why: str) -> Any:
     except AttributeError:
         kind = owner if inspect.isclass(owner) or inspect.ismodule(owner) else type(owner)
         raise EngineUnsupportedError(
-            f"vLLM {vllm_version()} has no {kind.__module__}.{kind.__qualname__}.{name}, which is needed {why}. "
+            f"vLLM {vllm_version()} has no {kind.__module__}.{kind.__qualname__}.{name}, which is needed {why(name)}. "
             f"This package was made for vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}."
         ) from None
+
+
+def require_fields(entries: Iterable[Assumption]) -> None:
+    """Refuse where a class lacks fields that only its instances have: no step of the engine may fail for one.
+
+    Raises:
+        EngineUnsupportedError: The first that is missing.
+    """
+    for entry in entries:
+        module, _, name = entry.owner.rpartition(".")
+        kind: Any = getattr(import_module(module), name)
+        declared = {field for base in kind.__mro__ for field in vars(base).get("__annotations__", ())}
+        for field in entry.names:
+            if field not in declared:
+                require(kind, field)
 
 
 def enabled() -> bool:
@@ -110,8 +127,8 @@ def install() -> None:
     if hasattr(WorkerBase, "vllm_tap_open"):
         return
     check_version()
-    create_config = require(EngineArgs, "create_engine_config", "to key the compile cache")
-    init_device = require(WorkerWrapperBase, "init_device", "to find the model when it is loaded")
+    create_config = require(EngineArgs, "create_engine_config")
+    init_device = require(WorkerWrapperBase, "init_device")
     EngineArgs.create_engine_config = _keyed(create_config)
     WorkerWrapperBase.init_device = _watched(init_device)
     for name in RPC_METHODS:
@@ -192,7 +209,7 @@ def find_model(worker: Any) -> Model:
     """
     runner = worker.model_runner
     _refuse_config(worker.vllm_config)
-    model = require(runner, "get_model", "to find the model")()
+    model = require(runner, "get_model")()
     if hasattr(model, "get_language_model"):
         model = model.get_language_model()
     num_layers = int(getattr(runner.model_config.hf_text_config, "num_hidden_layers", 0))
@@ -289,14 +306,19 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
     Raises:
         EngineUnsupportedError: The runner does not look as expected; it has not been changed.
     """
-    execute = require(runner, "execute_model", "to see the steps")
-    dummy_run = require(runner, "_dummy_run", "to tell dummy runs from real ones")
-    sample = require(runner, "sample_tokens", "to see when the tokens of a step are on their way")
+    execute = require(runner, "execute_model")
+    dummy_run = require(runner, "_dummy_run")
+    sample = require(runner, "sample_tokens")
+    require_fields(REQUESTS)
     if runner_name(runner) == "V2":
+        require_fields([V2_ROWS])
         prepare = runner.prepare_inputs
         runner.prepare_inputs = _after(prepare, lambda batch: recorder.arm(_batch_v2(batch)))
     else:
-        prepare = require(runner, "_prepare_inputs", "to see the rows of a step")
+        for owner, entry in zip((runner, runner.input_batch), V1_ROWS, strict=True):
+            for name in entry.names:
+                require(owner, name)
+        prepare = require(runner, "_prepare_inputs")
         runner._prepare_inputs = _after(prepare, lambda _: recorder.arm(_batch_v1(runner)))
 
     @functools.wraps(execute)
@@ -372,7 +394,7 @@ def run_dummy(runner: Any) -> None:
 
 def tap_outputs(owner: Any, then: Callable[[Any], None], method: str = "forward") -> None:
     """Call `then` with what a method returns, inside whatever graph it is compiled into."""
-    function = require(owner, method, "to tap what it returns")
+    function = require(owner, method)
 
     @functools.wraps(function)
     def tapped(*args: Any, **kwargs: Any) -> Any:
@@ -385,7 +407,7 @@ def tap_outputs(owner: Any, then: Callable[[Any], None], method: str = "forward"
 
 def tap_inputs(owner: Any, names: tuple[str, ...], then: Callable[..., None], method: str = "forward") -> None:
     """Call `then` with the named arguments of a method (None where absent) before it runs."""
-    function = require(owner, method, "to tap what it is given")
+    function = require(owner, method)
     places = [_place(function, name) for name in names]
 
     @functools.wraps(function)
@@ -407,31 +429,6 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: i
     return args[place] if 0 <= place < len(args) else None
 
 
-class Experts(NamedTuple):
-    """The mixture of experts of a decoder layer.
-
-    `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
-    `router` has `select_experts(...)`, which returns weights and ids as chosen.
-    """
-
-    runner: Any
-    router: Any
-    num_experts: int
-    has_fused_gate: bool
-
-
-def find_experts(layer: torch.nn.Module) -> Experts | None:
-    """Find the experts of a decoder layer, or None if it has none whose rows are the step's rows."""
-    for module in layer.modules():
-        if hasattr(module, "_maybe_dispatch") and hasattr(module, "moe_config"):
-            config: Any = module.moe_config
-            if getattr(config, "is_sequence_parallel", False) or getattr(module, "do_naive_dispatch_combine", False):
-                return None
-            fused = bool(getattr(module, "_fse_fuse_gate", False))
-            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused)
-    return None
-
-
 def graph_rows(worker: Any) -> int:
     """Return the most rows of a step that may run in a captured CUDA graph."""
     return int(getattr(worker.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
@@ -439,7 +436,7 @@ def graph_rows(worker: Any) -> int:
 
 def around_capture(runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the capture of CUDA graphs inside a context."""
-    capture_model = require(runner, "capture_model", "to switch taps in CUDA graphs")
+    capture_model = require(runner, "capture_model")
 
     @functools.wraps(capture_model)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -67,6 +67,7 @@ class Tap:
         self.dtype = dtype
         self.mode = ADD
         self.keep_probe = False
+        self.keep_one_probe = False
         self.probe: Probe | None = None
         self.plane: torch.Tensor | None = None
         self.step = -1
@@ -82,6 +83,7 @@ class Tap:
         if self.keep_probe:
             # The last call counts: a model may use its final norm on the embeddings too.
             self.probe = Probe(hidden, residual)
+            self.keep_probe = not self.keep_one_probe
 
     def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Write the chosen rows of this step to `plane`; one pass over them, in the dtype of the model's own add."""

@@ -8,7 +8,10 @@ import torch
 
 from vllm_tap.engine import host
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
+from vllm_tap.engine.experts import Experts, find_experts, read_routing
+from vllm_tap.engine.routing import confirm
 from vllm_tap.engine.tap import Rows, Tap, tap
+from vllm_tap.frame.routing import Routing, unknown
 
 SOURCES: Final = {
     "embeddings": "input of decoder layer 0",
@@ -19,6 +22,8 @@ SOURCES: Final = {
 }
 """Where the rows of each stream come from; that of hidden_states is decided for each model, see `convention`."""
 
+ROUTED: Final = ("router_logits", "expert_ids", "expert_weights")
+
 
 class ModelTaps:
     """All taps of a model, by stream and layer; all of them share `rows`."""
@@ -26,7 +31,8 @@ class ModelTaps:
     def __init__(self, model: host.Model, device: torch.device, rows: Rows) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
-        self._num_experts: dict[int, int] = {}
+        self._experts: dict[int, Experts] = {}
+        self._routing: dict[int, Routing] = {}
         self.verdict: Verdict | None = None
         self._device = device
         # The norm itself, not its tapped forward: the check must not go through the tap again.
@@ -52,15 +58,18 @@ class ModelTaps:
                 _tap_norm(model.final_norm, final)
 
     def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
-        experts = host.find_experts(layer)
+        experts = find_experts(layer)
         if experts is None:
             return
         _tap_logits(experts, self._new("router_logits", index))
-        self._num_experts[index] = experts.num_experts
-        if hasattr(experts.router, "select_experts"):
+        self._experts[index] = experts
+        if not experts.chooser and hasattr(experts.router, "select_experts"):
             weights = self._new("expert_weights", index)
             ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
             _tap_choice(experts, weights, ids)
+            for stream in ROUTED:
+                place = self.by_place[stream, index]
+                place.keep_probe = place.keep_one_probe = True
 
     @property
     def seen(self) -> bool:
@@ -71,14 +80,38 @@ class ModelTaps:
         """Return why streams whose places exist cannot be had: {stream: reason}."""
         verdict = self.residual()
         reasons = {"hidden_states": verdict.reason} if verdict.reason else {}
-        for layer, num_experts in self._num_experts.items():
+        for layer, experts in self._experts.items():
             width = self.by_place["router_logits", layer].width
-            if width not in (0, num_experts):
+            if width not in (0, experts.num_experts):
                 # vLLM's Transformers backend hands the weights of the chosen experts on where others hand logits on.
                 reasons["router_logits"] = (
-                    f"layer {layer} passes {width} numbers on where its {num_experts} experts' logits would be"
+                    f"layer {layer} passes {width} numbers on where its {experts.num_experts} experts' logits would be"
+                )
+            if experts.chooser:
+                reasons["expert_ids"] = reasons["expert_weights"] = (
+                    f"vLLM {host.vllm_version()} chooses the experts of layer {layer} inside a kernel "
+                    f"({experts.chooser}), which returns neither ids nor weights. Capture router_logits; "
+                    "Capture.routing says how experts follow from them"
                 )
         return reasons
+
+    def routing(self) -> dict[int, Routing]:
+        """Return how the router of each layer chooses, as far as the rows seen so far tell."""
+        for layer, experts in self._experts.items():
+            if layer not in self._routing or self._routing[layer].reason == NO_ROWS:
+                self._routing[layer] = self._read_routing(layer, experts)
+        return self._routing
+
+    def _read_routing(self, layer: int, experts: Experts) -> Routing:
+        stated = read_routing(experts)
+        if ("expert_ids", layer) not in self.by_place:
+            return stated
+        places = [self.by_place[stream, layer] for stream in ROUTED]
+        rows = [place.probe.hidden for place in places if place.probe is not None]
+        found = confirm(stated, *rows) if len(rows) == len(places) else unknown(NO_ROWS)
+        for place in places:
+            place.keep_probe, place.probe = found.reason == NO_ROWS, None
+        return found
 
     def residual(self) -> Verdict:
         """Decide what the layers return, once; stages without the final norm leave it to the one that has it.
@@ -130,7 +163,7 @@ def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
     host.tap_inputs(layer, ("hidden_states", "residual"), then)
 
 
-def _tap_logits(experts: host.Experts, place: Tap) -> None:
+def _tap_logits(experts: Experts, place: Tap) -> None:
     control, num_experts = place.control, experts.num_experts
 
     def then(logits: torch.Tensor) -> None:
@@ -140,7 +173,7 @@ def _tap_logits(experts: host.Experts, place: Tap) -> None:
     host.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
 
 
-def _tap_choice(experts: host.Experts, weights: Tap, ids: Tap) -> None:
+def _tap_choice(experts: Experts, weights: Tap, ids: Tap) -> None:
     weights_control, ids_control = weights.control, ids.control
 
     def then(result: Any) -> None:

@@ -22,6 +22,7 @@ from vllm_tap.engine.taps import SOURCES, ModelTaps
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
+from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
 from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import SegmentPool
@@ -140,15 +141,16 @@ class TapWorker(host.Recorder):
     def open(self) -> messages.Hello:
         """Say what can be captured here."""
         refusal, taps, worker = self.refusal, self._taps, self._worker
-        verdict, reasons = UNKNOWN, dict[str, str]()
+        verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
             if not taps.seen:
                 host.run_dummy(worker.model_runner)
-            verdict, reasons = taps.residual(), taps.reasons()
+            verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
+        rank = host.read_rank(worker)
         return messages.Hello(
-            rank=host.read_rank(worker),
+            rank=rank,
             pid=os.getpid(),
             engine=host.vllm_version(),
             runner=host.runner_name(worker.model_runner),
@@ -157,7 +159,8 @@ class TapWorker(host.Recorder):
             streams=streams,
             residual=verdict.convention,
             reasons=reasons,
-            wants_rows=verdict.reason == NO_ROWS,
+            routing={} if rank.tp_rank else routing,
+            wants_rows=NO_ROWS in {verdict.reason, *(found.reason for found in routing.values())},
             address="" if refusal else self._shared_server().address,
             refusal=refusal,
         )

@@ -14,6 +14,7 @@ import numpy as np
 from vllm_tap import errors
 from vllm_tap.errors import DescriptorError, TapError
 from vllm_tap.frame.layout import IntArray, Stream, layout
+from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
 VERSION: Final = 1
@@ -56,7 +57,8 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for one real forward pass
-    and another call: the dummy passes did not tell the convention.
+    and another call: the dummy passes did not tell the convention. `routing` says how the router of each layer of this
+    stage chooses; of tensor-parallel ranks, the first one says it.
     """
 
     rank: Rank
@@ -68,6 +70,7 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     streams: tuple[StreamInfo, ...]
     residual: str
     reasons: dict[str, str]
+    routing: dict[int, Routing]
     wants_rows: bool
     address: str
     refusal: str

@@ -27,6 +27,7 @@ from vllm_tap.frame.messages import (
     Stopped,
     StreamInfo,
 )
+from vllm_tap.frame.routing import Routing
 
 STREAM = Stream("hidden_states", "bfloat16", 64, (0, 5))
 CAPTURE = "1-0-abc"
@@ -35,7 +36,7 @@ CHUNK_OFFSET, CHUNK_BYTES = 4096, 1 << 16
 HELLO = Hello(
     rank=Rank(0, 0, 1, 0, 1), pid=1, engine="0.32.0", runner="V1", device="cpu", num_layers=6,
     streams=(StreamInfo("hidden_states", "bfloat16", 64, (0, 5), "hidden"),), residual="hidden", reasons={"x": "why"},
-    wants_rows=False, address="a", refusal="",
+    routing={5: Routing(scoring="sigmoid", num_chosen=2, bias=(0.5, -0.25))}, wants_rows=False, address="a", refusal="",
 )  # fmt: skip
 START = Start(
     capture_id=CAPTURE, streams={"hidden_states": (0, 5)}, positions=(0, -1), residual="hidden", shared=True,

@@ -1,0 +1,62 @@
+"""A sample in the form in which Hugging Face's models return their hidden states and router logits. Client process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from vllm_tap.errors import SpecError
+from vllm_tap.spec import SINGLE_STREAMS
+
+if TYPE_CHECKING:
+    from vllm_tap.client.result import Capture, Sample
+
+HIDDEN: Final = 'Spec(hidden_states="all", embeddings=True, final_hidden_states=True)'
+ROUTER: Final = 'Spec(router_logits="all")'
+
+
+class HuggingFaceOutput(NamedTuple):
+    """What a Hugging Face model returns beside its logits, for a batch of one sequence.
+
+    Attributes:
+        hidden_states: L + 1 tensors [1, R, D]: the embeddings, the residual stream after each decoder layer but the
+            last, and the output of the final norm. None where hidden states were not captured.
+        router_logits: A tensor [R, E] for each layer with experts, in order. None where they were not captured, or
+            where the model has no experts.
+    """
+
+    hidden_states: tuple[torch.Tensor, ...] | None
+    router_logits: tuple[torch.Tensor, ...] | None
+
+
+def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
+    """Arrange the rows of a sample as Hugging Face does; see `Sample.as_hf`."""
+    has_hidden, has_router = (name in capture.layers for name in ("hidden_states", "router_logits"))
+    if not (has_hidden or has_router):
+        raise SpecError(f"as_hf needs hidden states or router logits, this capture has neither. Use {HIDDEN}.")
+    if capture.spec.positions != "all":
+        raise SpecError(
+            f"as_hf needs every position, this capture has positions={capture.spec.positions!r}: leave positions out."
+        )
+    return HuggingFaceOutput(
+        _hidden_states(sample, capture) if has_hidden else None,
+        _router_logits(sample, capture) if has_router else None,
+    )
+
+
+def _hidden_states(sample: Sample, capture: Capture) -> tuple[torch.Tensor, ...]:
+    inner = range(capture.num_layers - 1)
+    missing = [name for name in SINGLE_STREAMS if name not in capture.layers]
+    missing += [f"hidden_states[{layer}]" for layer in inner if layer not in capture.layers["hidden_states"]]
+    if missing:
+        raise SpecError(f"as_hf needs {', '.join(missing)}, which this capture lacks. Use {HIDDEN}.")
+    streams = [sample.embeddings, *(sample.hidden_states[layer] for layer in inner), sample.final_hidden_states]
+    return tuple(rows[None] for rows in streams)
+
+
+def _router_logits(sample: Sample, capture: Capture) -> tuple[torch.Tensor, ...] | None:
+    layers = capture.layers["router_logits"]
+    if capture.spec.router_logits != "all" and len(layers) != capture.num_layers:
+        raise SpecError(f"as_hf needs every layer with experts, this capture names layers {layers}. Use {ROUTER}.")
+    return tuple(sample.router_logits[layer] for layer in layers) or None

@@ -1,0 +1,86 @@
+"""Where the experts of a decoder layer are, and what their router states: the part of `host` that is about experts.
+
+Runs in the worker process. Imports nothing of vLLM; `assumptions` lists the names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from vllm_tap.engine import host
+from vllm_tap.frame.routing import Routing, unknown
+
+
+class Experts(NamedTuple):
+    """The mixture of experts of a decoder layer.
+
+    `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
+    `router` has `select_experts(...)`, which returns weights and ids as chosen, and which is called unless a kernel
+    chooses: then `chooser` is the kernel's name.
+    """
+
+    runner: Any
+    router: Any
+    num_experts: int
+    has_fused_gate: bool
+    chooser: str
+
+
+def find_experts(layer: torch.nn.Module) -> Experts | None:
+    """Find the experts of a decoder layer, or None if it has none whose rows are the step's rows."""
+    for module in layer.modules():
+        if hasattr(module, "_maybe_dispatch") and hasattr(module, "moe_config"):
+            config: Any = module.moe_config
+            if getattr(config, "is_sequence_parallel", False) or getattr(module, "do_naive_dispatch_combine", False):
+                return None
+            fused = bool(getattr(module, "_fse_fuse_gate", False))
+            method = getattr(getattr(module, "routed_experts", None), "quant_method", None)
+            chooser = type(method).__name__ if getattr(method, "is_monolithic", False) else ""
+            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused, chooser)
+    return None
+
+
+READABLE_ROUTERS: Final = ("FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CPURouter")
+"""The classes of vLLM's routers that do nothing beside what their attributes say, over all of 0.26 to 0.33."""
+
+OTHER_WAYS: Final = {
+    "custom_routing_function": "a function of the model chooses",
+    "_hash_indices_table": "experts are looked up by token id",
+    "bias_vl": "image tokens have a bias of their own",
+    "eplb_state": "load balancing (EPLB) puts numbers of replicas in the place of experts",
+}
+"""Attributes by which a router does something else, and what."""
+
+
+def read_routing(experts: Experts) -> Routing:
+    """Return what a router states about how it chooses; `routing.confirm` finds out whether it is so."""
+    name = type(experts.router).__name__
+    if name not in READABLE_ROUTERS:
+        return unknown(f"vLLM's {name} is not a router whose settings this package reads")
+    for attribute, meaning in OTHER_WAYS.items():
+        if getattr(experts.router, attribute, None) is not None:
+            return unknown(meaning)
+    if getattr(experts.router, "num_fused_shared_experts", 0):
+        return unknown("shared experts stand among the chosen ones")
+    try:
+        return _stated(experts.router, experts.runner)
+    except AttributeError as error:
+        return unknown(f"vLLM {host.vllm_version()}: {error}")
+
+
+def _stated(router: Any, runner: Any) -> Routing:
+    # The router for processors leaves out bias and factor of softmax scores, unless experts are grouped.
+    is_plain = not getattr(router, "use_grouped_topk", True) and router.scoring_func == "softmax"
+    bias = None if is_plain else getattr(router, "e_score_correction_bias", None)
+    return Routing(
+        scoring=router.scoring_func,
+        num_chosen=router.top_k,
+        renormalized=bool(router.renormalize),
+        bias=() if bias is None else tuple(bias.float().tolist()),
+        num_groups=getattr(router, "num_expert_group", None) or 1,
+        num_chosen_groups=getattr(router, "topk_group", None) or 1,
+        scale=1.0 if is_plain else float(getattr(router, "routed_scaling_factor", 1.0)),
+        output_scale=float(getattr(runner, "routed_scaling_factor", 1.0)),
+    )

@@ -1,0 +1,132 @@
+"""Where taps go in a model's experts, on a model of two layers that passes logits on as vLLM's runner does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_tap import Spec
+from vllm_tap.client.recording import _resolve
+from vllm_tap.engine import host
+from vllm_tap.engine.tap import Rows
+from vllm_tap.engine.taps import ModelTaps
+from vllm_tap.errors import EngineUnsupportedError, LayerError
+
+NUM_EXPERTS = 4
+CPU = torch.device("cpu")
+
+
+class FusedTopKRouter:
+    """A router under a name that vLLM has; it chooses the two highest experts."""
+
+    top_k, scoring_func, renormalize = 2, "softmax", False
+
+    def select_experts(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and ids."""
+        return tuple(logits.softmax(-1).topk(2))
+
+
+class Method:
+    """The method of the experts, which may choose by itself."""
+
+    def __init__(self, is_monolithic: bool) -> None:
+        self.is_monolithic = is_monolithic
+
+
+class Experts(torch.nn.Module):
+    """What vLLM's runner of experts does, as far as it is tapped."""
+
+    def __init__(self, is_monolithic: bool) -> None:
+        super().__init__()
+        self.moe_config = SimpleNamespace(num_experts=NUM_EXPERTS)
+        self.router = FusedTopKRouter()
+        self.routed_experts = SimpleNamespace(quant_method=Method(is_monolithic))
+
+    def _maybe_dispatch(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
+        return hidden_states, router_logits
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        _, logits = self._maybe_dispatch(hidden, hidden[:, :NUM_EXPERTS])
+        if not self.routed_experts.quant_method.is_monolithic:
+            self.router.select_experts(logits)
+        return hidden
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer."""
+
+    def __init__(self, experts: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.experts is None else self.experts(hidden_states)
+
+
+def tapped(*layers: torch.nn.Module) -> ModelTaps:
+    """Return the taps of a model of these layers, after a forward pass over a few rows."""
+    taps = ModelTaps(host.Model(dict(enumerate(layers)), len(layers), None, True, True), CPU, Rows())
+    hidden = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    for layer in layers:
+        hidden = layer(hidden)
+    return taps
+
+
+def connection_of(taps: ModelTaps) -> Any:
+    """Return what a client learns of a worker with these taps."""
+    reasons = taps.reasons()
+    places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
+    return SimpleNamespace(
+        num_layers=taps.model.num_layers,
+        available=lambda stream: sorted(layer for name, layer in places if name == stream),
+        why_not=lambda stream: reasons.get(stream, ""),
+    )
+
+
+def test_a_router_is_tapped_and_what_it_states_is_confirmed() -> None:
+    """Experts and weights arrive in layers that have them, and the rows that went through confirm the router."""
+    taps = tapped(Layer(None), Layer(Experts(is_monolithic=False)))
+    spec = Spec(router_logits="all", routed_experts="all")
+    assert _resolve(connection_of(taps), spec) == dict.fromkeys(("router_logits", "expert_ids", "expert_weights"), (1,))
+    assert {layer: str(routing) for layer, routing in taps.routing().items()} == {
+        1: "softmax, the 2 highest experts, scores of the chosen"
+    }
+    with pytest.raises(LayerError, match=r"layer 0 has no experts. Layers with expert_ids: \[1\]"):
+        _resolve(connection_of(taps), Spec(routed_experts=[0]))
+
+
+def test_only_the_first_rows_are_kept_for_it() -> None:
+    """An idle engine keeps no rows of its routers after the first forward pass, and none after the statement."""
+    taps = tapped(Layer(Experts(is_monolithic=False)))
+    routed = [tap for (stream, _), tap in taps.by_place.items() if stream in ("router_logits", "expert_ids")]
+    assert [tap.keep_probe for tap in routed] == [False, False]
+    taps.routing()
+    assert [tap.probe for tap in routed] == [None, None]
+
+
+def test_a_kernel_that_chooses_by_itself_is_named() -> None:
+    """Ids and weights are refused with the reason and the way out; logits, and what the router states, are there."""
+    taps = tapped(Layer(Experts(is_monolithic=True)))
+    connection = connection_of(taps)
+    assert connection.available("router_logits") == [0]
+    assert not [place for place in taps.by_place if place[0] in ("expert_ids", "expert_weights")]
+    expected = r"expert_ids cannot be captured.*inside a kernel \(Method\).*Capture router_logits; Capture.routing says"
+    for layers in ("all", [0]):
+        with pytest.raises(EngineUnsupportedError, match=expected):
+            _resolve(connection, Spec(routed_experts=layers))
+    routing = taps.routing()[0]
+    assert (routing.scoring, routing.num_chosen, routing.checked) == ("softmax", 2, False)
+    assert "no rows have confirmed it" in str(routing)
+
+
+def test_a_model_without_experts() -> None:
+    """All of its layers with experts are none; one that is named is refused."""
+    connection = connection_of(tapped(Layer(None), Layer(None)))
+    streams = {"router_logits": (), "expert_ids": (), "expert_weights": ()}
+    assert _resolve(connection, Spec(router_logits="all", routed_experts="all")) == streams
+    for spec in (Spec(router_logits=[1]), Spec(routed_experts=[-1])):
+        with pytest.raises(LayerError, match="belongs to a model without experts"):
+            _resolve(connection, spec)
