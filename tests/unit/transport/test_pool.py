@@ -245,7 +245,7 @@ def test_a_closed_pool_refuses(pool):
         pool.reserve(10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 3 * MIB), st.sampled_from([64, 4096, 65536]), st.integers(0, 30)), max_size=60)
 )
