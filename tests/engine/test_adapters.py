@@ -34,7 +34,7 @@ def make_adapter(model: Path, adapter: Path, merged: Path) -> None:
             name = f"model.layers.{layer}.{target}"
             num_out, num_in = weights[f"{name}.weight"].shape
             down = torch.randn(RANK, num_in, generator=generator) * num_in**-0.5
-            up = torch.randn(num_out, RANK, generator=generator) * RANK**-0.5
+            up = torch.randn(num_out, RANK, generator=generator) * RANK**-0.5 / 4
             low[f"base_model.model.{name}.lora_A.weight"] = down
             low[f"base_model.model.{name}.lora_B.weight"] = up
             weights[f"{name}.weight"] += ALPHA / RANK * up @ down
