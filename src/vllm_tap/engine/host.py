@@ -33,7 +33,7 @@ NEWEST: Final = (0, 33)
 GRAPH_VERSION: Final = 1
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
-RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status")
+RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status", "profile")
 """Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
 
 LEGACY_METHODS: Final = (
