@@ -437,6 +437,16 @@ def graph_rows(worker: Any) -> int:
     return int(getattr(worker.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
 
 
+def step_headroom(worker: Any) -> int:
+    """Return how many bytes of device memory the engine's steps may take that PyTorch does not hold already.
+
+    vLLM measures the most that activations take when it starts; what PyTorch keeps for them counts as held.
+    """
+    peak = int(getattr(worker, "peak_activation_memory", 0) or 0)
+    held = torch.cuda.memory_reserved(worker.device) - torch.cuda.memory_allocated(worker.device)
+    return max(peak - held, 0)
+
+
 def around_capture(runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Run the capture of CUDA graphs inside a context."""
     capture_model = require(runner, "capture_model", "to switch taps in CUDA graphs")

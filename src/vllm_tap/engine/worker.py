@@ -110,7 +110,8 @@ class TapWorker(host.Recorder):
 
         device.install()
         runner = self._worker.model_runner
-        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device)
+        headroom = functools.partial(host.step_headroom, self._worker)
+        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device, headroom)
         host.around_capture(runner, rows.switch.keeping)
         return rows
 
@@ -260,6 +261,7 @@ class TapWorker(host.Recorder):
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
             "used_bytes": sum(s.used_bytes for s in stats),
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
+            "staging_bytes": self._taps.rows.staging_bytes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
         }
 
