@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | bench-seed | bench-render | architectures
+# make setup | demo | test | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all check bench bench-seed bench-render architectures clean
+.PHONY: setup demo test test-all check bench bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision
@@ -82,6 +82,12 @@ bench: $(VENV)/.dev
 bench-seed: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.seed
 	$(MAKE) bench-render
+
+# All plans of the GPU benchmark on CPU engines with a tiny model: whether they run, not how fast. Five minutes.
+bench-gpu-smoke: $(VENV)/.dev
+	$(BIN)/python bench/gpu.py --smoke --plan least --parts --extract
+	$(BIN)/python bench/gpu.py --smoke --plan tp2
+	$(BIN)/python bench/gpu.py --smoke --plan bad
 
 bench-render: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.render README.md

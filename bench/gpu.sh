@@ -12,4 +12,6 @@ python3 -m zipfile -e "$root"/.gpu/vllm_tap-*.whl "$site"
 cp -r "$root/src/." "$site/"
 export PYTHONPATH="$site" VLLM_USE_FLASHINFER_SAMPLER=0 HF_HUB_OFFLINE=1 VLLM_USE_DEEP_GEMM=0 MODELS="$site/models"
 export VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
+# Several GPUs: without NVLink multicast, which virtual machines often lack.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0
 cd "$root" && "$@"

@@ -36,7 +36,8 @@ def render_gpu(results_dir: Path) -> str:
     sources = sorted(results_dir.glob("gpu-*.json"))
     if not sources:
         return "Nothing has been measured on a GPU yet."
-    return "\n\n".join(_gpu_table(json.loads(source.read_text()), source) for source in sources)
+    found = [(json.loads(source.read_text()), source) for source in sources]
+    return "\n\n".join(_gpu_table(results, source) for results, source in found if results.get("rows"))
 
 
 def render_seed(results_dir: Path) -> str:

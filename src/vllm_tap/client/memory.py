@@ -29,8 +29,8 @@ class RankMemory(Protocol):
     placed: Layout[IntArray]
     """Where the arrays of each block lie, in bytes from the start of the region that holds the block."""
 
-    def labels(self, block: int, num_rows: int) -> npt.NDArray[np.int32]:
-        """Return the labels [3, num_rows] of a block."""
+    def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
+        """Return the labels [3, R] of all blocks behind one another, given the rows of each."""
 
     def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes of a block without a copy; the tensor keeps them."""
@@ -49,10 +49,15 @@ class _Regions:
     def _region(self, number: int) -> Bytes:
         raise NotImplementedError
 
-    def labels(self, block: int, num_rows: int) -> npt.NDArray[np.int32]:
-        start = int(self.placed.labels[block])
-        region = self._region(int(self._region_of[block]))
-        return region[start : start + NUM_LABELS * 4 * num_rows].view(np.int32).reshape(NUM_LABELS, num_rows)
+    def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
+        # Labels start on cache lines; of a region's end, what is no whole word holds none.
+        words = {number: _words(self._region(number)) for number in set(self._region_of.tolist())}
+        places = zip((self.placed.labels // 4).tolist(), self._region_of.tolist(), num_rows.tolist(), strict=True)
+        pieces = [
+            words[number][start : start + NUM_LABELS * count].reshape(NUM_LABELS, count)
+            for start, number, count in places
+        ]
+        return np.concatenate(pieces, axis=1) if pieces else np.empty((NUM_LABELS, 0), np.int32)
 
     def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
         regions = self._region_of[blocks]
@@ -70,6 +75,10 @@ class _Regions:
         row_bytes = width * dtype.itemsize
         num_rows = len(region) // row_bytes
         return torch.from_numpy(region[: num_rows * row_bytes]).view(dtype).view(num_rows, width)
+
+
+def _words(region: Bytes) -> npt.NDArray[np.int32]:
+    return region[: len(region) // 4 * 4].view(np.int32)
 
 
 class MappedMemory(_Regions):

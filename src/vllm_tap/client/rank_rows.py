@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,6 @@ from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame.layout import IntArray
 from vllm_tap.frame.messages import Descriptor
-from vllm_tap.labels import NUM_LABELS
 
 SHOWN = 8
 """Positions that an error message lists."""
@@ -43,11 +43,16 @@ class RankRows:
             for s, stream in enumerate(descriptor.streams)
             for i, layer in enumerate(stream.layers)
         }
-        self._counts = counts = descriptor.table()[:, 2]
+        self._counts = descriptor.table()[:, 2]
+        self._chosen = _choose(descriptor, memory.labels(self._counts), sequences)
+
+    @functools.cached_property
+    def _place_of(self) -> tuple[IntArray, IntArray]:
+        """Block of every wanted row, and its row there; made when rows are first read."""
+        counts = self._counts
         block_of = np.repeat(np.arange(len(counts)), counts)
         row_in_block = np.arange(len(block_of)) - np.repeat(np.cumsum(counts) - counts, counts)
-        chosen = _choose(descriptor, _labels(memory, counts), sequences)
-        self._block_of, self._row_of = block_of[chosen], row_in_block[chosen]
+        return block_of[self._chosen], row_in_block[self._chosen]
 
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop` of the wanted ones: a view when they lie together, else one gather."""
@@ -55,7 +60,7 @@ class RankRows:
         described = self._streams[place.stream]
         dtype = getattr(torch, described.dtype)
         starts = self._memory.placed.streams[place.stream]
-        blocks, rows = self._block_of[start:stop], self._row_of[start:stop]
+        blocks, rows = (places[start:stop] for places in self._place_of)
         num_rows = stop - start
         if not num_rows:
             return torch.empty(0, described.width, dtype=dtype)
@@ -68,14 +73,6 @@ class RankRows:
         return self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
 
 
-def _labels(memory: RankMemory, counts: IntArray) -> npt.NDArray[np.int32]:
-    """Return all labels [3, rows], block after block."""
-    if not len(counts):
-        return np.empty((NUM_LABELS, 0), np.int32)
-    pieces = [memory.labels(block, int(count)) for block, count in enumerate(counts)]
-    return np.concatenate(pieces, axis=1)
-
-
 def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
     """Return for every wanted row the row that holds it: the last one written for its sequence and position.
 
@@ -83,28 +80,46 @@ def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Se
     a row whose token is not the final sequence's is no match.
     """
     numbers, positions, token_ids = labels
-    slot_of = np.array(
-        [sequences.slots.get((request.sample, request.completion), -1) for request in descriptor.requests],
-        dtype=np.int64,
-    )
-    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(slot_of)):
-        raise DescriptorError(f"rank {descriptor.rank}: a row names request {numbers.max()} of {len(slot_of)}")
-    sequence = slot_of[numbers] if len(slot_of) else np.empty(0, np.int64)
-    lengths = np.diff(sequences.starts)
-    usable = np.flatnonzero((sequence >= 0) & (positions >= 0) & (positions < lengths[sequence]))
-    flat = sequences.starts[sequence[usable]] + positions[usable]
-    # A position written twice (recomputed after preemption, a draft that was rejected) counts as last written: numpy
-    # assigns repeated indices in order.
-    table = np.full(int(sequences.starts[-1]), -1, np.int64)
-    table[flat] = usable
-    chosen = table[sequences.wanted]
-    absent = np.flatnonzero(chosen < 0)
-    if len(absent):
-        _raise_missing(descriptor, sequences, sequences.wanted[absent], "did not arrive")
-    wrong = np.flatnonzero(token_ids[chosen] != sequences.token_ids[sequences.wanted])
-    if len(wrong):
+    # As unsigned numbers, what is negative is also too large: one comparison for both bounds.
+    if len(numbers) and int(numbers.view(np.uint32).max()) >= len(descriptor.requests):
+        raise DescriptorError(
+            f"rank {descriptor.rank}: a row names request {numbers[numbers.view(np.uint32).argmax()]} of "
+            f"{len(descriptor.requests)}"
+        )
+    slots = [sequences.slots.get((request.sample, request.completion), -1) for request in descriptor.requests]
+    slot_of = np.array(slots, np.int64)
+    lengths = np.where(slot_of >= 0, np.append(np.diff(sequences.starts), 0)[slot_of], 0).astype(np.uint32)
+    usable = positions.view(np.uint32) < lengths[numbers]
+    flat = sequences.starts[slot_of][numbers]
+    flat += positions
+    chosen = _last_written(flat, usable, int(sequences.starts[-1]))
+    wanted = sequences.token_ids
+    if len(sequences.wanted) < len(chosen):
+        chosen, wanted = chosen[sequences.wanted], wanted[sequences.wanted]
+    if len(chosen) and chosen.min() < 0:
+        _raise_missing(descriptor, sequences, sequences.wanted[chosen < 0], "did not arrive")
+    wrong = token_ids[chosen] != wanted
+    if wrong.any():
         _raise_missing(descriptor, sequences, sequences.wanted[wrong], "arrived for other tokens than the final ones")
     return chosen
+
+
+def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], num_rows: int) -> IntArray:
+    """Return for each of `num_rows` places the usable row that was written there last, -1 where there is none.
+
+    A position is written twice when it is recomputed after preemption, or was a draft that was rejected.
+    """
+    rows = np.arange(len(flat))
+    everything = bool(usable.all())
+    if everything and len(flat) == num_rows and np.array_equal(flat, rows):
+        return rows  # prompts that went through in order
+    table = np.full(num_rows, -1, np.int64)
+    # numpy assigns repeated indices in order.
+    if everything:
+        table[flat] = rows
+    else:
+        table[flat[usable]] = rows[usable]
+    return table
 
 
 def _raise_missing(descriptor: Descriptor, sequences: Sequences, flat: IntArray, what: str) -> None:

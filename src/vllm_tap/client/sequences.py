@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Sequences:
                 lengths.append(len(prompt) + max(len(generated) - 1, 0))
                 prompt_lens.append(len(prompt))
         self.starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        self.token_ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(self.starts[-1]))
+        self.token_ids = _flat(pieces, int(self.starts[-1]))
         self.wanted, self.wanted_starts = self._wanted(positions, prompt_lens)
 
     def _wanted(
@@ -64,6 +64,17 @@ class Sequences:
         """Return the sequence number and the position of flat indices."""
         sequence = np.searchsorted(self.starts, flat, side="right") - 1
         return sequence, flat - self.starts[sequence]
+
+
+def _flat(pieces: list[Sequence[int]], num_tokens: int) -> npt.NDArray[np.int32]:
+    """Return all token ids behind one another."""
+    flat = np.empty(num_tokens, np.int32)
+    place = 0
+    for piece in pieces:
+        # numpy reads a list at 25 to 60 ns an element, `struct` at 15 to 20.
+        struct.pack_into(f"={len(piece)}i", flat.data, place, *piece)
+        place += 4 * len(piece)
+    return flat
 
 
 def _completions(output: Any) -> list[tuple[int, Sequence[int]]]:

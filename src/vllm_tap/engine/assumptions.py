@@ -164,6 +164,10 @@ PARTS: Final = (
                 "vllm.config.compilation.CompilationConfig", ("max_cudagraph_capture_size",),
                 "to know which steps run in CUDA graphs", "no step is taken to",
             ),
+            Assumption(
+                "vllm.v1.worker.gpu_worker.Worker", ("peak_activation_memory",),
+                "to leave the engine's steps the memory that they may take", "staging may take all that is free",
+            ),
         ),
     ),
     Part(

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+import numpy as np
 import torch
 
 from vllm_tap.engine import cuda, kernel
@@ -52,7 +53,7 @@ RING_PLANES: Final = 4
 class DeviceRows(Rows):
     """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is."""
 
-    def __init__(self, max_tokens: int, max_taps: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
         super().__init__()
         self._buffer = torch.zeros(kernel.HEADER_WORDS + (max_tokens + 1) // 2, dtype=torch.int64, device=device)
         self.header = self._buffer[: kernel.HEADER_WORDS]
@@ -61,7 +62,9 @@ class DeviceRows(Rows):
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self.first_tap = len(REGISTRY)
         self.switch = GraphSwitch()
-        self.slabs = SlabKeeper(device)
+        self.headroom = headroom
+        self.slabs = SlabKeeper(device, headroom, self._is_quiet)
+        self.main: torch.cuda.Stream | None = None
         self.sink: DeviceSink | None = None
         self.active = False
         self._planes: dict[int, tuple[int, int]] = {}
@@ -74,6 +77,13 @@ class DeviceRows(Rows):
     @property
     def num_graph_nodes(self) -> int:
         return self.switch.num_nodes
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.slabs.held_bytes
+
+    def _is_quiet(self) -> bool:
+        return self.main is None or bool(self.main.query())
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         """Return a device pointer of a dtype from which destinations are counted; see `kernel`."""
@@ -90,10 +100,10 @@ class DeviceRows(Rows):
     def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
         """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside."""
         if planes != self._planes:
-            table = torch.full(tuple(self.table.shape), -1, dtype=torch.int32)
-            for index, place in planes.items():
-                table[index - self.first_tap] = torch.tensor(place, dtype=torch.int32)
-            self.table.copy_(table)
+            table = np.full(tuple(self.table.shape), -1, np.int32)
+            if planes:
+                table[[index - self.first_tap for index in planes]] = list(planes.values())
+            self.table.copy_(torch.from_numpy(table))
             self._planes = planes
         self.counts.zero_()
         self.sink = sink
@@ -106,8 +116,8 @@ class DeviceRows(Rows):
         self.switch.turn(frozenset())
 
     def counted(self) -> list[int]:
-        """Return how many steps went through each tap since `switch_on`; waits for the device."""
-        return list(self.counts.tolist())
+        """Return how many steps went through each tap that is on, and those before it; waits for the device."""
+        return list(self.counts[: max(self._planes, default=self.first_tap) - self.first_tap + 1].tolist())
 
     def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
         """Send the header of a step to the device, and its row map unless the device has it already."""
@@ -206,8 +216,9 @@ class DeviceSink:
         if slab is None:
             free, total = torch.cuda.mem_get_info(self._device)
             text = (
-                f"staging rows needs {needed / 2**20:.0f} MiB of GPU memory, {free / 2**20:.0f} of "
-                f"{total / 2**20:.0f} MiB are free: capture fewer layers, start the engine with a lower "
+                f"staging rows needs {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
+                f"{total / 2**20:.0f} MiB are free, of which the engine's own steps may take "
+                f"{self._rows.headroom() / 2**20:.0f}: capture fewer layers, start the engine with a lower "
                 'gpu_memory_utilization, or use staging="direct".'
             )
             if staging == "staged":
@@ -225,7 +236,7 @@ class DeviceSink:
         Cost: one copy of 128 bytes to the device; of the row map too when it changes.
         """
         self.send()
-        main = torch.cuda.current_stream(self._device)
+        main = self._rows.main = torch.cuda.current_stream(self._device)
         address = self._pool.segment(chunk.segment_id).address
         num_rows = self._num_rows = selection.num_rows
         self._is_large = num_rows > self._small_rows

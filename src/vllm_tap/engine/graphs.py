@@ -48,6 +48,14 @@ class GraphSwitch:
         self.on = on
         self.epoch += 1
 
+    def set_nodes(self, graph_exec: int, nodes: list[tuple[int, int]], state: dict[int, bool]) -> None:
+        """Bring the nodes [(tap, node)] of an instantiated graph to what is on; `state` {node: is on} follows."""
+        for tap_index, node in nodes:
+            wanted = tap_index in self.on
+            if state[node] != wanted:
+                cuda.set_node_enabled(graph_exec, node, wanted)
+                state[node] = wanted
+
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that their nodes can be switched."""
@@ -90,12 +98,7 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
         def _follow(self) -> None:
             self._tap_epoch = switch.epoch
             try:
-                graph_exec = self.raw_cuda_graph_exec()
-                for tap_index, node in self._tap_nodes:
-                    wanted = tap_index in switch.on
-                    if self._tap_state[node] != wanted:
-                        cuda.set_node_enabled(graph_exec, node, wanted)
-                        self._tap_state[node] = wanted
+                switch.set_nodes(self.raw_cuda_graph_exec(), self._tap_nodes, self._tap_state)
             except TransportError as error:
                 # Left on, a tap is right and only slower: it finds the header idle.
                 logger.warning("vllm-tap: taps in CUDA graphs cannot be switched off: %s", error)

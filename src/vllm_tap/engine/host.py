@@ -35,7 +35,7 @@ NEWEST: Final = (0, 33)
 GRAPH_VERSION: Final = 1
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
-RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status")
+RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status", "profile")
 """Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
 
 LEGACY_METHODS: Final = (
@@ -432,6 +432,16 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: i
 def graph_rows(worker: Any) -> int:
     """Return the most rows of a step that may run in a captured CUDA graph."""
     return int(getattr(worker.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
+
+
+def step_headroom(worker: Any) -> int:
+    """Return how many bytes of device memory the engine's steps may take that PyTorch does not hold already.
+
+    vLLM measures the most that activations take when it starts; what PyTorch keeps for them counts as held.
+    """
+    peak = int(getattr(worker, "peak_activation_memory", 0) or 0)
+    held = torch.cuda.memory_reserved(worker.device) - torch.cuda.memory_allocated(worker.device)
+    return max(peak - held, 0)
 
 
 def around_capture(runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:

@@ -1,18 +1,30 @@
-"""Device memory for staging: taken when a capture starts, given back a moment after the last one ends. Worker process.
+"""Device memory for staging: taken when a capture starts, given back some seconds after the last one. Worker process.
 
-Captures often come one after another; taking and giving back some hundred MiB costs about 2 milliseconds each time.
+Captures often come one after another; taking and giving back some hundred MiB costs about 2 milliseconds each time, and
+giving back waits for all work that is queued on the device.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections.abc import Callable
 from typing import Final
 
 import torch
 
 from vllm_tap.engine import cuda
 
-LINGER_SECONDS: Final = 1.0
+logger = logging.getLogger("vllm_tap")
+
+LINGER_SECONDS: Final = 10.0
+"""How long a slab that nobody uses stays."""
+
+PATIENCE_SECONDS: Final = 60.0
+"""After this long it goes, whether the device is quiet or not."""
+
+POLL_SECONDS: Final = 1.0
 
 
 class Slab:
@@ -35,49 +47,97 @@ class Slab:
 
 
 class SlabKeeper:
-    """Keeps the slab between captures for a moment."""
+    """Keeps the slab between captures for a while.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        device: On which the slabs lie.
+        headroom: Bytes of device memory that the engine's steps may still take: a slab never reaches into them.
+        is_quiet: Whether the device has nothing to do. The driver waits for all queued work before it frees memory,
+            and the engine waits with it; so a slab goes in a pause of the engine.
+    """
+
+    def __init__(self, device: torch.device, headroom: Callable[[], int], is_quiet: Callable[[], bool]) -> None:
+        self._device, self._headroom, self._is_quiet = device, headroom, is_quiet
         self._lock = threading.Lock()
         self._idle: Slab | None = None
-        self._timer: threading.Timer | None = None
+        self._idle_since = 0.0
+        self._floor = 0
+        self._held_bytes = 0
+        self._has_thread = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all slabs, in use or not."""
+        return self._held_bytes
 
     def take(self, nbytes: int) -> Slab | None:
-        """Return a slab of at least `nbytes`, or None if the device has no room."""
+        """Return a slab of at least `nbytes`, or None if the device has no room to spare."""
         with self._lock:
-            self._cancel()
             slab, self._idle = self._idle, None
-            if slab is not None and slab.nbytes >= nbytes:
-                slab.clear()
-                return slab
-            if slab is not None:
-                cuda.free(slab.address)
+        if slab is not None and slab.nbytes >= nbytes:
+            slab.clear()
+            return slab
+        if slab is not None:
+            self._free(slab)
+        # Asking PyTorch takes some 0.1 ms: while the slab is kept, what it said now is compared with what is free.
+        self._floor = self._headroom()
+        if self._free_bytes() < nbytes + self._floor:
+            return None
         address = cuda.allocate(nbytes)
-        return Slab(address, nbytes) if address else None
+        if not address:
+            return None
+        with self._lock:
+            self._held_bytes += nbytes
+        return Slab(address, nbytes)
 
     def give(self, slab: Slab) -> None:
         """Take a slab back, and return it to the device unless it is wanted again soon."""
         with self._lock:
-            self._cancel()
-            if self._idle is not None:
-                cuda.free(self._idle.address)
-            self._idle = slab
-            self._timer = threading.Timer(LINGER_SECONDS, self._free)
-            self._timer.daemon = True
-            self._timer.start()
+            spare, self._idle = self._idle, slab
+            self._idle_since = time.monotonic()
+            starts, self._has_thread = not self._has_thread, True
+        if spare is not None:
+            self._free(spare)
+        if starts:
+            self._start()
 
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="vllm-tap-slab", daemon=True).start()
 
-    def _free(self) -> None:
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        try:
+            while self.tidy(time.monotonic()):
+                time.sleep(POLL_SECONDS)
+        except Exception:
+            logger.exception("vllm-tap: staging memory is kept until the engine ends: giving it back failed")
+
+    def tidy(self, now: float) -> bool:
+        """Free the idle slab if its time has come; return whether there is anything left to look after."""
         with self._lock:
-            slab, self._idle = self._idle, None
-            if slab is not None:
-                torch.cuda.set_device(self._device)
-                cuda.free(slab.address)
+            slab = self._idle
+            if slab is not None and self._is_due(now - self._idle_since):
+                self._idle = None
+            else:
+                slab = None
+        if slab is not None:
+            self._free(slab)
+        with self._lock:
+            self._has_thread = self._held_bytes > 0
+            return self._has_thread
+
+    def _is_due(self, idle_seconds: float) -> bool:
+        if self._free_bytes() < self._floor:
+            return True
+        return idle_seconds >= PATIENCE_SECONDS or (idle_seconds >= LINGER_SECONDS and self._is_quiet())
+
+    def _free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self._device)[0])
+
+    def _free(self, slab: Slab) -> None:
+        cuda.free(slab.address)
+        with self._lock:
+            self._held_bytes -= slab.nbytes
 
 
 def aligned(nbytes: int) -> int:

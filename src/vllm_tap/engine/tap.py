@@ -47,6 +47,11 @@ class Rows:
         """Taps in captured graphs that are switched off while idle."""
         return 0
 
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory that captures hold now."""
+        return 0
+
     def clear(self) -> None:
         """Make every tap skip every row."""
         self.runs, self.sources = (), None

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_tap.engine import host
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.profile import DMA, HOST, DmaProfile, Figures, Profile
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import HostSink, Taps
@@ -88,6 +89,7 @@ class TapWorker(host.Recorder):
         self._session: Session | None = None
         self._pools: dict[bool, SegmentPool] = {}
         self._server: SegmentServer | None = None
+        self._profile: Profile | None = None
 
     @classmethod
     def install(cls, worker: Any) -> TapWorker:
@@ -109,7 +111,8 @@ class TapWorker(host.Recorder):
 
         device.install()
         runner = self._worker.model_runner
-        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device)
+        headroom = functools.partial(host.step_headroom, self._worker)
+        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device, headroom)
         host.around_capture(runner, rows.switch.keeping)
         return rows
 
@@ -261,8 +264,42 @@ class TapWorker(host.Recorder):
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
             "used_bytes": sum(s.used_bytes for s in stats),
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
+            "staging_bytes": self._taps.rows.staging_bytes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
         }
+
+    def profile(self, kind: str) -> Figures:
+        """Begin to time parts of this worker: "host" for its methods in seconds, "dma" for copies of a CUDA engine.
+
+        Returns:
+            What the profile that was on until now has collected: {label: figures}. Any other `kind` only ends it.
+        """
+        figures = self._profile.stop() if self._profile else {}
+        on_cuda = self._worker.device.type == "cuda"
+        self._profile = (
+            self._host_profile(on_cuda) if kind == HOST else DmaProfile() if kind == DMA and on_cuda else None
+        )
+        return figures
+
+    def _host_profile(self, on_cuda: bool) -> Profile:
+        profile = Profile()
+        for name in ("start", "finish", "arm", "drain", "sampled"):
+            profile.watch(self, name)
+        profile.watch(self, "_sink", "start: sink")
+        profile.watch(Session, "finish", "finish: settle")
+        profile.watch(Session, "close", "finish: close")
+        if on_cuda and self._taps is not None:
+            from vllm_tap.engine import cuda, device
+
+            rows = self._taps.rows
+            assert isinstance(rows, device.DeviceRows)
+            profile.watch(rows, "switch_on", "start: switch on")
+            profile.watch(rows.slabs, "take", "start: take slab")
+            profile.watch(rows.slabs, "give", "finish: give slab")
+            profile.watch(rows.switch, "set_nodes", "graph: switch nodes")
+            profile.watch(cuda, "allocate")
+            profile.watch(cuda, "free")
+        return profile
 
     # ------------------------------------------------------------------------------------------------------- the rest
 

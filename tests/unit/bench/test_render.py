@@ -45,6 +45,13 @@ def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
     assert "Nothing has been measured on a GPU yet." in render(MARKED, tmp_path)
 
 
+def test_results_without_rows_have_no_table(tmp_path: Path) -> None:
+    """A plan that checks cases and times nothing leaves no empty table."""
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "gpu-bad.json").write_text(json.dumps({"machine": RESULTS["machine"], "cases": []}))
+    assert render(MARKED, tmp_path).count("| workload |") == 1
+
+
 def test_rendering_twice_changes_nothing(tmp_path: Path) -> None:
     """A document that was rendered is up to date."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS))

@@ -1,0 +1,103 @@
+"""Where a capture's time goes: start, finish, check, the host's part of a step, copies. Part of bench/gpu.py."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from gpu_setting import Setting, capture, generate
+
+STEP = ("arm", "drain", "sampled")
+WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
+
+
+def measure_parts(setting: Setting, llm: Any, d2h: float, rounds: int = 5) -> list[dict[str, Any]]:
+    """Return the parts of captures of all layers, a row for each workload, measured with profiling on."""
+    return [_parts(setting, llm, name, d2h, setting.rounds(rounds)) for name in WORKLOADS]
+
+
+def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> dict[str, Any]:
+    workload = setting.workload(name)
+    spec = setting.spec("all layers")
+
+    def once() -> Any:
+        return capture(setting, llm, setting.prompts(workload), workload[2], spec)[1]
+
+    once()
+    row: dict[str, Any] = {"workload": name, "call_ms": _call_ms(setting, llm, workload, rounds)}
+    client = _watch_client()
+    _profile(llm, "host")
+    seconds = [dict(once().seconds) for _ in range(rounds)]
+    worker = _profile(llm, "dma")[0]
+    row["ms"] = {key: statistics.median(part[key] for part in seconds) * 1e3 for key in seconds[0]}
+    row["client_ms"] = {label: statistics.median(times) * 1e3 for label, times in client.stop().items()}
+    row["worker_ms"] = {label: statistics.median(times) * 1e3 for label, times in worker.items() if label not in STEP}
+    # The median: prefill steps and the first of a shape are few, and cost more.
+    row["step_us"] = {label: statistics.median(worker[label]) * 1e6 for label in STEP}
+    row["step_us"]["sum"] = sum(row["step_us"].values())
+    for _ in range(min(rounds, 3)):
+        once()
+    row["dma"] = [_copies(rank, d2h) for rank in _profile(llm, "") if rank.get("copy_seconds")]
+    return row
+
+
+def _call_ms(setting: Setting, llm: Any, workload: Any, rounds: int) -> dict[str, float]:
+    """Return what a call costs in an idle engine, and as the first thing after a plain generation."""
+    times: dict[str, list[float]] = {"idle": [], "after generate": []}
+    for _ in range(rounds):
+        generate(llm, setting.prompts(workload), min(workload[2], 4))
+        for label in ("after generate", "idle"):
+            begin = time.perf_counter()
+            llm.collective_rpc("vllm_tap_status")
+            times[label].append(time.perf_counter() - begin)
+            time.sleep(0.02)
+    return {label: statistics.median(values) * 1e3 for label, values in times.items()}
+
+
+def _watch_client() -> Any:
+    from vllm_tap.client import connection, recording
+    from vllm_tap.engine.profile import Profile
+
+    profile = Profile()
+    profile.watch(connection.Connection, "call", "start: call")
+    profile.watch(connection.Connection, "finish", "finish: call and lease")
+    profile.watch(connection.Connection, "_memory", "finish: lease")
+    profile.watch(recording, "Sequences", "check: sequences")
+    profile.watch(recording, "RankRows", "check: rows")
+    return profile
+
+
+def _profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
+    """Switch the workers' profile, and return what the one before collected."""
+    return list(llm.collective_rpc("vllm_tap_profile", args=(kind,)))
+
+
+def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, float]:
+    busy, nbytes = sum(figures["copy_seconds"]), sum(figures["copy_bytes"])
+    after = statistics.median(figures.get("after_forward", [0.0]))
+    copying = statistics.median(figures.get("copying_after_forward", [0.0]))
+    captures = max(len(figures.get("after_forward", [])), 1)
+    return {
+        "copies": len(figures["copy_seconds"]) / captures,
+        "gigabytes": nbytes / captures / 1e9,
+        "busy_ms": busy / captures * 1e3,
+        "gb_per_s": nbytes / busy / 1e9,
+        "share_of_d2h": nbytes / busy / 1e9 / d2h,
+        "after_forward_ms": after * 1e3,
+        "stall_ms": (after - copying) * 1e3,
+    }
+
+
+def show_parts(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    print("\nparts of a capture of all layers, ms (medians, profiled)")
+    for row in rows:
+        print(f"{row['workload']}")
+        for title, unit in (("ms", "capture"), ("client_ms", "in the client"), ("worker_ms", "in worker 0")):
+            print(f"    {unit:16s}" + "  ".join(f"{label} {value:.3f}" for label, value in row[title].items()))
+        calls, step = row["call_ms"], row["step_us"]
+        print(f"    {'bare call':16s}" + "  ".join(f"{label} {value:.3f}" for label, value in calls.items()))
+        print(f"    {'host, us a step':16s}" + "  ".join(f"{label} {value:.1f}" for label, value in step.items()))
+        for rank, copies in enumerate(row["dma"]):
+            print(f"    {f'copies, rank {rank}':16s}" + "  ".join(f"{label} {v:.3f}" for label, v in copies.items()))

@@ -1,0 +1,145 @@
+"""Time of captures against the plain engine: rounds in which every arm runs once, medians. Part of bench/gpu.py."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+from gpu_setting import WORKLOADS, Setting, capture, generate, status, wait_idle
+
+Plan = list[tuple[str, list[str], int]]
+"""(workload, specs, rounds), one after another on the same engines."""
+
+ALL = "all layers"
+FEW = ["3 layers", "last position, all layers"]
+
+PLANS: dict[str, Plan] = {
+    "least": [("decode 8 x (64 + 128)", [ALL], 1)],
+    "short": [
+        ("decode 8 x (64 + 128)", [ALL], 9),
+        ("decode 64 x (64 + 128)", [ALL], 9),
+        ("decode 256 x (64 + 128)", [ALL], 7),
+        ("prefill 64 x 1000", [ALL], 7),
+        ("prefill 16 x 8000", [ALL], 5),
+        ("decode 64 x (64 + 128)", FEW, 7),
+        ("prefill 64 x 1000", FEW, 5),
+    ],
+    "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
+    "router": [
+        ("decode 8 x (64 + 128)", ["router logits and experts"], 7),
+        ("decode 256 x (64 + 128)", ["router logits and experts"], 5),
+        ("prefill 64 x 1000", ["router logits and experts"], 5),
+    ],
+}
+
+
+class Ratios:
+    """Two engines, and the arms that are timed on them; without a plain one, the idle one stands for it."""
+
+    def __init__(self, setting: Setting, plain: Any, tapped: Any) -> None:
+        self.setting, self.plain, self.tapped = setting, plain, tapped
+
+    def check(self) -> dict[str, Any]:
+        """Check rows before timing: equal prompts give equal rows, staged and direct captures the same bytes."""
+        import torch
+
+        setting = self.setting
+        free = [setting.free_bytes()]
+        long = 40 if setting.smoke else 700
+        prompts = setting.prompts((2, long, 1)) + setting.prompts((2, 64 if not setting.smoke else 8, 1))
+        prompts = [*prompts, *prompts]
+        spec = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+        staged = capture(setting, self.tapped, prompts, 16, spec, staging="staged")[1]
+        free.append(setting.free_bytes())
+        direct = capture(setting, self.tapped, prompts, 16, spec, staging="direct")[1]
+        layers = staged.layers["hidden_states"]
+        equal = staged_direct = finite = 0
+        for i, sample in enumerate(staged):
+            twin, other = staged[(i + 4) % 8], direct[i]
+            for layer in layers:
+                rows = sample.hidden_states[layer]
+                prompt = slice(0, len(prompts[i]["prompt_token_ids"]))
+                equal += torch.equal(rows[prompt], twin.hidden_states[layer][prompt])
+                staged_direct += torch.equal(rows, other.hidden_states[layer])
+                finite += bool(rows.isfinite().all() and rows.abs().amax(-1).min() > 0)
+        begin = [time.perf_counter()]
+        for _ in range(21):
+            held = status(self.tapped)
+            begin.append(time.perf_counter())
+        linger = wait_idle(self.tapped)
+        free.append(setting.free_bytes())
+        return {
+            "sample-layers": 8 * len(layers),
+            "equal prompts, equal rows": equal,
+            "staged equals direct": staged_direct,
+            "finite and not zero": finite,
+            "conventions": staged.conventions,
+            "call_ms": statistics.median(b - a for a, b in itertools.pairwise(begin)) * 1e3,
+            "staging_mib": (free[0] - free[1]) / 2**20,
+            "held_idle_mib": (free[0] - free[2]) / 2**20,
+            "staging_lingers_s": linger,
+            "status": held,
+        }
+
+    def measure(self, name: str, specs: list[str], rounds: int, stagings: list[str]) -> list[dict[str, Any]]:
+        """Run all arms of a workload in turn."""
+        times: dict[str, list[float]] = {}
+        parts: dict[str, list[dict[str, float]]] = {}
+        sizes: dict[str, int] = {}
+        arms = ["plain", "idle", *(f"{spec} / {staging}" for spec in specs for staging in stagings)]
+        for round_number in range(-1, self.setting.rounds(rounds)):
+            prompts = self.setting.prompts(self.setting.workload(name))
+            self.setting.random.shuffle(arms)
+            for arm in arms:
+                seconds, result = self._run(arm, prompts, self.setting.workload(name)[2])
+                if result is not None:
+                    sizes[arm] = result.num_bytes
+                if round_number >= 0:
+                    times.setdefault(arm, []).append(seconds)
+                    if result is not None:
+                        parts.setdefault(arm, []).append(dict(result.seconds))
+                del result
+        return summarise(name, times, parts, sizes)
+
+    def _run(self, arm: str, prompts: list[Any], max_tokens: int) -> tuple[float, Any]:
+        if arm in ("plain", "idle"):
+            return generate(self.plain if arm == "plain" else self.tapped, prompts, max_tokens)[0], None
+        spec, staging = arm.split(" / ")
+        return capture(self.setting, self.tapped, prompts, max_tokens, self.setting.spec(spec), staging=staging)
+
+
+def summarise(
+    name: str, times: dict[str, list[float]], parts: dict[str, list[dict[str, float]]], sizes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Return a row per arm; `ratio` is that of medians, `paired` the median over rounds of the ratio within a round."""
+    plain = statistics.median(times["plain"])
+    rows = []
+    for arm in sorted(times):
+        median = statistics.median(times[arm])
+        mine = parts.get(arm, [])
+        rows.append(
+            {
+                "workload": name,
+                "arm": arm,
+                "seconds": median,
+                "ratio": plain / median,
+                "paired": statistics.median(a / b for a, b in zip(times["plain"], times[arm], strict=True)),
+                "all": times[arm],
+                "bytes": sizes.get(arm, 0),
+                "parts": {key: statistics.median(p[key] for p in mine) for key in mine[0]} if mine else {},
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    for row in rows:
+        parts = " ".join(f"{key} {value * 1e3:.1f}" for key, value in row["parts"].items() if key != "generate")
+        print(
+            f"{row['workload']:26s} {row['arm']:42s} {row['seconds']:8.4f} s  ratio {row['ratio']:.4f} "
+            f"(paired {row['paired']:.4f}) {row['bytes'] / 1e9:7.2f} GB  {parts}",
+            flush=True,
+        )

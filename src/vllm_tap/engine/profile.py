@@ -1,0 +1,132 @@
+"""Times of the worker's own parts, while somebody asks for them. Worker process.
+
+Nothing in the path of a step knows of this: methods are replaced on the objects while a profile is on, and put back.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+HOST: Final = "host"
+DMA: Final = "dma"
+
+Figures = dict[str, list[float]]
+
+
+class Profile:
+    """Collects figures by label, in the order in which they came, until `stop`."""
+
+    def __init__(self) -> None:
+        self.figures: Figures = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def add(self, label: str, figure: float) -> None:
+        """Keep a figure."""
+        self.figures.setdefault(label, []).append(figure)
+
+    def watch(self, owner: Any, name: str, label: str = "") -> None:
+        """Time every call of a method, or of a module's function, in seconds."""
+
+        def around(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.add(label or name, time.perf_counter() - begin)
+
+        self.wrap(owner, name, around)
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Send every call of `owner.name(...)` through `around(function, ...)`."""
+        function, was_own = getattr(owner, name), name in vars(owner)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(function, *args, **kwargs)
+
+        setattr(owner, name, wrapper)
+        self._undo.append(lambda: setattr(owner, name, function) if was_own else delattr(owner, name))
+
+    def stop(self) -> Figures:
+        """Put everything back and return the figures."""
+        while self._undo:
+            self._undo.pop()()
+        return self.figures
+
+
+class DmaProfile(Profile):
+    """Times every copy to the host by CUDA events on its own stream, and what follows the last forward pass.
+
+    Figures: `copy_seconds` and `copy_bytes` of each copy. Per capture, at the moment when its rows are settled,
+    `after_forward` (from the end of the last forward pass to the end of the last copy) and `copying_after_forward` (how
+    much of that a copy was running), both of the device's clock.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torch
+
+        from vllm_tap.engine import cuda
+        from vllm_tap.engine.device import DeviceSink
+
+        self._torch = torch
+        self._copies: list[tuple[Any, Any, int]] = []
+        self._forward_end: Any = None
+        self._inside = False
+        self._base = self._event()
+        self.wrap(cuda, "copy_planes_to_host", self._copy_planes)
+        self.wrap(cuda, "copy_to_host", self._copy_one)
+        self.wrap(DeviceSink, "end", self._end)
+        self.wrap(DeviceSink, "settle", self._settle)
+
+    def _event(self, stream: Any = None) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def _copy_planes(self, function: Any, *args: Any) -> None:
+        width, height = args[4:6]
+        self._copy(function, args, width * height)
+
+    def _copy_one(self, function: Any, *args: Any) -> None:
+        self._copy(function, args, args[2])
+
+    def _copy(self, function: Any, args: tuple[Any, ...], nbytes: int) -> None:
+        if self._inside:  # copy_planes_to_host calls copy_to_host
+            function(*args)
+            return
+        stream = self._torch.cuda.ExternalStream(args[-1])
+        self._inside = True
+        try:
+            before = self._event(stream)
+            function(*args)
+            self._copies.append((before, self._event(stream), nbytes))
+        finally:
+            self._inside = False
+
+    def _end(self, function: Any, sink: Any) -> Any:
+        silent = function(sink)
+        self._forward_end = self._event()
+        return silent
+
+    def _settle(self, function: Any, sink: Any) -> None:
+        function(sink)
+        copies, self._copies = self._copies, []
+        if self._forward_end is None or not copies:
+            return
+        self._torch.cuda.synchronize()
+        # Counted from an event before all others: the time between two events may not be asked for backwards.
+        end = self._since_base(self._forward_end)
+        spans = [(self._since_base(before), self._since_base(after)) for before, after, _ in copies]
+        for (begin, done), (_, _, nbytes) in zip(spans, copies, strict=True):
+            self.add("copy_seconds", done - begin)
+            self.add("copy_bytes", nbytes)
+        self.add("after_forward", max(spans[-1][1] - end, 0.0))
+        self.add("copying_after_forward", sum(max(done - max(begin, end), 0.0) for begin, done in spans))
+        self._base = self._event()
+
+    def _since_base(self, event: Any) -> float:
+        return float(self._base.elapsed_time(event)) / 1e3

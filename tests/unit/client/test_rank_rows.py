@@ -1,0 +1,132 @@
+"""Which of the rows that arrived is taken for a position: against a plain loop, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_tap.client.memory import FetchedMemory
+from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client.sequences import Sequences
+from vllm_tap.errors import DescriptorError, RowsMissingError
+from vllm_tap.frame import messages
+from vllm_tap.frame.layout import Stream, block_bytes, layout
+
+STREAM = Stream("hidden_states", "int64", 1, (0,))
+Row = tuple[int, int, int, int]
+"""(request number, position, token id, what the row holds)."""
+
+
+def output(prompt: list[int], generated: list[int]) -> Any:
+    return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(index=0, token_ids=generated)])
+
+
+def rank_rows(steps: list[list[Row]], num_requests: int, sequences: Sequences) -> RankRows:
+    """Put steps into a segment as a worker does, and read them back."""
+    memory = np.zeros(sum(block_bytes(len(step), [STREAM]) + 64 for step in steps) + 1, np.uint8)
+    offset, blocks = 0, []
+    for step in steps:
+        placed = layout(offset, len(step), [STREAM])
+        columns = np.array(step, np.int64).T
+        memory[placed.labels :][: 12 * len(step)].view(np.int32)[:] = columns[:3].ravel()
+        memory[placed.streams[0] :][: 8 * len(step)].view(np.int64)[:] = columns[3]
+        blocks.append((0, offset, len(step)))
+        offset = -(-placed.end // 64) * 64
+    descriptor = messages.Descriptor(
+        rank=0,
+        capture_id="c",
+        streams=(STREAM,),
+        requests=tuple(messages.Request(f"r{number}", number, 0) for number in range(num_requests)),
+        chunks=(messages.Chunk(1, 0, len(memory), 1),),
+        blocks=np.array(blocks, "<i8").tobytes(),
+        byte_order="little",
+        wait_seconds=0.0,
+    )
+    return RankRows(descriptor, FetchedMemory(descriptor, lambda _, at, n: memory[at : at + n].tobytes()), sequences)
+
+
+@st.composite
+def schedules(draw: Any) -> tuple[list[Any], list[list[Row]], int]:
+    """Return outputs, the steps that computed them, and the number of requests that the worker met.
+
+    Among the rows are earlier tries of positions, rows past the end, and rows of requests without an output.
+    """
+    outputs, rows = [], []
+    num_requests = draw(st.integers(1, 4))
+    for number in range(num_requests):
+        prompt = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6))
+        generated = draw(st.lists(st.integers(0, 9), max_size=4))
+        known = draw(st.booleans()) or number == 0
+        outputs.append(output(prompt, generated) if known else None)
+        tokens = prompt + generated[:-1]
+        final = [(number, position, token, 0) for position, token in enumerate(tokens)]
+        early = [(number, draw(st.integers(0, len(tokens) - 1)), 5, 0) for _ in range(draw(st.integers(0, 2)))]
+        past = [(number, len(tokens) + draw(st.integers(0, 3)), 7, 0) for _ in range(draw(st.integers(0, 2)))]
+        rows += early
+        rows += draw(st.permutations(final + past))
+    rows = [(*row[:3], value) for value, row in enumerate(rows, start=100)]
+    cuts = sorted(draw(st.sets(st.integers(1, len(rows)), max_size=5)) | {len(rows)})
+    steps = [rows[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
+    return outputs, [step for step in steps if step], num_requests
+
+
+@settings(deadline=None)
+@given(schedules(), st.sampled_from(["all", "prompt", "generated", "last", (0, -1)]))
+def test_the_last_row_written_for_a_position_is_taken(schedule: Any, positions: Any) -> None:
+    """Whatever the order of steps: repeated positions count as last written, rows without a place fall away."""
+    outputs, steps, num_requests = schedule
+    sequences = Sequences(outputs, positions)
+    last = {row[:2]: row[3] for step in steps for row in step}
+    flat = [
+        last[sample, position]
+        for sample, given_output in enumerate(outputs)
+        if given_output is not None
+        for position in range(
+            sequences.starts[sequences.slots[sample, 0] + 1] - sequences.starts[sequences.slots[sample, 0]]
+        )
+    ]
+    found = rank_rows(steps, num_requests, sequences).rows("hidden_states", 0, 0, len(sequences.wanted))
+    assert found[:, 0].tolist() == np.array(flat, np.int64)[sequences.wanted].tolist()
+
+
+def test_a_missing_row_is_named() -> None:
+    """A position that nobody wrote is an error with its sample, request and position."""
+    sequences = Sequences([output([1, 2, 3], [])], "all")
+    with pytest.raises(RowsMissingError, match="positions 1,") as caught:
+        rank_rows([[(0, 0, 1, 0), (0, 2, 3, 0)]], 1, sequences)
+    assert caught.value.identity == {"sample": 0, "request_id": "r0", "positions": [1], "rank": 0}
+
+
+def test_no_row_at_all_is_an_error() -> None:
+    """A rank that met no request ships nothing, and that is not taken for an empty result."""
+    with pytest.raises(RowsMissingError, match="3 of 3 rows did not arrive"):
+        rank_rows([], 0, Sequences([output([1, 2, 3], [])], "all"))
+
+
+def test_a_row_of_another_token_is_an_error() -> None:
+    """In the order of the sequence and out of it."""
+    sequences = Sequences([output([1, 2], [])], "all")
+    for step in ([(0, 0, 1, 0), (0, 1, 9, 0)], [(0, 1, 9, 0), (0, 0, 1, 0)]):
+        with pytest.raises(RowsMissingError, match="arrived for other tokens"):
+            rank_rows([step], 1, sequences)
+
+
+@pytest.mark.parametrize("number", [-1, 1, -(2**31)])
+def test_a_row_of_no_request_is_refused(number: int) -> None:
+    """Numbers come from another process: none is used as an index before it is checked."""
+    with pytest.raises(DescriptorError, match=f"names request {number} of 1"):
+        rank_rows([[(number, 0, 1, 0)]], 1, Sequences([output([1], [])], "all"))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=20), max_size=8))
+def test_sequences_hold_the_tokens_as_they_came(prompts: list[list[int]]) -> None:
+    """Prompts behind one another, and what was generated but for its last token, which never enters the model."""
+    outputs = [output(prompt, [1, 2]) for prompt in prompts]
+    sequences = Sequences(outputs, "all")
+    assert sequences.token_ids.tolist() == [token for prompt in prompts for token in [*prompt, 1]]

@@ -1,0 +1,42 @@
+"""The times that a worker keeps of its own parts, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_tap.engine.profile import Profile
+
+
+class Part:
+    """Something whose methods are timed."""
+
+    def work(self, number: int, *, times: int = 1) -> int:
+        """Return a product, or fail for a number below zero."""
+        if number < 0:
+            raise ValueError("below zero")
+        return number * times
+
+
+def test_calls_are_timed_and_answered():
+    """On an object and on its class alike, failures included; results and exceptions pass through."""
+    part, profile = Part(), Profile()
+    profile.watch(part, "work", "mine")
+    profile.watch(Part, "work", "all")
+    assert part.work(3, times=2) == 6
+    assert Part().work(4) == 4
+    with pytest.raises(ValueError, match="below zero"):
+        part.work(-1)
+    assert {label: len(times) for label, times in profile.stop().items()} == {"mine": 2, "all": 1}
+    assert min(profile.figures["mine"]) >= 0
+
+
+def test_everything_is_put_back():
+    """After the end an object has no attribute more than before, and a class the function that it had."""
+    part, profile, function = Part(), Profile(), Part.work
+    profile.watch(part, "work")
+    profile.watch(Part, "work")
+    profile.stop()
+    assert vars(part) == {}
+    assert Part.work is function
+    part.work(1)
+    assert profile.figures == {}

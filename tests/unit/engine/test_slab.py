@@ -1,0 +1,126 @@
+"""When staging memory is taken, kept and given back; the driver's calls are played by this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_tap.engine import cuda
+from vllm_tap.engine.slab import LINGER_SECONDS, PATIENCE_SECONDS, SlabKeeper
+
+
+class Device:
+    """A device of 1000 bytes, and what the engine says of itself."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.headroom = 100
+        self.is_quiet = True
+
+    def allocate(self, nbytes: int) -> int:
+        """Return a new address, or 0 where there is no room."""
+        if nbytes > self.free_bytes():
+            return 0
+        address = 1000 + len(self.held)
+        self.held[address] = nbytes
+        return address
+
+    def free_bytes(self) -> int:
+        """Return what is left."""
+        return 1000 - sum(self.held.values())
+
+
+class Keeper(SlabKeeper):
+    """A keeper whose thread is called by hand."""
+
+    threads = 0
+
+    def _start(self) -> None:
+        self.threads += 1
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device in place of the driver's."""
+    device = Device()
+    monkeypatch.setattr(cuda, "allocate", device.allocate)
+    monkeypatch.setattr(cuda, "free", device.held.pop)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (device.free_bytes(), 1000))
+    return device
+
+
+@pytest.fixture
+def keeper(device: Device, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    """A keeper whose slabs are given back at time 0."""
+    monkeypatch.setattr("vllm_tap.engine.slab.time.monotonic", lambda: 0.0)
+    return Keeper(torch.device("cpu"), lambda: device.headroom, lambda: device.is_quiet)
+
+
+def take(keeper: Keeper, nbytes: int) -> Any:
+    """Take a slab that must be there."""
+    slab = keeper.take(nbytes)
+    assert slab is not None
+    return slab
+
+
+def test_captures_that_follow_one_another_share_a_slab(keeper: Keeper, device: Device) -> None:
+    """A slab that is large enough is handed out again, from its start; one thread looks after all of them."""
+    first = take(keeper, 512)
+    first.part(500)
+    keeper.give(first)
+    again = take(keeper, 400)
+    assert (again.address, again.part(256)) == (first.address, first.address)
+    keeper.give(again)
+    assert keeper.threads == 1
+    assert device.held == {first.address: 512}
+
+
+def test_a_slab_that_is_too_small_makes_room_for_a_larger_one(keeper: Keeper, device: Device) -> None:
+    """Both together would not fit."""
+    keeper.give(take(keeper, 500))
+    take(keeper, 800)
+    assert list(device.held.values()) == [800]
+    assert keeper.held_bytes == 800
+
+
+def test_idle_memory_is_zero_after_a_while(keeper: Keeper, device: Device) -> None:
+    """Not before the time is up, not while a capture uses it; then the thread ends, and another begins if need be."""
+    slab = take(keeper, 500)
+    keeper.give(slab)
+    assert keeper.tidy(LINGER_SECONDS - 0.1)
+    take(keeper, 500)
+    assert keeper.tidy(LINGER_SECONDS + 0.1)
+    assert keeper.held_bytes == 500
+    keeper.give(slab)
+    assert not keeper.tidy(LINGER_SECONDS + 0.1)
+    assert device.held == {}
+    assert keeper.held_bytes == 0
+    keeper.give(take(keeper, 500))
+    assert keeper.threads == 2
+
+
+def test_memory_goes_back_in_a_pause_of_the_engine(keeper: Keeper, device: Device) -> None:
+    """Freeing waits for what is queued; an engine that never pauses is not spared for ever."""
+    keeper.give(take(keeper, 500))
+    device.is_quiet = False
+    assert keeper.tidy(LINGER_SECONDS + 0.1)
+    assert not keeper.tidy(PATIENCE_SECONDS)
+    assert device.held == {}
+
+
+def test_a_slab_leaves_what_the_steps_of_the_engine_may_need(keeper: Keeper, device: Device) -> None:
+    """900 of 1000 bytes fit beside 100 of headroom, 901 do not."""
+    assert keeper.take(901) is None
+    assert device.held == {}
+    take(keeper, 900)
+
+
+def test_an_idle_slab_goes_at_once_when_memory_is_short(keeper: Keeper, device: Device) -> None:
+    """Somebody else has taken the rest of the device."""
+    keeper.give(take(keeper, 500))
+    device.held[1] = 450
+    device.is_quiet = False
+    assert not keeper.tidy(0.1)
+    assert device.held == {1: 450}
