@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | bench-seed | bench-render | architectures
+# make setup | demo | test | soak | check | bench | bench-seed | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all check bench bench-seed bench-render architectures clean
+.PHONY: setup demo test test-all soak check bench bench-seed bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev
@@ -59,6 +59,13 @@ test: $(VENV)/.dev
 # Every engine, every combination; `make test` starts a subset that covers each side.
 test-all: $(VENV)/.dev
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
+
+# Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests.
+ROWS ?= 1000000
+SEED ?= 0
+
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak.py --rows $(ROWS) --seed $(SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
