@@ -60,12 +60,14 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
 
-# Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests.
+# Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
+# RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000.
 ROWS ?= 1000000
+RUNNER ?= v1
 SEED ?= 0
 
 soak: $(VENV)/.dev
-	$(BIN)/python tests/soak.py --rows $(ROWS) --seed $(SEED)
+	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

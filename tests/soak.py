@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import faulthandler
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +28,40 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from traffic import BLOCK_SIZE, MAX_MODEL_LEN, Traffic
+from runners import asynchronous_scheduling, v2_environment
+from traffic import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN, Traffic
 
-HANG_S = 300
 RELEASE_S = 20
 
 
 class Kind(dict[str, Any]):
-    """Arguments of an engine; `share` of all rows and `requests` of a round are the soak's own."""
+    """Arguments of an engine; what comes before them is the soak's own.
 
-    def __init__(self, share: float, requests: int, **arguments: Any) -> None:
+    Args:
+        share: Of all rows.
+        requests: In a round.
+        asynchronous: Whether a step is scheduled before the tokens of the last one are known.
+    """
+
+    def __init__(self, share: float, requests: int, asynchronous: bool = False, **arguments: Any) -> None:
         super().__init__(block_size=BLOCK_SIZE, enable_prefix_caching=True, **arguments)
-        self.share, self.requests = share, requests
+        self.share, self.requests, self.asynchronous = share, requests, asynchronous
 
 
 ENGINES = {
-    "preempting": Kind(0.6, 96, num_gpu_blocks_override=64, max_num_batched_tokens=96, max_num_seqs=32),
+    "preempting": Kind(0.6, 96, max_num_batched_tokens=96, max_num_seqs=32),
+    "asynchronous": Kind(0.3, 96, True, max_num_batched_tokens=96, max_num_seqs=32),
     "drafting": Kind(
-        0.4,
+        0.1,
         48,
-        num_gpu_blocks_override=160,
         max_num_batched_tokens=128,
         max_num_seqs=24,
         speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
     ),
 }
+BLOCKS = {"v1": 64, "v2": 28}
+"""Of the key-value cache, by runner: so few that requests are preempted; those on the V2 runner are shorter."""
+
 METRICS = {
     "preemptions": "vllm:num_preemptions",
     "drafts": "vllm:spec_decode_num_draft_tokens",
@@ -65,18 +74,27 @@ WRONG = ("mismatches", "captures failed", "prefix hits taken", "bytes not given 
 """Counts that must be zero."""
 
 
-def start(model: Path, kind: Kind) -> Any:
+def start(model: Path, kind: Kind, num_blocks: int) -> Any:
     """Start one of the small engines."""
     from vllm import LLM
 
-    return LLM(
-        str(model),
-        dtype="float32",
-        max_model_len=MAX_MODEL_LEN,
-        enforce_eager=True,
-        disable_log_stats=False,
-        **kind,
-    )
+    with asynchronous_scheduling() if kind.asynchronous else nullcontext():
+        return LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            enforce_eager=True,
+            disable_log_stats=False,
+            num_gpu_blocks_override=num_blocks,
+            **kind,
+        )
+
+
+def runner(llm: Any) -> str:
+    """Return which of vLLM's runners an engine uses: "v1" or "v2"."""
+    from vllm_tap.client.connection import connect
+
+    return connect(llm).hellos[0].runner.lower()
 
 
 def metrics(llm: Any) -> dict[str, int]:
@@ -96,18 +114,19 @@ def held_bytes(llm: Any) -> int:
         time.sleep(0.05)
 
 
-def soak(model: Path, name: str, rows: int, seed: int) -> dict[str, Any]:
+def soak(model: Path, name: str, rows: int, seed: int, expected_runner: str) -> dict[str, Any]:
     """Run one engine until enough rows have been checked."""
     from reference import ReferenceModel
     from shadow import Shadow
 
     kind = ENGINES[name]
-    llm = start(model, kind)
+    llm = start(model, kind, BLOCKS[expected_runner])
+    assert runner(llm) == expected_runner
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == kind.asynchronous
     shadow = Shadow(ReferenceModel(model))
-    traffic = Traffic(llm, shadow, kind["max_num_batched_tokens"], kind.requests, seed)
+    traffic = Traffic(llm, shadow, kind["max_num_batched_tokens"], kind.requests, LIMITS[expected_runner], seed)
     begin = printed = time.monotonic()
     while shadow.num_rows < rows:
-        faulthandler.dump_traceback_later(HANG_S, exit=True)
         traffic.round()
         if time.monotonic() - printed > 10:
             printed = time.monotonic()
@@ -118,20 +137,24 @@ def soak(model: Path, name: str, rows: int, seed: int) -> dict[str, Any]:
             )
     traffic.drain()
     met = {**traffic.met, **metrics(llm), "bytes not given back": held_bytes(llm)}
-    faulthandler.cancel_dump_traceback_later()
+    llm.llm_engine.engine_core.shutdown()
     seconds = {part: round(value) for part, value in traffic.seconds.items()}
     line = {"rows": shadow.num_rows, "mismatches": shadow.num_wrong, "largest error": float(f"{shadow.error:.2g}")}
     line |= {name: met[name] for name in sorted(met)}
-    print(json.dumps({"engine": name, "seed": seed, **line, "seconds": seconds}), flush=True)
+    print(json.dumps({"engine": name, "runner": expected_runner, "seed": seed, **line, "seconds": seconds}), flush=True)
     return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="v2 goes through Triton's interpreter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     args = parser.parse_args()
+    if args.runner == "v2" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.argv], v2_environment())
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
     import torch
 
     from models import ensure_model
@@ -142,12 +165,12 @@ def main() -> None:
     error = 0.0
     shares = sum(ENGINES[name].share for name in args.engines)
     for number, name in enumerate(args.engines):
-        line = soak(model, name, round(args.rows * ENGINES[name].share / shares), args.seed + number)
+        line = soak(model, name, round(args.rows * ENGINES[name].share / shares), args.seed + number, args.runner)
         error = max(error, line.pop("largest error"))
         total.update(line)
     rare = {state: total[state] for state, fewest in FEWEST.items() if total[state] < fewest * args.rows // 1_000_000}
     wrong = {what: total[what] for what in WRONG if total[what]}
-    print(json.dumps({"engine": "all", **total, "largest error": error}), flush=True)
+    print(json.dumps({"engine": "all", "runner": args.runner, **total, "largest error": error}), flush=True)
     print(f"FAILED: {wrong}" if wrong else "no row wrong, lost or doubled", flush=True)
     if rare and len(args.engines) == len(ENGINES):
         sys.exit(f"FAILED: met too seldom: {rare}")

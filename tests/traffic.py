@@ -7,8 +7,10 @@ do the rows of the last capture: they are checked when the memory of later ones 
 from __future__ import annotations
 
 import collections
+import faulthandler
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,12 @@ FIRST_ID, LAST_ID = 3, 250
 """Prompts are made of these tokens, none of them special."""
 
 LENGTHS = (1, 2, 7, 31, 32, 33, 64, 120, 200)
-LIMITS = (1, 2, 9, 40, 90)
+LIMITS = {"v1": (1, 2, 9, 40, 90), "v2": (1, 2, 9, 40)}
+"""Values of max_tokens by runner. An interpreted step of the V2 runner takes a tenth of a second for each of its
+requests, so there most rows are those of prompts."""
+
+HANG_S = 300
+"""An engine that gives no outputs for so long ends the process, with a traceback."""
 
 
 @dataclass
@@ -49,9 +56,11 @@ class Round:
 class Traffic:
     """Rounds of random requests on one engine; everything is drawn from one seed."""
 
-    def __init__(self, llm: Any, shadow: Shadow, tokens_per_step: int, requests: int, seed: int) -> None:
+    def __init__(
+        self, llm: Any, shadow: Shadow, tokens_per_step: int, requests: int, limits: Sequence[int], seed: int
+    ) -> None:
         self.engine, self.llm, self.shadow = llm.llm_engine, llm, shadow
-        self.tokens_per_step, self.requests = tokens_per_step, requests
+        self.tokens_per_step, self.requests, self.limits = tokens_per_step, requests, limits
         self.random = random.Random(seed)
         self.met: collections.Counter[str] = collections.Counter()
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -92,7 +101,7 @@ class Traffic:
         by_text = self.chance(0.1)
         return SamplingParams(
             n=1 if greedy or self.chance(0.8) else self.random.randint(2, 3),
-            max_tokens=min(MAX_MODEL_LEN - len(prompt), self.random.choice(LIMITS)),
+            max_tokens=min(MAX_MODEL_LEN - len(prompt), self.random.choice(self.limits)),
             temperature=0.0 if greedy else 0.7,
             ignore_eos=self.chance(0.5),
             stop_token_ids=self.random.sample(range(512), 4),
@@ -170,6 +179,7 @@ class Traffic:
 
     def step(self, current: Round) -> None:
         """Wait for the next outputs, if the engine has anything to do, and perhaps abort a request."""
+        faulthandler.dump_traceback_later(HANG_S, exit=True)
         for output in self.engine.step() if self.engine.has_unfinished_requests() else ():
             if output.finished:
                 self.take(current, output)
@@ -231,3 +241,4 @@ class Traffic:
         while self.engine.has_unfinished_requests():
             self.engine.step()
         self.alive.clear()
+        faulthandler.cancel_dump_traceback_later()
