@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
+# make setup | demo | test | test-all | soak | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all check bench bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: setup demo test test-all soak check bench bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision
@@ -66,6 +66,15 @@ test: $(VENV)/.dev $(VENV)/.torchvision
 # Every engine, every combination; `make test` starts a subset that covers each side.
 test-all: $(VENV)/.dev $(VENV)/.torchvision
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
+
+# Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
+# RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000.
+ROWS ?= 1000000
+RUNNER ?= v1
+SEED ?= 0
+
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

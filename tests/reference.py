@@ -77,6 +77,31 @@ class ReferenceModel:
             router_logits=seen.routers,
         )
 
+    def run_batch(self, sequences: Sequence[Sequence[int]]) -> list[Reference]:
+        """Run several sequences in one pass, padded on the right, where causal attention never looks.
+
+        Returns:
+            What `run` returns for each of them, but for rounding; the tensors are views of the whole batch.
+
+        Source:
+            See `run`.
+        """
+        longest = max(map(len, sequences))
+        padded = torch.tensor([[*token_ids, *[0] * (longest - len(token_ids))] for token_ids in sequences])
+        with torch.inference_mode(), self._watch() as seen:
+            logits = self.model(padded, use_cache=False).logits.float()
+        hidden_states = torch.stack([seen.layers[i] for i in range(len(self.layers))])
+        return [
+            Reference(
+                hidden_states=hidden_states[:, start:stop],
+                embedding=seen.embedding[0][start:stop],
+                final_normed=seen.head_input[0][start:stop],
+                logits=logits.flatten(0, 1)[start:stop],
+                router_logits={layer: rows[start:stop] for layer, rows in seen.routers.items()},
+            )
+            for start, stop in ((n * longest, n * longest + len(ids)) for n, ids in enumerate(sequences))
+        ]
+
     def greedy(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
         """Return the `max_tokens` tokens that greedy decoding appends; stops at no token, keeps no cache."""
         known = list(token_ids)

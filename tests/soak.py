@@ -2,9 +2,9 @@
 """Random traffic over every scheduling state, with a shadow check of every row: python tests/soak.py --rows 100000.
 
 A tiny Llama runs in small engines that preempt, chunk prompts, hit the prefix cache and reject drafts; requests are
-captured or plain, aborted at random, and finished at random lengths. Every captured row is compared with a Hugging Face
-forward pass of its final sequence; the client has already checked that none is lost, doubled or of another token. The
-printed line says what was met; the exit status is 1 if anything was wrong.
+captured or plain, aborted at random, and finished in every way. Every captured row is compared with a Hugging Face
+forward pass of its final sequence (`shadow`). The last lines say what was met. The exit status is 1 if a row was wrong,
+lost or doubled, if memory was not given back, if nothing happened for minutes, or if a state was met too seldom.
 """
 
 from __future__ import annotations
@@ -13,195 +13,168 @@ import argparse
 import collections
 import json
 import os
-import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+# An engine of this size is fastest on one core; threads of OpenMP that wait for each other only take turns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Float32 on both sides; the sums of a layer run in another order. Relative to the largest value of the stream.
-TOLERANCE = 1e-5
-ROUND_REQUESTS = 12
-SHARED_PREFIX = 96
+from runners import asynchronous_scheduling, v2_environment
+from traffic import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN, Traffic
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "preempting": {
-        "num_gpu_blocks_override": 28,
-        "block_size": 32,
-        "max_num_batched_tokens": 96,
-        "max_num_seqs": 10,
-        "enable_prefix_caching": True,
-    },
-    "drafting": {
-        "num_gpu_blocks_override": 64,
-        "block_size": 32,
-        "max_num_batched_tokens": 128,
-        "max_num_seqs": 12,
-        "enable_prefix_caching": True,
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
-    },
+RELEASE_S = 20
+
+
+class Kind(dict[str, Any]):
+    """Arguments of an engine; what comes before them is the soak's own.
+
+    Args:
+        share: Of all rows.
+        requests: In a round.
+        asynchronous: Whether a step is scheduled before the tokens of the last one are known.
+    """
+
+    def __init__(self, share: float, requests: int, asynchronous: bool = False, **arguments: Any) -> None:
+        super().__init__(block_size=BLOCK_SIZE, enable_prefix_caching=True, **arguments)
+        self.share, self.requests, self.asynchronous = share, requests, asynchronous
+
+
+ENGINES = {
+    "preempting": Kind(0.6, 96, max_num_batched_tokens=96, max_num_seqs=32),
+    "asynchronous": Kind(0.3, 96, True, max_num_batched_tokens=96, max_num_seqs=32),
+    "drafting": Kind(
+        0.1,
+        48,
+        max_num_batched_tokens=128,
+        max_num_seqs=24,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
+    ),
 }
-MAX_MODEL_LEN = 384
+BLOCKS = {"v1": 64, "v2": 28}
+"""Of the key-value cache, by runner: so few that requests are preempted; those on the V2 runner are shorter."""
+
 METRICS = {
     "preemptions": "vllm:num_preemptions",
-    "prefix hits (tokens)": "vllm:prefix_cache_hits",
     "drafts": "vllm:spec_decode_num_draft_tokens",
-    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "accepted drafts": "vllm:spec_decode_num_accepted_tokens",
 }
+FEWEST = {"preemptions": 50, "chunk splits": 500, "prefix hits avoided": 100, "rejected drafts": 100, "aborts": 50}
+"""How often each state must be met in a million rows."""
+
+WRONG = ("mismatches", "captures failed", "prefix hits taken", "bytes not given back")
+"""Counts that must be zero."""
 
 
-def start(model: Path, name: str) -> Any:
+def start(model: Path, kind: Kind, num_blocks: int) -> Any:
     """Start one of the small engines."""
     from vllm import LLM
 
-    return LLM(
-        model=str(model),
-        dtype="float32",
-        max_model_len=MAX_MODEL_LEN,
-        enforce_eager=True,
-        disable_log_stats=False,
-        **ENGINES[name],
-    )
-
-
-class Traffic:
-    """Rounds of random requests on one engine."""
-
-    def __init__(self, llm: Any, reference: Any, tokens_per_step: int, seed: int) -> None:
-        self.llm, self.reference, self.tokens_per_step = llm, reference, tokens_per_step
-        self.random = random.Random(seed)
-        self.met: collections.Counter[str] = collections.Counter()
-        self.prefix = [self.random.randrange(3, 250) for _ in range(SHARED_PREFIX)]
-        self.number = 0
-
-    def prompt(self) -> list[int]:
-        """Return a prompt: repetitive ones draw drafts, shared beginnings prefix hits, long ones are chunked."""
-        kind = self.random.random()
-        length = self.random.choice((1, 2, 7, 33, 64, 120, 200))
-        if kind < 0.3:
-            return self.prefix + [self.random.randrange(3, 250) for _ in range(length)]
-        if kind < 0.6:
-            unit = [self.random.randrange(3, 250) for _ in range(max(2, length // 6))]
-            return (unit * 64)[: max(4, length)]
-        return [self.random.randrange(3, 250) for _ in range(length)]
-
-    def params(self, prompt: list[int]) -> Any:
-        """Return sampling parameters that end in one of several ways."""
-        from vllm import SamplingParams
-
-        room = MAX_MODEL_LEN - len(prompt)
-        return SamplingParams(
-            max_tokens=min(room, self.random.choice((1, 2, 9, 40, 90))),
-            temperature=self.random.choice((0.0, 0.0, 0.7)),
-            ignore_eos=True,
-            stop_token_ids=[self.random.randrange(512) for _ in range(2)],
-            detokenize=False,
+    with asynchronous_scheduling() if kind.asynchronous else nullcontext():
+        return LLM(
+            str(model),
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            enforce_eager=True,
+            disable_log_stats=False,
+            num_gpu_blocks_override=num_blocks,
+            **kind,
         )
 
-    def round(self) -> int:
-        """Run one capture over random traffic; return the rows checked."""
-        from vllm_tap import Recording, Spec
 
-        recording = Recording(self.llm, Spec(hidden_states="all"))
-        engine = self.llm.llm_engine
-        waiting, samples, plain = [], {}, set()
-        for _ in range(ROUND_REQUESTS):
-            prompt, request_id = self.prompt(), str(self.number)
-            self.number += 1
-            params = self.params(prompt)
-            if self.random.random() < 0.8:
-                params = recording.mark(params, len(samples))
-                samples[request_id] = len(samples)
-            else:
-                plain.add(request_id)
-            waiting.append((request_id, prompt, params))
-        outputs: list[Any] = [None] * len(samples)
-        alive: set[str] = set()
-        while waiting or engine.has_unfinished_requests():
-            for _ in range(self.random.randrange(4) if waiting else 0):
-                if waiting:
-                    request_id, prompt, params = waiting.pop()
-                    engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
-                    alive.add(request_id)
-            for output in engine.step():
-                if output.finished:
-                    alive.discard(output.request_id)
-                    if output.request_id in samples:
-                        outputs[samples[output.request_id]] = output
-            if alive and self.random.random() < 0.02:
-                victim = self.random.choice(sorted(alive))
-                engine.abort_request([victim])
-                alive.discard(victim)
-                self.met["aborts"] += 1
-        result = recording.finish(outputs)
-        self.met["plain requests"] += len(plain)
-        return self.check(result)
+def runner(llm: Any) -> str:
+    """Return which of vLLM's runners an engine uses: "v1" or "v2"."""
+    from vllm_tap.client.connection import connect
 
-    def check(self, result: Any) -> int:
-        """Compare all rows of a capture with the reference."""
-        import torch
-
-        for sample, output in enumerate(result.outputs):
-            if output is None:
-                continue
-            ids = list(output.prompt_token_ids) + list(output.outputs[0].token_ids)[:-1]
-            rows = result[sample]
-            if rows.token_ids.tolist() != ids or rows.positions.tolist() != list(range(len(ids))):
-                self.met["mismatches"] += len(ids)
-                continue
-            expected = self.reference.run(ids).hidden_states
-            got = torch.stack([rows.hidden_states[layer] for layer in result.layers["hidden_states"]])
-            error = (got - expected).abs().amax((0, 2)) / expected.abs().max()
-            self.met["mismatches"] += int((error > TOLERANCE).sum())
-            self.met["samples"] += 1
-            # Counted where a prompt alone is longer than a step; others are cut where they share one.
-            self.met["chunk splits"] += (len(output.prompt_token_ids) - 1) // self.tokens_per_step
-        return int(result.num_rows)
+    return connect(llm).hellos[0].runner.lower()
 
 
 def metrics(llm: Any) -> dict[str, int]:
     """Return the engine's own counts of what happened in it."""
     values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    return {name: int(values.get(source, 0)) for name, source in METRICS.items()}
+    counts = {name: int(values.get(source, 0)) for name, source in METRICS.items()}
+    return {**counts, "rejected drafts": counts["drafts"] - counts["accepted drafts"]}
 
 
-def soak(model: Path, name: str, rows: int, seed: int) -> dict[str, int]:
+def held_bytes(llm: Any) -> int:
+    """Return the bytes of rows that the engine still holds when nobody has any, once releases have arrived."""
+    deadline = time.monotonic() + RELEASE_S
+    while True:
+        used = sum(state["used_bytes"] for state in llm.collective_rpc("vllm_tap_status"))
+        if not used or time.monotonic() > deadline:
+            return int(used)
+        time.sleep(0.05)
+
+
+def soak(model: Path, name: str, rows: int, seed: int, expected_runner: str) -> dict[str, Any]:
     """Run one engine until enough rows have been checked."""
     from reference import ReferenceModel
+    from shadow import Shadow
 
-    llm = start(model, name)
-    traffic = Traffic(llm, ReferenceModel(model), ENGINES[name]["max_num_batched_tokens"], seed)
-    checked, begin = 0, time.monotonic()
-    while checked < rows:
-        checked += traffic.round()
-        print(f"# {name}: {checked} of {rows} rows, {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    met = {"rows": checked, "mismatches": 0, **traffic.met, **metrics(llm)}
-    met["rejected drafts"] = met["drafts"] - met["accepted"]
-    return met
+    kind = ENGINES[name]
+    llm = start(model, kind, BLOCKS[expected_runner])
+    assert runner(llm) == expected_runner
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == kind.asynchronous
+    shadow = Shadow(ReferenceModel(model))
+    traffic = Traffic(llm, shadow, kind["max_num_batched_tokens"], kind.requests, LIMITS[expected_runner], seed)
+    begin = printed = time.monotonic()
+    while shadow.num_rows < rows:
+        traffic.round()
+        if time.monotonic() - printed > 10:
+            printed = time.monotonic()
+            print(
+                f"# {name}: {shadow.num_rows} of {rows} rows, {shadow.num_wrong} wrong, {printed - begin:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    traffic.drain()
+    met = {**traffic.met, **metrics(llm), "bytes not given back": held_bytes(llm)}
+    llm.llm_engine.engine_core.shutdown()
+    seconds = {part: round(value) for part, value in traffic.seconds.items()}
+    line = {"rows": shadow.num_rows, "mismatches": shadow.num_wrong, "largest error": float(f"{shadow.error:.2g}")}
+    line |= {name: met[name] for name in sorted(met)}
+    print(json.dumps({"engine": name, "runner": expected_runner, "seed": seed, **line, "seconds": seconds}), flush=True)
+    return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="v2 goes through Triton's interpreter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     args = parser.parse_args()
+    if args.runner == "v2" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.argv], v2_environment())
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
+    import torch
+
     from models import ensure_model
 
+    torch.set_num_threads(1)
     model = ensure_model(Path(__file__).parent.parent / "models" / "tiny", "llama")
     total: collections.Counter[str] = collections.Counter()
+    error = 0.0
+    shares = sum(ENGINES[name].share for name in args.engines)
     for number, name in enumerate(args.engines):
-        met = soak(model, name, args.rows // len(args.engines), args.seed + number)
-        print(json.dumps({"engine": name, **met}), flush=True)
-        total.update(met)
-    print(json.dumps({"engine": "all", **total}), flush=True)
-    sys.exit(1 if total["mismatches"] else 0)
+        line = soak(model, name, round(args.rows * ENGINES[name].share / shares), args.seed + number, args.runner)
+        error = max(error, line.pop("largest error"))
+        total.update(line)
+    rare = {state: total[state] for state, fewest in FEWEST.items() if total[state] < fewest * args.rows // 1_000_000}
+    wrong = {what: total[what] for what in WRONG if total[what]}
+    print(json.dumps({"engine": "all", "runner": args.runner, **total, "largest error": error}), flush=True)
+    print(f"FAILED: {wrong}" if wrong else "no row wrong, lost or doubled", flush=True)
+    if rare and len(args.engines) == len(ENGINES):
+        sys.exit(f"FAILED: met too seldom: {rare}")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

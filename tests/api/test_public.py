@@ -50,6 +50,7 @@ def test_capture_takes_these_arguments() -> None:
         "budget_bytes": None,
         "staging": "auto",
         "progress": None,
+        "lora_request": None,
         "sampling_params": None,
     }
 

@@ -161,6 +161,10 @@ PARTS: Final = (
                 "vllm.config.compilation.CompilationConfig", ("pass_config",), "to refuse rows split between norms",
             ),
             Assumption(
+                "vllm.config.speculative.SpeculativeConfig", ("enable_adaptive_verification",),
+                "to refuse drafts whose place in the batch the device alone knows", CONFIG, ("0.32.0", "0.33.0"),
+            ),
+            Assumption(
                 "vllm.config.compilation.CompilationConfig", ("max_cudagraph_capture_size",),
                 "to know which steps run in CUDA graphs", "no step is taken to",
             ),

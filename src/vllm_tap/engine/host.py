@@ -238,6 +238,9 @@ def _refuse_config(config: Any) -> None:
         "the sequence parallelism pass (enable_sp) splits the rows between norms": bool(
             getattr(compilation.pass_config, "enable_sp", False)
         ),
+        "enable_adaptive_verification decides on the device which request a row belongs to": getattr(
+            config.speculative_config, "enable_adaptive_verification", False
+        ),
     }
     for reason, met in reasons.items():
         if met:

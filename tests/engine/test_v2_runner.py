@@ -1,0 +1,44 @@
+"""vLLM's V2 model runner, in Triton's interpreter: every row against Hugging Face.
+
+Runs the whole of it in a process beside the tests, since the interpreter has to be chosen before anything is imported.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runners import v2_environment
+
+pytestmark = pytest.mark.engine
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+from engine.engines import Engine, References, compare, prompts
+from vllm_tap import Spec
+from vllm_tap.client.connection import connect
+
+if __name__ == "__main__":
+    engine = Engine(Path(sys.argv[1]), enforce_eager=True)
+    known = References(Path(sys.argv[1]))
+    assert [hello.runner for hello in connect(engine.llm).hellos] == ["V2"]
+    compare(engine.capture(prompts(), Spec(hidden_states="all", embeddings=True, final_hidden_states=True)), known)
+    generated = engine.capture(prompts([9, 70]), Spec(hidden_states=[-1], positions="generated"))
+    compare(generated, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
+    engine.close()
+"""
+
+
+def test_rows_of_the_v2_runner(tiny_model: Callable[..., Path], tmp_path: Path):
+    """All rows are right, also of prompts cut into chunks of 64 tokens, and those of chosen positions."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(tiny_model("llama"))]
+    done = subprocess.run(command, env=v2_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

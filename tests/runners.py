@@ -1,0 +1,46 @@
+"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 model runner, and asynchronous scheduling.
+
+Runs in the test process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def v2_environment() -> dict[str, str]:
+    """Return the environment of a process whose engines use the V2 runner, in Triton's interpreter.
+
+    It has to be there when the process starts; see interpreter/sitecustomize.py.
+    """
+    paths = [str(HERE / "interpreter"), str(HERE), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """Let engines that start in this context schedule a step before they have the tokens of the last.
+
+    vLLM would turn that off on a CPU, which gains nothing by it.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    @functools.wraps(original.__func__)
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        original.__func__(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original

@@ -1,0 +1,114 @@
+"""The check of the soak test finds what it is there for: rows that are wrong, lost, doubled or out of order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from reference import ReferenceModel
+from shadow import Completion, Shadow, compare, wanted
+from vllm_tap import Spec
+from vllm_tap.spec import NAMED_POSITIONS
+
+PROMPT_LEN = 5
+TOKENS = [7, 8, 9, 40, 41, 42, 43, 44]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Any) -> ReferenceModel:
+    """Hugging Face's tiny Llama."""
+    return ReferenceModel(tiny_model("llama"))
+
+
+class Capture:
+    """A capture of one sequence, whose rows are those of the reference at these positions."""
+
+    def __init__(self, reference: ReferenceModel, spec: Spec, at: list[int], labels: list[int] | None = None) -> None:
+        states = reference.run(TOKENS).hidden_states[:, at]
+        labels = at if labels is None else labels
+        self.spec = spec
+        self.outputs = [
+            SimpleNamespace(
+                prompt_token_ids=TOKENS[:PROMPT_LEN],
+                outputs=[SimpleNamespace(index=0, token_ids=[*TOKENS[PROMPT_LEN:], 1])],
+            )
+        ]
+        self.rows = Rows(states, labels)
+
+    def sample(self, sample: int, number: int) -> Rows:
+        return self.rows
+
+
+class Rows:
+    """The rows of one sequence, as a capture has them."""
+
+    def __init__(self, states: torch.Tensor, labels: list[int]) -> None:
+        self.hidden_states = dict(enumerate(states))
+        self.positions = torch.tensor(labels)
+        self.token_ids = torch.tensor([TOKENS[position] for position in labels])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def num_wrong(reference: ReferenceModel, capture: Any) -> int:
+    shadow = Shadow(reference)
+    shadow.check(capture)
+    return shadow.num_wrong
+
+
+EVERY = list(range(len(TOKENS)))
+
+
+@pytest.mark.parametrize("positions", [*NAMED_POSITIONS, (0, 2, -1, 9, -9)])
+def test_rows_that_are_right_pass(reference, positions):
+    """The rows that a specification asks for, and no others, are right."""
+    at = wanted(positions, PROMPT_LEN, len(TOKENS))
+    capture = Capture(reference, Spec(hidden_states="all", positions=positions), at)
+    shadow = Shadow(reference)
+    assert shadow.check(capture) == len(at)
+    assert shadow.num_wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("at", "labels"),
+    [
+        (EVERY[:-1], None),
+        (EVERY[1:], None),
+        ([*EVERY, 7], None),
+        ([0, 1, 2, 2, 3, 4, 5, 6, 7], None),
+        ([1, 0, *EVERY[2:]], None),
+        (EVERY[:-1], EVERY),
+        ([0, 0, *EVERY[2:]], EVERY),
+    ],
+    ids=["last lost", "first lost", "last doubled", "one doubled", "order", "fewer than labels", "label of another"],
+)
+def test_rows_that_are_wrong_lost_or_doubled_are_counted(reference, at, labels):
+    """Lost, doubled and exchanged rows are found, whether their labels tell or not."""
+    assert num_wrong(reference, Capture(reference, Spec(hidden_states="all"), at, labels)) > 0
+
+
+@pytest.mark.parametrize("value", [1e-3, float("nan")])
+def test_one_wrong_value_is_one_wrong_row(reference, value):
+    """A single number that is off, or none at all, makes its row wrong."""
+    capture = Capture(reference, Spec(hidden_states="all"), EVERY)
+    capture.rows.hidden_states[2][3, 17] += value
+    assert num_wrong(reference, capture) == 1
+
+
+def test_sequences_in_a_batch_are_those_that_run_alone(reference):
+    """Padding changes no more than the order of sums."""
+    sequences = [TOKENS, TOKENS[:1], [*TOKENS, *range(60, 160)]]
+    for together, alone in zip(reference.run_batch(sequences), map(reference.run, sequences), strict=True):
+        for name in ("hidden_states", "embedding", "final_normed", "logits"):
+            torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_completion_without_rows_is_no_error(reference):
+    """A request that ended with its first token has no generated rows."""
+    capture = Capture(reference, Spec(hidden_states="all", positions="generated"), [])
+    batch = reference.run(TOKENS[:PROMPT_LEN])
+    assert compare(capture, Completion(0, 0, PROMPT_LEN, TOKENS[:PROMPT_LEN]), batch).num_wrong == 0
