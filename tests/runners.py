@@ -1,4 +1,4 @@
-"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 model runner, and asynchronous scheduling.
+"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 runner, data parallelism, scheduling ahead.
 
 Runs in the test process.
 """
@@ -20,8 +20,24 @@ def v2_environment() -> dict[str, str]:
 
     It has to be there when the process starts; see interpreter/sitecustomize.py.
     """
-    paths = [str(HERE / "interpreter"), str(HERE), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": _python_path("interpreter")}
+
+
+def data_parallel_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Return the environment of a process whose engine is one of several that hold a model with experts together."""
+    return os.environ | {
+        "PYTHONPATH": _python_path("collectives"),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(size))),
+        "VLLM_DP_RANK": str(rank),
+        "VLLM_DP_RANK_LOCAL": str(rank),
+        "VLLM_DP_SIZE": str(size),
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": str(port),
+    }
+
+
+def _python_path(folder: str) -> str:
+    return os.pathsep.join(filter(None, [str(HERE / folder), str(HERE), os.environ.get("PYTHONPATH", "")]))
 
 
 @contextmanager

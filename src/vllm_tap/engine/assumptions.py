@@ -146,8 +146,13 @@ PARTS: Final = (
         "Settings under which rows cannot be told apart",
         (
             Assumption(
-                "vllm.config.parallel.ParallelConfig", ("enable_dbo", "num_ubatches", "prefill_context_parallel_size"),
+                "vllm.config.parallel.ParallelConfig",
+                ("enable_dbo", "num_ubatches", "prefill_context_parallel_size", "use_sequence_parallel_moe"),
                 "to refuse slices of the batch and split requests", CONFIG,
+            ),
+            Assumption(
+                "vllm.config.parallel.ParallelConfig", ("data_parallel_size",),
+                "to leave forward passes to requests where engines run in step", "taken as one",
             ),
             Assumption(
                 "vllm.config.cache.CacheConfig", ("kv_sharing_fast_prefill",), "to refuse layers that see fewer rows",
@@ -250,10 +255,6 @@ PARTS: Final = (
             Assumption(
                 "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_experts",),
                 "to tap the router logits",
-            ),
-            Assumption(
-                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("is_sequence_parallel",),
-                "to refuse rows of other ranks", CONFIG,
             ),
             Assumption(
                 "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner",

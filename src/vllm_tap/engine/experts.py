@@ -17,28 +17,30 @@ class Experts(NamedTuple):
     """The mixture of experts of a decoder layer.
 
     `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
-    `router` has `select_experts(...)`, which returns weights and ids as chosen, and which is called unless a kernel
-    chooses: then `chooser` is the kernel's name.
+    `router` has `select_experts(...)`, which returns weights and ids as chosen, of the rows of the step unless
+    `hides_choice` says what is done instead.
     """
 
     runner: Any
     router: Any
     num_experts: int
     has_fused_gate: bool
-    chooser: str
+    hides_choice: str
 
 
 def find_experts(layer: torch.nn.Module) -> Experts | None:
-    """Find the experts of a decoder layer, or None if it has none whose rows are the step's rows."""
+    """Find the experts of a decoder layer, or None if it has none."""
     for module in layer.modules():
         if hasattr(module, "_maybe_dispatch") and hasattr(module, "moe_config"):
             config: Any = module.moe_config
-            if getattr(config, "is_sequence_parallel", False) or getattr(module, "do_naive_dispatch_combine", False):
-                return None
             fused = bool(getattr(module, "_fse_fuse_gate", False))
             method = getattr(getattr(module, "routed_experts", None), "quant_method", None)
-            chooser = type(method).__name__ if getattr(method, "is_monolithic", False) else ""
-            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused, chooser)
+            hides_choice = ""
+            if getattr(method, "is_monolithic", False):
+                hides_choice = f"lets a kernel ({type(method).__name__}) choose, which returns neither ids nor weights"
+            elif getattr(module, "do_naive_dispatch_combine", False):
+                hides_choice = "gathers the rows of all data parallel engines before it chooses"
+            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused, hides_choice)
     return None
 
 

@@ -238,6 +238,8 @@ def _refuse_config(config: Any) -> None:
         "the sequence parallelism pass (enable_sp) splits the rows between norms": bool(
             getattr(compilation.pass_config, "enable_sp", False)
         ),
+        "sequence-parallel experts (enable_expert_parallel with tensor and data parallelism) split the rows of a step "
+        "over ranks": getattr(parallel, "use_sequence_parallel_moe", False),
         "enable_adaptive_verification decides on the device which request a row belongs to": getattr(
             config.speculative_config, "enable_adaptive_verification", False
         ),
@@ -271,6 +273,11 @@ def read_rank(worker: Any) -> Rank:
 
     tp, pp = get_tp_group(), get_pp_group()
     return Rank(worker.rank, tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size)
+
+
+def runs_in_step(worker: Any) -> bool:
+    """Tell whether every forward pass of this worker has to meet one of other engines, as in data parallel ones."""
+    return bool(getattr(worker.vllm_config.parallel_config, "data_parallel_size", 1) > 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the runner

@@ -63,7 +63,7 @@ class ModelTaps:
             return
         _tap_logits(experts, self._new("router_logits", index))
         self._experts[index] = experts
-        if not experts.chooser and hasattr(experts.router, "select_experts"):
+        if not experts.hides_choice and hasattr(experts.router, "select_experts"):
             weights = self._new("expert_weights", index)
             ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
             _tap_choice(experts, weights, ids)
@@ -87,11 +87,10 @@ class ModelTaps:
                 reasons["router_logits"] = (
                     f"layer {layer} passes {width} numbers on where its {experts.num_experts} experts' logits would be"
                 )
-            if experts.chooser:
+            if experts.hides_choice:
                 reasons["expert_ids"] = reasons["expert_weights"] = (
-                    f"vLLM {host.vllm_version()} chooses the experts of layer {layer} inside a kernel "
-                    f"({experts.chooser}), which returns neither ids nor weights. Capture router_logits; "
-                    "Capture.routing says how experts follow from them"
+                    f"for the experts of layer {layer}, vLLM {host.vllm_version()} {experts.hides_choice}. Capture "
+                    "router_logits; Capture.routing says how experts follow from them"
                 )
         return reasons
 

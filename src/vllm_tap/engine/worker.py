@@ -147,7 +147,9 @@ class TapWorker(host.Recorder):
         verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
-            if not taps.seen:
+            # Data parallel engines run in step: a forward pass of one alone waits for the others. The client sends a
+            # request instead, as it does where dummy rows tell nothing.
+            if not taps.seen and not host.runs_in_step(worker):
                 host.run_dummy(worker.model_runner)
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))

@@ -35,6 +35,7 @@ def test_a_plain_configuration_is_accepted():
     [
         ("parallel_config", {"enable_dbo": True}, "enable_dbo"),
         ("parallel_config", {"num_ubatches": 2}, "microbatching"),
+        ("parallel_config", {"use_sequence_parallel_moe": True}, "sequence-parallel experts.*over ranks"),
         ("parallel_config", {"prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ("cache_config", {"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ("compilation_config", {"pass_config": SimpleNamespace(enable_sp=True)}, "enable_sp"),

@@ -39,14 +39,16 @@ class Method:
 class Experts(torch.nn.Module):
     """What vLLM's runner of experts does, as far as it is tapped."""
 
-    def __init__(self, is_monolithic: bool) -> None:
+    def __init__(self, is_monolithic: bool = False, gathers: bool = False) -> None:
         super().__init__()
+        self.do_naive_dispatch_combine = gathers
         self.moe_config = SimpleNamespace(num_experts=NUM_EXPERTS)
         self.router = FusedTopKRouter()
         self.routed_experts = SimpleNamespace(quant_method=Method(is_monolithic))
 
     def _maybe_dispatch(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
-        return hidden_states, router_logits
+        others = [router_logits] if self.do_naive_dispatch_combine else []
+        return hidden_states, torch.cat([*others, router_logits])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         _, logits = self._maybe_dispatch(hidden, hidden[:, :NUM_EXPERTS])
@@ -88,7 +90,7 @@ def connection_of(taps: ModelTaps) -> Any:
 
 def test_a_router_is_tapped_and_what_it_states_is_confirmed() -> None:
     """Experts and weights arrive in layers that have them, and the rows that went through confirm the router."""
-    taps = tapped(Layer(None), Layer(Experts(is_monolithic=False)))
+    taps = tapped(Layer(None), Layer(Experts()))
     spec = Spec(router_logits="all", routed_experts="all")
     assert _resolve(connection_of(taps), spec) == dict.fromkeys(("router_logits", "expert_ids", "expert_weights"), (1,))
     assert {layer: str(routing) for layer, routing in taps.routing().items()} == {
@@ -100,20 +102,27 @@ def test_a_router_is_tapped_and_what_it_states_is_confirmed() -> None:
 
 def test_only_the_first_rows_are_kept_for_it() -> None:
     """An idle engine keeps no rows of its routers after the first forward pass, and none after the statement."""
-    taps = tapped(Layer(Experts(is_monolithic=False)))
+    taps = tapped(Layer(Experts()))
     routed = [tap for (stream, _), tap in taps.by_place.items() if stream in ("router_logits", "expert_ids")]
     assert [tap.keep_probe for tap in routed] == [False, False]
     taps.routing()
     assert [tap.probe for tap in routed] == [None, None]
 
 
-def test_a_kernel_that_chooses_by_itself_is_named() -> None:
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"is_monolithic": True}, r"lets a kernel \(Method\) choose"),
+        ({"gathers": True}, "gathers the rows of all data parallel engines"),
+    ],
+)
+def test_a_choice_that_cannot_be_seen_is_refused(settings: dict[str, bool], reason: str) -> None:
     """Ids and weights are refused with the reason and the way out; logits, and what the router states, are there."""
-    taps = tapped(Layer(Experts(is_monolithic=True)))
+    taps = tapped(Layer(Experts(**settings)))
     connection = connection_of(taps)
     assert connection.available("router_logits") == [0]
     assert not [place for place in taps.by_place if place[0] in ("expert_ids", "expert_weights")]
-    expected = r"expert_ids cannot be captured.*inside a kernel \(Method\).*Capture router_logits; Capture.routing says"
+    expected = rf"expert_ids cannot be captured.*layer 0.*{reason}.*Capture router_logits; Capture.routing says"
     for layers in ("all", [0]):
         with pytest.raises(EngineUnsupportedError, match=expected):
             _resolve(connection, Spec(routed_experts=layers))
