@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
 import vllm_tap
@@ -261,6 +262,8 @@ def compare_with_outputs(result: Any, references: References) -> None:
     """Compare `as_hf()` of every sample with what Hugging Face's model returns, tensor by tensor."""
     for sample, output in zip(result, result.outputs, strict=True):
         theirs, ours = references.outputs_of(sequence(output)), sample.as_hf()
+        if ours.router_logits and getattr(theirs, "router_logits", None) is None:
+            pytest.skip(f"the installed transformers gives no router logits as {type(theirs).__name__}")
         for name, found in ours._asdict().items():
             for index, (one, other) in enumerate(zip(found or (), getattr(theirs, name, None) or (), strict=True)):
                 off = error(one, other, other.square().mean().sqrt())

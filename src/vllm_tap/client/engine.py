@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from vllm_tap.errors import EngineDiedError, SpecError
@@ -39,33 +40,11 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
 def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
     """Call a method of all workers and return what they return.
 
-    vLLM 0.26 to 0.33 waits for the reply of such a call even when the engine core has died meanwhile, so the call waits
-    in a thread of its own and this one watches the engine.
-
     Raises:
         EngineDiedError: The engine core has ended.
     """
-    resources = getattr(llm.llm_engine.engine_core, "resources", None)
-    if resources is None:  # the engine runs in this process
+    with _watched(llm):
         return list(llm.collective_rpc(method, args=args))
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((llm.collective_rpc(method, args=args), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, name=f"vllm-tap-{method}", daemon=True)
-    thread.start()
-    while not outcome:
-        thread.join(WATCH_SECONDS)
-        if not outcome and getattr(resources, "engine_dead", False):
-            raise EngineDiedError(f"the engine core died before it answered {method}. Start a new LLM.")
-    replies, error = outcome[0]
-    if error is not None:
-        raise error
-    return list(replies)
 
 
 def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any, lora_request: Any = None) -> list[Any]:
@@ -97,7 +76,10 @@ def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any, lor
 
 @contextmanager
 def _watched(llm: Any) -> Iterator[None]:
-    """End a wait for outputs when the engine core dies: vLLM 0.26 to 0.33 may wait on, if the core had no last word."""
+    """End a wait for outputs or replies when the engine core dies.
+
+    vLLM 0.26 to 0.33 waits on for the reply to a call, and for outputs if the core had no last word.
+    """
     core = llm.llm_engine.engine_core
     resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
     if resources is None or outputs is None:  # the engine runs in this process
@@ -106,10 +88,14 @@ def _watched(llm: Any) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
+        # Again and again: the wait may begin just after the death was seen.
         while not done.wait(WATCH_SECONDS):
             if getattr(resources, "engine_dead", False):
-                outputs.put_nowait(EngineDiedError("the engine core died."))
-                return
+                death = EngineDiedError("the engine core died before it answered. Start a new LLM.")
+                outputs.put_nowait(death)
+                for reply in list(getattr(core, "utility_results", {}).values()):
+                    with suppress(InvalidStateError):  # it has come after all
+                        reply.set_exception(death)
 
     thread = threading.Thread(target=watch, name="vllm-tap-watch", daemon=True)
     thread.start()

@@ -242,6 +242,10 @@ PARTS: Final = (
                 "vllm.v1.engine.core_client.SyncMPClient", ("outputs_queue",), "to see an engine die",
                 "a capture on an engine that dies waits forever",
             ),
+            Assumption(
+                "vllm.v1.engine.core_client.MPClient", ("utility_results",), "to end a call to an engine that dies",
+                "it waits forever",
+            ),
         ),
     ),
     Part(
