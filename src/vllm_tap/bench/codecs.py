@@ -1,6 +1,7 @@
-"""Ratio and speed of every codec on the tensors of a safetensors file, on one core.
+"""Ratio and speed of every codec on the hidden states of a saved capture, on one core.
 
-Run by hand: `python -m vllm_tap.bench.codecs --input states.safetensors --out bench/results/codecs-cpu.json`.
+`make bench-codecs` captures those of the demo's model and runs this: `python -m vllm_tap.bench.codecs --input
+states.safetensors --out bench/results/codecs-cpu.json`.
 """
 
 from __future__ import annotations
@@ -40,15 +41,23 @@ class Pass(NamedTuple):
 
 
 def read_tensors(path: Path) -> tuple[list[Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file as bytes, and its metadata."""
+    """Return the hidden states of a file of `vllm-tap capture --save` as bytes, and its metadata.
+
+    Raises:
+        SystemExit: There are none in it.
+    """
     content = path.read_bytes()
     start = 8 + struct.unpack_from("<Q", content)[0]
     header: dict[str, Any] = json.loads(content[8:start])
     metadata = header.pop("__metadata__", {})
     tensors = []
-    for entry in header.values():
+    for name, entry in header.items():
+        if ".hidden_states." not in name:
+            continue
         first, last = entry["data_offsets"]
         tensors.append(Tensor(content[start + first : start + last], ITEMSIZES[entry["dtype"]], entry["dtype"]))
+    if not tensors:
+        raise SystemExit(f"{path} holds no hidden states: save a capture of them with vllm-tap capture --save")
     return tensors, metadata
 
 

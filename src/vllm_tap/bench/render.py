@@ -78,7 +78,31 @@ def _claim_row(claim: dict[str, Any]) -> list[str]:
     ]
 
 
-RENDERERS: dict[str, Callable[[Path], str]] = {"handover": render_handover, "gpu": render_gpu, "seed": render_seed}
+def render_codecs(results_dir: Path) -> str:
+    """Return the table of what each codec makes of hidden states."""
+    source = results_dir / "codecs-cpu.json"
+    results = json.loads(source.read_text())
+    rows = [["codec", "bytes in / bytes out", "encode", "decode"]]
+    rows += [
+        [f"`{name}`", f"{row['ratio']:.2f}", f"{row['encode_gb_per_s']:.2f} GB/s", f"{row['decode_gb_per_s']:.2f} GB/s"]
+        for name, row in results["results"].items()
+    ]
+    given, machine = results["input"], results["machine"]
+    origin = (
+        f"{given['bytes'] / 1e6:.1f} MB of {' and '.join(given['dtypes'])} hidden states of "
+        f"{Path(given['metadata']['model']).name}; medians of {results['repeats']}, one core of {machine['cpu']}, "
+        f"Python {machine['python']}, lz4 {machine['lz4']}, zstandard {machine['zstandard']}; `make bench-codecs`; "
+        f"[{source.name}](bench/results/{source.name})."
+    )
+    return _table(rows) + "\n\n" + origin
+
+
+RENDERERS: dict[str, Callable[[Path], str]] = {
+    "codecs": render_codecs,
+    "gpu": render_gpu,
+    "handover": render_handover,
+    "seed": render_seed,
+}
 """Marker name to the function that renders it from the folder of results."""
 
 
