@@ -40,5 +40,6 @@ def test_rows_of_the_v2_runner(tiny_model: Callable[..., Path], tmp_path: Path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(tiny_model("llama"))]
-    done = subprocess.run(command, env=v2_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    done = subprocess.run(command, env=v2_environment(), stdout=log.open("w"), stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, log.read_text()

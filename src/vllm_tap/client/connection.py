@@ -49,7 +49,9 @@ class Connection:
         self._readers: dict[int, SegmentReader] = {}
         self.hellos = self._greet()
         if any(hello.wants_rows for hello in self.hellos):
-            engine.generate(llm, [{"prompt_token_ids": PROBE_TOKENS}], [engine.new_params(llm, {})], use_tqdm=False)
+            fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
+            params = engine.new_params(llm, fields)
+            engine.generate(llm, [{"prompt_token_ids": PROBE_TOKENS}], [params], use_tqdm=False)
             self.hellos = self._greet()
         for hello in self.hellos:
             if hello.refusal:
