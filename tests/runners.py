@@ -1,4 +1,4 @@
-"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 runner, data parallelism, scheduling ahead.
+"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 runner, experts shared out, scheduling ahead.
 
 Runs in the test process.
 """
@@ -23,14 +23,20 @@ def v2_environment() -> dict[str, str]:
     return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": _python_path("interpreter")}
 
 
-def data_parallel_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return the environment of a process whose engine is one of several that hold a model with experts together."""
+def expert_environment(num_ranks: int) -> dict[str, str]:
+    """Return the environment of a process whose engine may share experts out over ranks."""
     return os.environ | {
-        "PYTHONPATH": _python_path("collectives"),
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(size))),
+        "PYTHONPATH": _python_path("experts"),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(num_ranks))),
+    }
+
+
+def data_parallel_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment of a process whose engine is one of several that hold a model with experts together."""
+    return expert_environment(num_ranks) | {
         "VLLM_DP_RANK": str(rank),
         "VLLM_DP_RANK_LOCAL": str(rank),
-        "VLLM_DP_SIZE": str(size),
+        "VLLM_DP_SIZE": str(num_ranks),
         "VLLM_DP_MASTER_IP": "127.0.0.1",
         "VLLM_DP_MASTER_PORT": str(port),
     }

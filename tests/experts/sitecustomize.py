@@ -1,15 +1,15 @@
-"""Lets data parallel engines exchange rows of experts on a CPU: two collectives that vLLM has for GPUs only.
+"""Lets experts be shared out over ranks on a CPU, where vLLM lacks two collectives and a kernel that knows its share.
 
 Tests only. Python imports this module by its name when it starts, in every process that has this folder in PYTHONPATH;
-`data_parallel_environment` in tests/runners.py puts it there.
+`expert_environment` in tests/runners.py puts it there.
 """
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
-
-OWNER = "vllm.distributed.device_communicators.cpu_communicator"
 
 
 def all_gatherv(self: Any, inputs: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
@@ -38,20 +38,46 @@ def reduce_scatterv(self: Any, inputs: Any, dim: int = 0, sizes: list[int] | Non
     return total.split(sizes)[self.rank_in_group].contiguous()
 
 
+def add_collectives(module: Any) -> None:
+    """Add what exchanges different numbers of rows."""
+    module.CpuCommunicator.all_gatherv = all_gatherv
+    module.CpuCommunicator.reduce_scatterv = reduce_scatterv
+
+
+def add_shares(module: Any) -> None:
+    """Let the kernel pass over experts of other ranks: their weights are zero, their numbers are of its own."""
+    apply = module.CPUUnquantizedExperts.apply
+
+    @functools.wraps(apply)
+    def of_this_rank(self: Any, *args: Any, topk_weights: Any, topk_ids: Any, expert_map: Any, **others: Any) -> None:
+        if expert_map is not None:
+            local = expert_map[topk_ids.long()]
+            topk_weights = topk_weights * (local >= 0)
+            topk_ids = local.clamp(min=0).to(topk_ids.dtype)
+        apply(self, *args, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **others)
+
+    module.CPUUnquantizedExperts.apply = of_this_rank
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "vllm.distributed.device_communicators.cpu_communicator": add_collectives,
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe": add_shares,
+}
+
+
 class Finder(importlib.abc.MetaPathFinder):
-    """Adds the collectives to vLLM's class as soon as its module has been imported."""
+    """Changes vLLM's modules as soon as they have been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != OWNER:
+        change = CHANGES.pop(name, None)
+        if change is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
-            module.CpuCommunicator.all_gatherv = all_gatherv
-            module.CpuCommunicator.reduce_scatterv = reduce_scatterv
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
