@@ -1,6 +1,6 @@
 """Every row of every layer against Hugging Face, for each family and for compiled and eager models.
 
-By default three engines cover each family and both modes: Llama compiled, Qwen3 eager, Gemma-3 compiled.
+By default three engines cover each family and both modes: Llama compiled, Qwen3 and Gemma-3 eager.
 VLLM_TAP_TEST_MATRIX=full runs all six combinations. Runs in the test process, beside one engine at a time.
 
 Compiled models run twice: an engine without the plugin goes first and leaves its compiled graphs in the cache.
@@ -50,7 +50,7 @@ class Case(NamedTuple):
         return f"{self.family}-{'compiled' if self.compiled else 'eager'}"
 
 
-COVERING = [Case("llama", True, True), Case("qwen3", False, False), Case("gemma3", True, False)]
+COVERING = [Case("llama", True, True), Case("qwen3", False, False), Case("gemma3", False, False)]
 FULL = [Case(family, compiled, True) for family in ("llama", "qwen3", "gemma3") for compiled in (True, False)]
 CASES = FULL if FULL_MATRIX else COVERING
 
