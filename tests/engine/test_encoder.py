@@ -57,8 +57,7 @@ def test_rows_of_an_encoder_are_those_of_hugging_face(engine, model):
         assert sample.positions.tolist() == list(range(len(output.prompt_token_ids)))
         with torch.inference_mode():
             expected = model(torch.tensor([output.prompt_token_ids]), output_hidden_states=True).hidden_states
-        found = [sample.embeddings, *(sample.hidden_states[layer] for layer in range(6))]
-        for rows, (whole,) in zip(found, expected, strict=True):
+        for (rows,), (whole,) in zip(sample.as_hf().hidden_states, expected, strict=True):
             assert error(rows, whole, whole.square().mean().sqrt()) < TOLERANCE
         mean = torch.nn.functional.normalize(sample.hidden_states[-1].mean(0), dim=0)
         # Means of up to 256 rows, added up in another order, of length one.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm_tap.client.result import Capture, Sample
 
 HIDDEN: Final = 'Spec(hidden_states="all", embeddings=True, final_hidden_states=True)'
+HIDDEN_WITHOUT_NORM: Final = 'Spec(hidden_states="all", embeddings=True)'
 ROUTER: Final = 'Spec(router_logits="all")'
 
 
@@ -21,7 +22,8 @@ class HuggingFaceOutput(NamedTuple):
 
     Attributes:
         hidden_states: L + 1 tensors [1, R, D]: the embeddings, the residual stream after each decoder layer but the
-            last, and the output of the final norm. None where hidden states were not captured.
+            last, and the output of the final norm; of the last one itself where the model has no final norm, as an
+            encoder. None where hidden states were not captured.
         router_logits: A tensor [R, E] for each layer with experts, in order. None where they were not captured, or
             where the model has no experts.
     """
@@ -46,13 +48,15 @@ def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
 
 
 def _hidden_states(sample: Sample, capture: Capture) -> tuple[torch.Tensor, ...]:
-    inner = range(capture.num_layers - 1)
-    missing = [name for name in SINGLE_STREAMS if name not in capture.layers]
-    missing += [f"hidden_states[{layer}]" for layer in inner if layer not in capture.layers["hidden_states"]]
+    norm = capture.has_final_norm
+    layers = range(capture.num_layers - norm)
+    missing = [name for name in (SINGLE_STREAMS if norm else ("embeddings",)) if name not in capture.layers]
+    missing += [f"hidden_states[{layer}]" for layer in layers if layer not in capture.layers["hidden_states"]]
     if missing:
-        raise SpecError(f"as_hf needs {', '.join(missing)}, which this capture lacks. Use {HIDDEN}.")
-    streams = [sample.embeddings, *(sample.hidden_states[layer] for layer in inner), sample.final_hidden_states]
-    return tuple(rows[None] for rows in streams)
+        whole = HIDDEN if norm else HIDDEN_WITHOUT_NORM
+        raise SpecError(f"as_hf needs {', '.join(missing)}, which this capture lacks. Use {whole}.")
+    streams = [sample.embeddings, *(sample.hidden_states[layer] for layer in layers)]
+    return tuple(rows[None] for rows in [*streams, *([sample.final_hidden_states] if norm else [])])
 
 
 def _router_logits(sample: Sample, capture: Capture) -> tuple[torch.Tensor, ...] | None:

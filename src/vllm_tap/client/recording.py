@@ -145,6 +145,7 @@ class Recording:
             routing,
             list(self._start.streams),
             self._connection.num_layers,
+            bool(self._connection.available("final_hidden_states")),
         )
 
     def stop(self) -> None:

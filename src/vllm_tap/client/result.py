@@ -120,7 +120,8 @@ class Sample:
 
         Source:
             `output_hidden_states=True`: [0] is what goes into decoder layer 0 (where a model scales its embeddings,
-            after that), [i] the residual stream after layer i - 1, and the last one the output of the final norm.
+            after that), [i] the residual stream after layer i - 1, and the last one the output of the final norm,
+            where the model has one.
             `output_router_logits=True`: the gate's output before softmax or sigmoid, as transformers 5.19 returns it.
 
         Cost:
@@ -160,9 +161,10 @@ class Capture(Sequence[Sample]):
         routing: dict[int, Routing],
         streams: list[str],
         num_layers: int,
+        has_final_norm: bool,
     ) -> None:
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
-        self.routing, self.num_layers = routing, num_layers
+        self.routing, self.num_layers, self.has_final_norm = routing, num_layers, has_final_norm
         self.seconds: dict[str, float] = {}
         self._owner: dict[tuple[str, int], RankRows] = {}
         for rank in ranks:

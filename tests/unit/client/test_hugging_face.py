@@ -29,7 +29,7 @@ def given(spec: Spec, expert_layers: list[int]) -> tuple[Any, Any]:
         final_hidden_states=torch.full((4, 2), 30.0),
         router_logits={layer: torch.full((4, 5), 40.0 + layer) for layer in layers.get("router_logits", [])},
     )
-    return sample, SimpleNamespace(layers=layers, spec=spec, num_layers=NUM_LAYERS)
+    return sample, SimpleNamespace(layers=layers, spec=spec, num_layers=NUM_LAYERS, has_final_norm=True)
 
 
 def test_every_tensor_is_in_its_place_and_a_view() -> None:
@@ -44,6 +44,17 @@ def test_every_tensor_is_in_its_place_and_a_view() -> None:
     assert hidden_states[1].data_ptr() == sample.hidden_states[0].data_ptr()
     assert [float(rows[0, 0]) for rows in router_logits] == [41, 42]
     assert router_logits[0] is sample.router_logits[1]
+
+
+def test_without_a_final_norm_the_last_layer_is_last() -> None:
+    """An encoder's hidden states are its embeddings and the rows after each layer."""
+    sample, capture = given(Spec(hidden_states="all", embeddings=True), [])
+    capture.has_final_norm = False
+    assert [float(rows[0, 0, 0]) for rows in output_of(sample, capture).hidden_states or ()] == [10, 20, 21, 22]
+    sample, capture = given(Spec(hidden_states=[0, 1]), [])
+    capture.has_final_norm = False
+    with pytest.raises(SpecError, match=r"needs embeddings, hidden_states\[2\].*embeddings=True\)\."):
+        output_of(sample, capture)
 
 
 def test_what_was_not_captured_is_none() -> None:
