@@ -107,7 +107,9 @@ bench: $(VENV)/.dev
 
 # Codecs of payloads that leave the host, on hidden states of the demo's model.
 bench-codecs: $(MODEL)/config.json
-	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 --save build/states.safetensors
+	@mkdir -p build
+	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 \
+	    --enforce-eager --save build/states.safetensors
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
 	$(MAKE) bench-render
 

@@ -24,19 +24,19 @@ class Rates(NamedTuple):
 
 
 RATES: Final = {
-    "raw": Rates(1.0, 8.639, 5.039),
-    "lz4": Rates(0.9961, 1.419, 1.543),
-    "zstd": Rates(1.2759, 0.532, 0.576),
-    "bytesplit": Rates(1.4668, 0.543, 1.194),
+    "raw": Rates(1.0, 7.156, 6.317),
+    "lz4": Rates(0.9961, 3.46, 3.794),
+    "zstd": Rates(1.2745, 0.455, 0.584),
+    "bytesplit": Rates(1.4642, 0.4, 0.832),
 }
-"""Medians from `bench/results/codecs-cpu.json`: all 30 layers of SmolLM2-135M-Instruct over 763 tokens of text, on one
-core of an AMD EPYC (Zen 3), by `python -m vllm_tap.bench.codecs`. Other models and streams differ: measure yours."""
+"""Medians from `bench/results/codecs-cpu.json`: all 30 layers of SmolLM2-135M-Instruct over 822 tokens of text, on one
+core of an AMD EPYC (Zen 3), by `make bench-codecs`. Other models and streams differ: measure yours."""
 
 
 def auto(link_bytes_per_second: float, same_host: bool) -> str:
     """Return the name of the codec that brings a payload over soonest, among those whose packages are installed here.
 
-    Within a host that is always `raw`. By the rates above, byte split pays below about 0.14 GB/s (1.1 Gbit/s).
+    Within a host that is always `raw`. By the rates above, byte split pays below about 0.093 GB/s (0.75 Gbit/s).
 
     Raises:
         SpecError: the speed of the link is not positive.
