@@ -20,7 +20,7 @@ from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
-from vllm_tap.frame.routing import summary
+from vllm_tap.frame.routing import ROUTED, summary
 from vllm_tap.labels import mark
 from vllm_tap.spec import LAYERED_STREAMS, SINGLE_STREAMS, Layers, Spec, nearest, resolve_layers
 
@@ -30,8 +30,6 @@ STAGINGS: Final = ("auto", "staged", "direct")
 
 SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
 """Fields of a Spec that stand for more than one stream of the workers."""
-
-ROUTED: Final = ("router_logits", *SHIPPED["routed_experts"])
 
 
 class Recording:

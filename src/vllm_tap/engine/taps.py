@@ -11,7 +11,7 @@ from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
 from vllm_tap.engine.experts import Experts, find_experts, read_routing
 from vllm_tap.engine.routing import confirm
 from vllm_tap.engine.tap import Rows, Tap, tap
-from vllm_tap.frame.routing import Routing, unknown
+from vllm_tap.frame.routing import ROUTED, Routing, unknown
 
 SOURCES: Final = {
     "embeddings": "input of decoder layer 0",
@@ -21,8 +21,6 @@ SOURCES: Final = {
     "expert_weights": "weights as the router computed them, in the order of the ids",
 }
 """Where the rows of each stream come from; that of hidden_states is decided for each model, see `convention`."""
-
-ROUTED: Final = ("router_logits", "expert_ids", "expert_weights")
 
 
 class ModelTaps:
