@@ -7,8 +7,8 @@
 `MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
 Plans `least`, `short`, `full` and `router` measure ratios; `tp2` two tensor-parallel ranks, on two GPUs; `bad` what a
-capture does when budgets, memory or clients fail. `--parts` adds where a capture's time goes, `--extract` vLLM's own
-extraction.
+capture does when budgets, memory or clients fail. `--parts` adds where a capture's time goes, `--timeline` where that
+of a step goes on the device, `--extract` vLLM's own extraction.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gpu_extract import measure_extract
 from gpu_parts import measure_parts, show_parts
 from gpu_ratios import PLANS, Ratios, show
 from gpu_setting import FAMILIES, Report, Setting, rates, start_engine, stop_engine
+from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,8 +40,9 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     """Run a plan of ratios, and what was asked for beside it."""
     measured = rates(setting)
     # The engine with taps first: the second takes its memory share beside it.
-    tapped = start_engine(setting, True)
-    plain = None if args.no_plain else start_engine(setting, False)
+    more = arguments() if args.timeline else {}
+    tapped = start_engine(setting, True, **more)
+    plain = None if args.no_plain else start_engine(setting, False, **more)
     ratios = Ratios(setting, plain or tapped, tapped)
     facts = ratios.check()
     print(f"# {json.dumps(facts)}", flush=True)
@@ -55,6 +57,10 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     if args.parts:
         parts = measure_parts(setting, tapped, measured["d2h"])
         report.put(parts=parts)
+    timeline: list[dict[str, Any]] = []
+    if args.timeline:  # last: the profiler stays in the worker's way once it has been started
+        timeline = measure_timeline(setting, tapped)
+        report.put(timeline=timeline)
     num_layers = tapped.llm_engine.model_config.hf_text_config.num_hidden_layers
     del ratios
     stop_engine(tapped)
@@ -69,6 +75,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     print()
     show(rows)
     show_parts(parts)
+    show_timeline(timeline)
     return facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
 
 
@@ -79,6 +86,7 @@ def main() -> None:
     parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad"])
     parser.add_argument("--stagings", nargs="+", default=["auto"])
     parser.add_argument("--parts", action="store_true", help="say where the time of a capture goes")
+    parser.add_argument("--timeline", action="store_true", help="say where the device's time goes in a step")
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
     parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other")

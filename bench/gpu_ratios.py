@@ -26,6 +26,12 @@ PLANS: dict[str, Plan] = {
         ("decode 64 x (64 + 128)", FEW, 7),
         ("prefill 64 x 1000", FEW, 5),
     ],
+    "profile": [
+        ("decode 8 x (64 + 128)", [ALL, *FEW], 7),
+        ("decode 256 x (64 + 128)", [ALL], 5),
+        ("prefill 64 x 1000", [ALL, *FEW], 5),
+        ("prefill 16 x 8000", [ALL], 3),
+    ],
     "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
     "router": [
         ("decode 8 x (64 + 128)", ["router logits and experts"], 7),

@@ -56,6 +56,11 @@ class Setting:
         return 256 << 20 if self.smoke else 56 << 30
 
     @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step."""
+        return 64 if self.smoke else 8192
+
+    @property
     def cuda(self) -> bool:
         """Whether there is a device to ask for its memory."""
         return not self.smoke
@@ -88,14 +93,19 @@ class Setting:
             from models import ensure_model, fingerprint
 
             folder = ensure_model(Path(tempfile.gettempdir()) / f"vllm-tap-smoke-{fingerprint()}", FAMILIES[self.shape])
-            small = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": 64, "max_num_seqs": 16}
+            small = {
+                "enforce_eager": True,
+                "max_model_len": 512,
+                "max_num_batched_tokens": self.step_tokens,
+                "max_num_seqs": 16,
+            }
             return {"model": str(folder), "enable_prefix_caching": False, **small, **self.engine, **more}
         return {
             "model": str(self.models / self.shape),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "max_model_len": 8192,
-            "max_num_batched_tokens": 8192,
+            "max_num_batched_tokens": self.step_tokens,
             "gpu_memory_utilization": self.memory,
             "enable_prefix_caching": False,
             **self.engine,

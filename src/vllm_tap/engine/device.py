@@ -203,7 +203,7 @@ class DeviceSink:
             )
         self._lane_of = {tap.index: lane for lane in self._lanes for tap in lane.taps}
         widest = max((max_rows * lane.stream.row_bytes for lane in self._lanes if lane.wide), default=0)
-        self._planes = Ring(RING_PLANES * widest)
+        self._planes = Ring(RING_PLANES * aligned(widest))
         self._slab = None if staging == "direct" else self._take_slab(staging)
         rows.switch_on(
             self, {tap.index: (plane, tap.mode) for lane in self._lanes for plane, tap in enumerate(lane.taps)}
@@ -284,7 +284,7 @@ class DeviceSink:
         if self._slab is None or not (lane.wide and self._is_large):
             return 0
         nbytes = self._num_rows * lane.stream.row_bytes
-        lane.start = self._planes.take(nbytes, torch.cuda.current_stream(self._device))
+        lane.start = self._planes.take(aligned(nbytes), torch.cuda.current_stream(self._device))
         return self._plane_staging + lane.start
 
     def send_plane(self, tap: Tap) -> None:
@@ -294,7 +294,7 @@ class DeviceSink:
         self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
         target = lane.target + lane.plane_of[tap.index] * nbytes
         cuda.copy_to_host(target, self._plane_staging + lane.start, nbytes, self._side.cuda_stream)
-        self._planes.busy(lane.start, nbytes, self._side.record_event())
+        self._planes.busy(lane.start, aligned(nbytes), self._side.record_event())
 
     def end(self) -> list[Tap]:
         """Write the labels; which taps were silent is known when all is settled."""

@@ -1,0 +1,129 @@
+"""Where the device's time goes in a step, idle and capturing, from PyTorch's profiler. Part of bench/gpu.py.
+
+Every operation on the stream of the model costs what passes from the end of the one before it to its own end, the gap
+before it included; so the costs of a step add up to its length, and the tap's show what it adds to the step.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_setting import Setting, capture, generate
+
+WORKLOADS = {"decode 8 x (64 + 128)": 24, "decode 64 x (64 + 128)": 24, "prefill 64 x 1000": 1}
+"""How many tokens to generate: traces are large."""
+
+HOST_GAP_US = 40.0
+"""A gap longer than this is the host's, which the profiler slows down, and no cost of the device."""
+
+SHOWN = 8
+
+
+class Operation(NamedTuple):
+    """A kernel or copy on the device, times in microseconds."""
+
+    name: str
+    stream: int
+    begin: float
+    end: float
+
+
+def arguments() -> dict[str, Any]:
+    """Return what an engine needs to be profiled: a folder of traces. Costs nothing until a profile is started."""
+    folder = tempfile.mkdtemp(prefix="vllm-tap-trace-")
+    options = {"torch_profiler_with_stack": False, "torch_profiler_dump_cuda_time_total": False}
+    return {"profiler_config": {"profiler": "torch", "torch_profiler_dir": folder, **options}}
+
+
+def measure_timeline(setting: Setting, tapped: Any) -> list[dict[str, Any]]:
+    """Return for each workload what the operations of a step cost, idle and with all layers captured."""
+    folder = Path(tapped.llm_engine.vllm_config.profiler_config.torch_profiler_dir)
+    return [_compare(setting, tapped, folder, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
+
+
+def _compare(setting: Setting, tapped: Any, folder: Path, name: str, max_tokens: int) -> dict[str, Any]:
+    workload = setting.workload(name)
+    prompts = setting.prompts(workload)
+    spec = setting.spec("all layers")
+    arms: dict[str, Callable[[], object]] = {
+        "idle": lambda: generate(tapped, prompts, max_tokens),
+        "all layers": lambda: capture(setting, tapped, prompts, max_tokens, spec),
+    }
+    steps = max_tokens if max_tokens > 1 else -(-workload[0] * workload[1] // setting.step_tokens)
+    found = {arm: _costs(_trace(tapped, folder, run), steps) for arm, run in arms.items()}
+    idle, all_layers = found["idle"], found["all layers"]
+    names = sorted(idle.keys() | all_layers.keys(), key=lambda n: -abs(_us(all_layers, n) - _us(idle, n)))
+    return {
+        "workload": name,
+        "idle_us": sum(us for _, us in idle.values()),
+        "all_layers_us": sum(us for _, us in all_layers.values()),
+        "operations": {
+            n: {"idle": idle.get(n, (0, 0)), "all layers": all_layers.get(n, (0, 0))} for n in names[: 2 * SHOWN]
+        },
+    }
+
+
+def _us(costs: dict[str, tuple[float, float]], name: str) -> float:
+    return costs.get(name, (0.0, 0.0))[1]
+
+
+def _trace(llm: Any, folder: Path, run: Callable[[], object]) -> list[Operation]:
+    run()
+    before = set(folder.glob("*.gz"))
+    llm.start_profile()
+    run()
+    llm.stop_profile()
+    (path,) = set(folder.glob("*.gz")) - before
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    path.unlink()
+    on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    found = [Operation(e["name"], e["args"]["stream"], e["ts"], e["ts"] + e["dur"]) for e in on_device]
+    return sorted(found, key=lambda operation: operation.begin)
+
+
+def _costs(operations: list[Operation], steps: int) -> dict[str, tuple[float, float]]:
+    """Return times per step and microseconds per step of each operation, in the steady steps."""
+    streams = Counter(operation.stream for operation in operations)
+    main = [operation for operation in operations if operation.stream == streams.most_common(1)[0][0]]
+    # What runs once a step marks the steps; the last of such kernels, so that a step is whole.
+    counts = Counter(operation.name for operation in main)
+    once = [operation.name for operation in main if counts[operation.name] == steps]
+    if not once:
+        print(f"# timeline: no operation ran {steps} times: {counts.most_common(20)}", flush=True)
+        return {}
+    marks = [place for place, operation in enumerate(main) if operation.name == once[-1]]
+    first, last = marks[min(3, len(marks) // 2 - 1)], marks[-1]
+    num_steps = len([mark for mark in marks if first < mark <= last])
+    us: dict[str, list[float]] = defaultdict(list)
+    end = main[first].end
+    for operation in main[first + 1 : last + 1]:
+        cost = operation.end - end
+        if operation.begin - end > HOST_GAP_US:
+            us["(host)"].append(operation.begin - end)
+            cost = operation.end - operation.begin
+        us[_short(operation.name)].append(max(cost, 0.0))
+        end = max(end, operation.end)
+    return {name: (len(values) / num_steps, sum(values) / num_steps) for name, values in us.items()}
+
+
+def _short(name: str) -> str:
+    return name.split("<")[0].split("(")[0].removeprefix("void ")[:70] or name[:70]
+
+
+def show_timeline(rows: list[dict[str, Any]]) -> None:
+    """Print the table: operations by what they cost more when capturing."""
+    for row in rows:
+        print(
+            f"\nstep of {row['workload']}, us on the device (profiled): idle {row['idle_us']:.1f}, all layers "
+            f"{row['all_layers_us']:.1f}"
+        )
+        for name, arms in list(row["operations"].items())[:SHOWN]:
+            (few, idle), (many, busy) = arms["idle"], arms["all layers"]
+            print(f"    {name:70s} {few:6.1f} x {idle:9.1f}   {many:6.1f} x {busy:9.1f}   {busy - idle:+9.1f}")

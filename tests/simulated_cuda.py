@@ -1,0 +1,335 @@
+"""A CUDA device for tests: memory, streams, events, graphs and copies in Python, kernels by Triton's interpreter.
+
+Work runs when it is queued, which is one of the orders that a device may choose. Every other order gives the same bytes
+if no two accesses to the same bytes, one of them a write, are left unordered by streams, events and waits of the host:
+`SimulatedCuda.conflicts` lists those that are. Streams and the host carry vector clocks, as race detectors do.
+
+What is watched: device memory from the driver and registered host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from vllm_tap.engine import cuda, kernel
+
+HOST = "host"
+SUCCESS, OUT_OF_MEMORY = 0, 2
+
+
+class Access(NamedTuple):
+    """Bytes that somebody read or wrote, at a time of their own clock."""
+
+    actor: str
+    time: int
+    begin: int
+    end: int
+    writes: bool
+    what: str
+
+
+class Stream:
+    """A queue of the device."""
+
+    def __init__(self, device: SimulatedCuda, name: str, handle: int) -> None:
+        self.device, self.name, self.cuda_stream = device, name, handle
+
+    def wait_event(self, event: Event) -> None:
+        self.device.learn(self.name, event.clock)
+
+    def record_event(self) -> Event:
+        event = Event(self.device)
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return True
+
+
+class Event:
+    """A point in a stream; one that was never recorded has passed."""
+
+    def __init__(self, device: SimulatedCuda) -> None:
+        self.device = device
+        self.clock: dict[str, int] = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = dict(self.device.queue((stream or self.device.main).name))
+
+    def synchronize(self) -> None:
+        self.device.num_host_waits += 1
+        self.device.learn(HOST, self.clock)
+
+
+class Graph:
+    """Work that is recorded once and replayed, whose kernels can be switched off one by one."""
+
+    device: SimulatedCuda
+
+    def __new__(cls, keep_graph: bool = False) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        assert keep_graph, "nodes cannot be switched in a graph that is thrown away"
+        self.nodes: dict[int, Callable[[], object]] = {}
+        self.disabled: set[int] = set()
+        self.handle = next(self.device.handles)
+
+    def capture_begin(self) -> None:
+        self.device.recording = self
+
+    def capture_end(self) -> None:
+        self.device.recording = None
+        self.device.graphs[self.handle] = self
+
+    def instantiate(self) -> None:
+        pass
+
+    def raw_cuda_graph(self) -> int:
+        return self.handle
+
+    raw_cuda_graph_exec = raw_cuda_graph
+
+    def replay(self) -> None:
+        for node, run in self.nodes.items():
+            if node not in self.disabled:
+                run()
+
+
+class SimulatedCuda:
+    """The device, and all that was done to its memory and to registered memory of the host."""
+
+    def __init__(self, capacity: int) -> None:
+        self.free_bytes = self.capacity = capacity
+        self.handles = itertools.count(1)
+        self.clocks: dict[str, dict[str, int]] = {HOST: {HOST: 0}}
+        self.streams: dict[int, Stream] = {}
+        self.main = self.new_stream()
+        self.conflicts: list[str] = []
+        self.num_host_waits = 0
+        self.num_copies = 0
+        self.recording: Graph | None = None
+        self.graphs: dict[int, Graph] = {}
+        self._log: list[Access] = []
+        self._watched: dict[int, int] = {}
+        self._buffers: dict[int, tuple[Any, int]] = {}
+        self._stores: list[tuple[int, int, bool]] = []
+
+    # ------------------------------------------------------------------------------------------------------- order
+
+    def new_stream(self, *_: Any) -> Stream:
+        """Return a new stream."""
+        handle = next(self.handles)
+        stream = self.streams[handle] = Stream(self, f"stream {handle}", handle)
+        self.clocks[stream.name] = {stream.name: 0}
+        return stream
+
+    def learn(self, actor: str, clock: dict[str, int]) -> None:
+        """Put everything that a clock has seen before what the actor does next."""
+        mine = self.clocks[actor]
+        for other, time in clock.items():
+            mine[other] = max(mine.get(other, 0), time)
+
+    def queue(self, stream: str) -> dict[str, int]:
+        """Begin the next piece of work of a stream, after all that the host has seen; return its clock."""
+        self.learn(stream, self.clocks[HOST])
+        self.clocks[stream][stream] += 1
+        return self.clocks[stream]
+
+    def access(self, actor: str, begin: int, nbytes: int, writes: bool, what: str) -> None:
+        """Note that an actor reads or writes bytes, and what it is not ordered with."""
+        if not any(start <= begin and begin + nbytes <= stop for start, stop in self._watched.items()):
+            return
+        now = self.clocks[actor]
+        new = Access(actor, now[actor], begin, begin + nbytes, writes, what)
+        for old in self._log:
+            overlaps = old.begin < new.end and new.begin < old.end
+            if overlaps and old.actor != actor and (writes or old.writes) and now.get(old.actor, 0) < old.time:
+                self.conflicts.append(f"{what} on {actor} is not ordered with {old.what} on {old.actor}")
+        self._log.append(new)
+
+    def host_access(self, begin: int, nbytes: int, writes: bool, what: str) -> None:
+        """Note that the host itself reads or writes bytes."""
+        self.clocks[HOST][HOST] += 1
+        self.access(HOST, begin, nbytes, writes, what)
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do work on the main stream, or record it."""
+        if self.recording is not None:
+            self.recording.nodes[next(self.handles)] = work
+        else:
+            work()
+
+    # -------------------------------------------------------------------------------------------------------- driver
+
+    def cuMemAlloc_v2(self, address: Any, nbytes: int) -> int:  # noqa: N802
+        if nbytes > self.free_bytes:
+            return OUT_OF_MEMORY
+        buffer = (ctypes.c_byte * (nbytes + 512))()
+        start = -(-ctypes.addressof(buffer) // 512) * 512
+        self.free_bytes -= nbytes
+        self._buffers[start] = buffer, nbytes
+        self._watched[start] = start + nbytes
+        address._obj.value = start
+        return SUCCESS
+
+    def cuMemFree_v2(self, address: int) -> int:  # noqa: N802
+        for clock in list(self.clocks.values()):  # it waits for everything that is queued
+            self.learn(HOST, clock)
+        _, nbytes = self._buffers.pop(address)
+        self.free_bytes += nbytes
+        self.forget(address)
+        return SUCCESS
+
+    def forget(self, begin: int) -> None:
+        """Stop watching a range, and what was done there."""
+        end = self._watched.pop(begin)
+        self._log = [access for access in self._log if access.end <= begin or access.begin >= end]
+
+    def cuMemcpyHtoDAsync_v2(self, target: int, data: Any, nbytes: int, stream: int) -> int:  # noqa: N802
+        self.queue(self.streams[stream].name)
+        ctypes.memmove(target, data, nbytes)
+        return SUCCESS
+
+    def cuMemcpyDtoHAsync_v2(self, target: int, source: int, nbytes: int, stream: int) -> int:  # noqa: N802
+        self._copy(stream, target, nbytes, source, nbytes, nbytes, 1)
+        return SUCCESS
+
+    def cuMemcpy2DAsync_v2(self, reference: Any, stream: int) -> int:  # noqa: N802
+        job = reference._obj
+        assert (job.src_type, job.dst_type) == (2, 1), "not from the device to the host"
+        sizes = job.width, job.height
+        self._copy(stream, job.dst_host, job.dst_pitch, job.src_device, job.src_pitch, *sizes)
+        return SUCCESS
+
+    def _copy(
+        self, handle: int, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
+    ) -> None:
+        name = self.streams[handle].name
+        self.queue(name)
+        self.num_copies += 1
+        for row in range(height):
+            self.access(name, source + row * source_pitch, width, False, f"copy {self.num_copies} from the device")
+            self.access(name, target + row * target_pitch, width, True, f"copy {self.num_copies} to the host")
+            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+    def cuStreamGetCaptureInfo_v2(  # noqa: N802
+        self, stream: int, status: Any, number: Any, graph: Any, nodes: Any, num_nodes: Any
+    ) -> int:
+        assert self.recording is not None
+        graph._obj.value = self.recording.handle
+        last = (ctypes.c_void_p * 1)(list(self.recording.nodes)[-1])
+        nodes._obj.contents = ctypes.c_void_p.from_buffer(last)
+        num_nodes._obj.value = 1
+        return SUCCESS
+
+    def cuGraphNodeSetEnabled(self, graph: int, node: int, enabled: int) -> int:  # noqa: N802
+        (self.graphs[graph].disabled.discard if enabled else self.graphs[graph].disabled.add)(node)
+        return SUCCESS
+
+    # ------------------------------------------------------------------------------------------------------- runtime
+
+    def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:  # noqa: N802
+        self._watched[address] = address + nbytes
+        return SUCCESS
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.forget(address)
+        return SUCCESS
+
+    def launch(self, function: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
+        """Run a kernel on the main stream, and note what it touches."""
+        self.queue(self.main.name)
+        self._stores.clear()
+        function[grid](*args, **options)
+        for begin, end, writes in merged(self._stores):
+            self.access(self.main.name, begin, end - begin, writes, f"kernel {function.fn.__name__}")
+
+    def note(self, addresses: Any, mask: Any, itemsize: int, writes: bool) -> None:
+        """Take note of the elements that a kernel loads or stores."""
+        chosen = np.sort(addresses[np.asarray(mask, bool)].ravel().astype(np.int64))
+        if len(chosen):
+            breaks = np.flatnonzero(np.diff(chosen) > itemsize)
+            begins, ends = np.append(chosen[:1], chosen[breaks + 1]), np.append(chosen[breaks], chosen[-1:])
+            self._stores += [(int(a), int(b) + itemsize, writes) for a, b in zip(begins, ends, strict=True)]
+
+
+def merged(ranges: list[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
+    """Join ranges that touch, of one kind."""
+    for writes in (False, True):
+        mine = sorted((begin, end) for begin, end, kind in ranges if kind == writes)
+        for begin, end in mine:
+            if begin == mine[0][0]:
+                current = [begin, end]
+            if begin <= current[1]:
+                current[1] = max(current[1], end)
+            else:
+                yield (*current, writes)  # type: ignore[misc]
+                current = [begin, end]
+        if mine:
+            yield (*current, writes)  # type: ignore[misc]
+
+
+class _Launcher:
+    """What `kernel[grid](...)` goes to."""
+
+    def __init__(self, device: SimulatedCuda, function: Any) -> None:
+        self._device, self._function = device, interpreter.InterpretedFunction(function.fn)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self._device.run(lambda: self._device.launch(self._function, grid, args, options))
+
+        return launch
+
+
+@contextlib.contextmanager
+def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
+    """Put a simulated device in the place of the driver, the runtime and the kernels' compiler."""
+    device = SimulatedCuda(capacity)
+    graph = type("CUDAGraph", (Graph,), {"device": device})
+    empty, builder = torch.empty, interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def bits(pointers: Any) -> int:
+        return int(pointers.get_element_ty().primitive_bitwidth)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)  # conditions that were computed as integers
+        device.note(ptrs.data, mask.data, bits(ptrs) // 8, False)
+        return load(self, ptrs, mask, *rest)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        device.note(ptrs.data, mask.data, bits(ptrs) // 8, True)
+        return store(self, ptrs, value, mask, *rest)
+
+    def ordinary(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return empty(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_driver", lambda: device)
+        patch.setattr(builder, "create_masked_load", masked_load)
+        patch.setattr(builder, "create_masked_store", masked_store)
+        patch.setattr(kernel, "_can_launch_early", lambda _: False)
+        for name in ("_tap", "_label"):
+            patch.setattr(kernel, name, _Launcher(device, getattr(kernel, name)))
+        patch.setattr(torch, "empty", ordinary)
+        patch.setattr(torch.cuda, "Stream", device.new_stream)
+        patch.setattr(torch.cuda, "Event", lambda *_, **__: Event(device))
+        patch.setattr(torch.cuda, "CUDAGraph", graph)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: device.main)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.recording is not None)
+        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (device.free_bytes, device.capacity))
+        patch.setattr(torch.cuda, "set_device", lambda *_: None)
+        patch.setattr(torch.cuda, "cudart", lambda: device)
+        yield device

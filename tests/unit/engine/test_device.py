@@ -1,0 +1,386 @@
+"""Captures on a simulated CUDA device: all bytes are as the model made them, in whatever order the device works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels run in Triton's interpreter")
+
+from simulated_cuda import SimulatedCuda, Stream, simulated_cuda
+from vllm_tap.engine import device
+from vllm_tap.engine.ring import Ring
+from vllm_tap.engine.rows import Batch
+from vllm_tap.engine.session import Session
+from vllm_tap.engine.slab import SlabKeeper
+from vllm_tap.engine.tap import Tap
+from vllm_tap.errors import BudgetError, CaptureError
+from vllm_tap.frame import layout as blocks
+from vllm_tap.frame import messages
+from vllm_tap.labels import NUM_LABELS, Mark
+from vllm_tap.transport.pool import SegmentPool
+
+CPU = torch.device("cpu")
+MAX_TOKENS = 20
+GRAPH_TOKENS = 4
+REQUESTS = {"a": 11, "b": 5, "c": 7, "other": 6}
+"""Prompt lengths; "other" is not captured."""
+
+
+class Place(NamedTuple):
+    """What a tap of the model sees."""
+
+    stream: str
+    layer: int
+    width: int
+    dtype: torch.dtype
+    has_residual: bool
+
+
+LLAMA = [Place("hidden_states", layer, 24, torch.bfloat16, True) for layer in range(3)]
+ROUTER = [
+    place
+    for layer in range(2)
+    for place in (
+        Place("hidden_states", layer, 16, torch.float16, layer == 0),
+        Place("router_logits", layer, 5, torch.float32, False),
+        Place("expert_ids", layer, 2, torch.uint8, False),
+        Place("expert_weights", layer, 2, torch.float32, False),
+    )
+]
+
+
+class Model:
+    """Layers that make random tensors in buffers that all of them share, and pass them by their taps."""
+
+    def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
+        self.cuda, self.places = cuda, places
+        self.rows = device.DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
+        self.taps = {
+            (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
+        }
+        self.made: dict[tuple[str, int], torch.Tensor] = {}
+        self._random = torch.Generator().manual_seed(0)
+        self._buffers = {
+            (place.width, place.dtype): [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
+            for place in places
+        }
+        self._graphs: dict[int, Any] = {}
+        self.forward(1)  # the taps learn shapes
+
+    def forward(self, num_tokens: int) -> None:
+        """Run all layers."""
+        for place in self.places:
+            self._layer(place, num_tokens)
+
+    def _layer(self, place: Place, num_tokens: int) -> None:
+        hidden, residual = (buffer[:num_tokens] for buffer in self._buffers[place.width, place.dtype])
+        tap = self.taps[place.stream, place.layer]
+
+        def work() -> None:
+            for buffer in (hidden, residual):
+                # Whole numbers, whose sums are exact: Triton's interpreter does not round to bfloat16 as devices do.
+                buffer.copy_(torch.randint(100, buffer.shape, generator=self._random))
+            self.made[place.stream, place.layer] = hidden + residual if place.has_residual else hidden.clone()
+
+        self.cuda.run(work)
+        device._tap_cuda(hidden, residual if place.has_residual else None, tap.control)
+
+    def capture_graphs(self) -> None:
+        """Record a graph for each small number of tokens that is a power of two."""
+        with self.rows.switch.keeping():
+            for num_tokens in (1, 2, 4, GRAPH_TOKENS):
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin()
+                self.forward(num_tokens)
+                graph.capture_end()
+                self._graphs[num_tokens] = graph
+
+    def run(self, num_tokens: int) -> None:
+        """Run a step as vLLM does: a padded graph if it is small, else the layers one by one."""
+        padded = next((size for size in self._graphs if size >= num_tokens), 0)
+        if padded:
+            self._graphs[padded].replay()
+        else:
+            self.forward(num_tokens)
+
+
+class Expected(NamedTuple):
+    """The rows of one step: labels [3, R], and of every place [R, width]."""
+
+    labels: np.ndarray[Any, Any]
+    rows: dict[tuple[str, int], torch.Tensor]
+
+
+class Engine:
+    """Runs steps of a model under a session, and keeps what has to come out."""
+
+    def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
+        self.cuda = cuda
+        self.model = Model(cuda, places)
+        self.model.capture_graphs()
+        self.pool = SegmentPool(
+            8 << 20,
+            shared=False,
+            segment_bytes=2 << 20,
+            on_create=device.register_segment,
+            on_close=device.unregister_segment,
+        )
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
+        self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)
+        self.random = np.random.default_rng(0)
+        self.expected: list[Expected] = []
+
+    def start(self, staging: str = "staged", positions: str = "all", leave_out: int = 0) -> Session:
+        """Start a capture of all layers, or of all but some."""
+        places = self.model.places[leave_out:]
+        names = dict.fromkeys(place.stream for place in places)
+        streams = []
+        for name in names:
+            mine = [place for place in places if place.stream == name]
+            dtype = str(mine[0].dtype).removeprefix("torch.")
+            streams.append(blocks.Stream(name, dtype, mine[0].width, tuple(place.layer for place in mine)))
+        start = messages.Start(
+            capture_id="x",
+            streams={stream.name: stream.layers for stream in streams},
+            positions=positions,
+            residual="",
+            shared=False,
+            clients={},
+            budget_bytes=8 << 20,
+            staging=staging,
+            expected_rows=0,
+        )
+        rows = self.model.rows
+        sink = device.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
+        session = Session(start, 0, streams, sink, self.pool, rows)
+        for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
+            if request_id != "other":
+                session.meet(request_id, Mark("x", sample, 1), prompt_len)
+        self.expected = []
+        return session
+
+    def step(self, session: Session, requests: dict[str, int], sends: bool = True) -> None:
+        """Run a step of so many tokens of each request, at random positions."""
+        lengths = np.array(list(requests.values()))
+        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        computed = self.random.integers(0, 12, len(requests)).astype(np.int32)
+        positions = np.concatenate([first + np.arange(n) for first, n in zip(computed, lengths, strict=True)])
+        token_ids = self.random.integers(0, 1 << 17, len(positions))
+        self.positions[: len(positions)] = torch.from_numpy(positions)
+        self.token_ids[: len(positions)] = torch.from_numpy(token_ids)
+        waits = self.cuda.num_host_waits
+        session.arm(Batch(list(requests), starts, computed, self.positions, self.token_ids))
+        self.model.run(len(positions))
+        session.drain()
+        if sends:
+            session.send()
+        assert self.cuda.num_host_waits == waits, "the host waited in a step"
+        numbers = np.repeat([list(REQUESTS).index(request_id) for request_id in requests], lengths)
+        prompt_lens = np.repeat([REQUESTS[request_id] for request_id in requests], lengths)
+        taken = np.repeat([request_id != "other" for request_id in requests], lengths)
+        if session.start.positions == "last":
+            taken &= positions == prompt_lens - 1
+        if taken.any():
+            labels = np.stack([numbers, positions, token_ids])[:, taken]
+            rows = {place: made[: len(taken)][torch.from_numpy(taken)] for place, made in self.model.made.items()}
+            self.expected.append(Expected(labels, rows))
+
+    def finish(self, session: Session) -> None:
+        """End the capture, and compare what came with what was made."""
+        descriptor = session.finish()
+        table = descriptor.table()
+        assert len(table) == len(self.expected)
+        for (chunk, labels, num_rows), expected in zip(table.tolist(), self.expected, strict=True):
+            segment = self.pool.segment(descriptor.chunks[chunk].segment_id)
+            placed = blocks.layout(labels, num_rows, session.streams)
+            self.cuda.host_access(segment.address + labels, placed.end - labels, False, "client")
+            found = np.frombuffer(segment.view, np.int32, NUM_LABELS * num_rows, labels).reshape(NUM_LABELS, -1)
+            np.testing.assert_array_equal(found, expected.labels)
+            for stream, begin in zip(session.streams, placed.streams, strict=True):
+                shape = len(stream.layers), num_rows, stream.width
+                rows = torch.frombuffer(
+                    segment.view, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=begin
+                ).view(shape)
+                for layer, plane in zip(stream.layers, rows, strict=True):
+                    assert torch.equal(plane, expected.rows[stream.name, layer]), (stream.name, layer)
+        session.close()
+        for block_id in session.block_ids:
+            self.pool.release(block_id)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
+    """A device whose limits are low, so that small steps go all ways."""
+    monkeypatch.setattr(device, "MIN_STAGED_ROWS", GRAPH_TOKENS)
+    monkeypatch.setattr(SlabKeeper, "_start", lambda _: None)
+    monkeypatch.setattr(device, "_by_pointer", {})
+    with simulated_cuda() as cuda:
+        yield cuda
+
+
+DECODE = {"a": 1, "b": 1, "c": 1}
+STEPS = [
+    {"a": 11, "b": 5},
+    DECODE,
+    DECODE,
+    {"other": 6, "c": 7},
+    {"a": 1, "other": 1, "b": 1},
+    {"other": 1},
+    DECODE | {"other": 2},
+    {"a": 1, "b": 18},
+    {"b": 1, "c": 2},
+    DECODE,
+    DECODE,
+    {"c": 20},
+    {"a": 4},
+    {"a": 5},
+    DECODE,
+]
+
+
+@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+@pytest.mark.parametrize("way", ["staged", "ring", "direct"])
+def test_rows_are_what_the_model_made_whatever_runs_first(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place], way: str
+) -> None:
+    """Steps in graphs and outside, of few and many rows, and another capture: all bytes right, nothing unordered."""
+    if way == "ring":
+        monkeypatch.setattr(device, "WIDE_PLANE_BYTES", 1)
+    engine = Engine(cuda, places)
+    for steps in (STEPS, STEPS[:2]):
+        session = engine.start("direct" if way == "direct" else "staged")
+        for step in steps:
+            engine.step(session, step)
+        engine.finish(session)
+    assert cuda.conflicts == []
+    assert (cuda.num_copies == 0) == (way == "direct")
+
+
+def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
+    """Nothing is lost where a runner begins a step before it has reported that the one before was sampled."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    for step in STEPS[:4]:
+        engine.step(session, step, sends=False)
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_only_rows_that_are_asked_for_are_written(cuda: SimulatedCuda) -> None:
+    """The last position of each prompt: most steps have none, some have one among many tokens."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start(positions="last")
+    for _ in range(2):
+        for step in STEPS[:7]:
+            engine.step(session, step)
+    assert 0 < len(engine.expected) < 14
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(cuda: SimulatedCuda) -> None:
+    """The kernels of other taps are switched off in the graph, and all of them once it is idle."""
+    engine = Engine(cuda, LLAMA)
+
+    def running() -> int:
+        graph = engine.model._graphs[GRAPH_TOKENS]
+        return sum(node not in graph.disabled for node in graph.nodes) - len(LLAMA)
+
+    engine.model.run(3)
+    assert running() == 0
+    session = engine.start(leave_out=1)
+    engine.step(session, DECODE)
+    assert running() == len(LLAMA) - 1
+    engine.finish(session)
+    engine.model.run(3)
+    assert running() == 0
+
+
+def test_a_capture_that_is_dropped_leaves_nothing_on_its_way(cuda: SimulatedCuda) -> None:
+    """Blocks of an abandoned capture are free for the next one at once."""
+    engine = Engine(cuda, LLAMA)
+    for _ in range(2):
+        session = engine.start()
+        engine.step(session, STEPS[0])
+        engine.step(session, DECODE, sends=False)
+        session.close()
+        for block_id in session.block_ids:
+            engine.pool.release(block_id)
+    session = engine.start()
+    engine.step(session, STEPS[0])
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_a_tap_that_a_step_missed_is_an_error(cuda: SimulatedCuda) -> None:
+    """A step that skips a layer would leave old bytes in its plane: no rows are handed over."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    engine.step(session, STEPS[0])
+    engine.model.places = LLAMA[:-1]
+    engine.model._graphs = {}
+    engine.step(session, DECODE)
+    with pytest.raises(
+        CaptureError, match=r"1 taps saw another number of steps than the 2 .*hidden_states\[2\] with 1"
+    ):
+        session.finish()
+
+
+def test_a_full_device_refuses_staging_or_goes_without(cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture) -> None:
+    """ "staged" says how much is missing; "auto" writes to host memory, and says so."""
+    engine = Engine(cuda, LLAMA)
+    cuda.free_bytes = 4096
+    with pytest.raises(BudgetError, match="of GPU memory") as caught:
+        engine.start("staged")
+    assert caught.value.identity["needed_bytes"] > caught.value.identity["free_bytes"] == 4096
+    session = engine.start("auto")
+    assert "Going on with direct writes" in caplog.text
+    for step in STEPS[:3]:
+        engine.step(session, step)
+    engine.finish(session)
+    assert cuda.num_copies == 0
+    assert cuda.conflicts == []
+
+
+# ------------------------------------------------------------------------------------- what the simulation would notice
+
+
+def broken_capture(cuda: SimulatedCuda, steps: list[dict[str, int]]) -> list[str]:
+    """Run a capture whose order was broken, and return what is unordered; its bytes may still be right."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    for step in steps:
+        engine.step(session, step)
+    engine.finish(session)
+    return cuda.conflicts
+
+
+def test_reusing_staging_without_waiting_is_noticed(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tap that overwrites what a copy may still read."""
+    take = Ring.take
+
+    def forgetful(self: Ring, size: int, stream: Any) -> int:
+        self._busy.clear()
+        return take(self, size, stream)
+
+    monkeypatch.setattr(Ring, "take", forgetful)
+    assert any("kernel _tap" in c and "from the device" in c for c in broken_capture(cuda, [{"c": 20}] * 3))
+
+
+def test_a_copy_that_does_not_wait_for_the_forward_pass_is_noticed(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that may read before the taps have written."""
+    monkeypatch.setattr(Stream, "wait_event", lambda *_: None)
+    assert any("from the device" in c and "kernel _tap" in c for c in broken_capture(cuda, [DECODE]))
+
+
+def test_rows_that_are_handed_over_too_early_are_noticed(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads before the last copy has ended."""
+    monkeypatch.setattr("simulated_cuda.Event.synchronize", lambda _: None)
+    assert any(c.startswith("client on host") for c in broken_capture(cuda, [DECODE]))
