@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -83,8 +84,8 @@ def free(address: int) -> None:
 
 def write_words(target: int, words: Sequence[int], stream: int) -> None:
     """Queue a copy of a few int64 words to device memory; the driver keeps its own copy of them at once."""
-    data = (ctypes.c_int64 * len(words))(*words)
-    _check(_driver().cuMemcpyHtoDAsync_v2(target, data, 8 * len(words), stream), "cuMemcpyHtoDAsync")
+    data = struct.pack(f"={len(words)}q", *words)
+    _check(_driver().cuMemcpyHtoDAsync_v2(target, data, len(data), stream), "cuMemcpyHtoDAsync")
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:

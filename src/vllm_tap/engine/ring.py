@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 
@@ -11,20 +12,26 @@ class Ring:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._head = 0
-        self._busy: list[tuple[int, int, Any]] = []
+        # In the order in which they were taken: what lies ahead of the head comes first.
+        self._busy: deque[tuple[int, int, Any]] = deque()
 
     def take(self, size: int, stream: Any) -> int:
-        """Return the start of a free place; `stream` waits for the copies that still read from it."""
+        """Return the start of a free place; `stream` waits for the copies that still read from it.
+
+        Cost: grows with the places that are free again, not with those that are busy.
+        """
         assert size <= self.capacity
+        done = None
         if self._head + size > self.capacity:
+            while self._busy and self._busy[0][0] >= self._head:
+                done = self._busy.popleft()[2]
             self._head = 0
-        start, stop = self._head, self._head + size
-        self._head = stop
-        last = max((i for i, (a, b, _) in enumerate(self._busy) if a < stop and start < b), default=-1)
-        if last >= 0:
+        start, self._head = self._head, self._head + size
+        while self._busy and self._busy[0][0] < self._head and start < self._busy[0][1]:
+            done = self._busy.popleft()[2]
+        if done is not None:
             # Copies end in the order in which they were queued: waiting for one is waiting for all before it.
-            stream.wait_event(self._busy[last][2])
-            del self._busy[: last + 1]
+            stream.wait_event(done)
         return start
 
     def busy(self, start: int, size: int, done: Any) -> None:

@@ -71,7 +71,7 @@ class Selector:
         self._positions = positions
         self._requests: dict[str, CapturedRequest] = {}
         self._ids: list[str] = []
-        self._starts: Int32 = np.zeros(1, np.int32)
+        self._starts = b""
         self._numbers: Int32 = np.empty(0, np.int32)
         self._prompt_lens: Int32 = np.empty(0, np.int32)
         self._last: Selection | None = None
@@ -94,11 +94,12 @@ class Selector:
         """
         starts = batch.starts[: len(batch.request_ids) + 1]
         same_requests = batch.request_ids == self._ids
-        if same_requests and self._positions == "all" and np.array_equal(starts, self._starts):
+        data = starts.tobytes()
+        if same_requests and self._positions == "all" and data == self._starts:
             return self._last
         if not same_requests:
             self._look_up(batch.request_ids)
-        self._starts = starts.copy()
+        self._starts = data
         self._last = self._choose(batch, starts)
         return self._last
 

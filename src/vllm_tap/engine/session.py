@@ -6,6 +6,7 @@ is kept, rows stop, generation goes on, and the client gets the error when it as
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
@@ -61,6 +62,7 @@ class Session:
         self.num_rows = 0
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
+        self._block_bytes = functools.lru_cache(lambda num_rows: block_bytes(num_rows, self.streams))
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []
@@ -106,7 +108,7 @@ class Session:
         Raises:
             BudgetError: There is none.
         """
-        nbytes = block_bytes(num_rows, self.streams)
+        nbytes = self._block_bytes(num_rows)
         if self._free_end - self._free_offset < nbytes:
             chunk = self._reserve(nbytes)
             self._chunks.append(chunk)

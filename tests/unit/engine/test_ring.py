@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,3 +44,24 @@ def test_a_ring_that_is_large_enough_never_waits() -> None:
     assert stream.waited_for == -1
     ring.take(10, stream)
     assert stream.waited_for == 0
+
+
+def test_many_busy_places_cost_nothing() -> None:
+    """A long ring of small places: what is looked at is what comes round again, not all that is busy."""
+
+    class Places(list[int]):
+        """A place [begin, end, event] that counts how often it is looked at."""
+
+        looks = 0
+
+        def __getitem__(self, key: Any) -> Any:
+            Places.looks += 1
+            return super().__getitem__(key)
+
+    ring, stream = Ring(1000), Stream()
+    for number in range(3000):
+        start = ring.take(1, stream)
+        ring.busy(start, 1, number)
+        ring._busy[-1] = Places(ring._busy[-1])  # type: ignore[call-overload]
+    assert Places.looks < 5 * 3000
+    assert stream.waited_for == 1999
