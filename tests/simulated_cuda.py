@@ -321,8 +321,7 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(builder, "create_masked_load", masked_load)
         patch.setattr(builder, "create_masked_store", masked_store)
         patch.setattr(kernel, "_can_launch_early", lambda _: False)
-        for name in ("_tap", "_label"):
-            patch.setattr(kernel, name, _Launcher(device, getattr(kernel, name)))
+        patch.setattr(kernel, "_tap", _Launcher(device, kernel._tap))
         patch.setattr(torch, "empty", ordinary)
         patch.setattr(torch.cuda, "Stream", device.new_stream)
         patch.setattr(torch.cuda, "Event", lambda *_, **__: Event(device))

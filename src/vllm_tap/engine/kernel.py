@@ -3,9 +3,11 @@
 Runs in the worker process. What changes from step to step lies in a small device buffer, read by address, so that a
 captured graph serves idle, staged and direct capture alike:
 
-    header    int64 [1 + 2 * streams]: tokens of the step (0 = idle); per stream, address of plane 0 and bytes per plane
+    header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); per stream, address of plane 0 and bytes per plane;
+              addresses of the step's positions and token ids, address of plane 0 of the labels and bytes per plane
     row_map   int32 [max tokens]: destination row of each token, -1 = skip
-    table     int32 [taps, 2]: plane of each tap in its stream (-1 = off), and its mode
+    table     int32 [taps, 2]: plane of each tap in its stream (-1 = off), and its mode: ADD or FIRST, with LABELS for
+              the tap that writes the labels as well (int32; plane 0 the positions, plane 1 the token ids)
     counts    int32 [taps]: steps that went through each tap
 """
 
@@ -19,15 +21,25 @@ import torch
 import triton
 import triton.language as tl
 
-HEADER_WORDS: Final = 16
+from vllm_tap.engine.tap import FIRST
+from vllm_tap.errors import CaptureError
+
+MAX_STREAMS: Final = 6
+LABEL_PLACE: Final = 1 + 2 * MAX_STREAMS
+HEADER_WORDS: Final = LABEL_PLACE + 4 + 1  # even: the row map behind it starts on a multiple of 16 bytes
+LABELS: Final = 2
 BLOCK: Final = 1024  # elements a program moves: one 16-byte access per thread of 4 warps in bfloat16
-LARGE_BLOCK: Final = 4096
-LABEL_BLOCK: Final = 1024
+LARGE_BLOCK: Final = 4096  # in steps of many rows; of several rows where they are short
+MOST_ROWS: Final = 64  # of a program: fewer programs than multiprocessors would leave some of them idle
 ANY_ADDRESS: Final = 1 << 40  # as large as real ones: the size of a number is part of a kernel's signature
 LARGE_ROWS: Final = 512  # above this many rows a kernel is bound by bandwidth, below it by latency
 
+_FIRST = tl.constexpr(FIRST)
+_LABELS = tl.constexpr(LABELS)
+_LABEL_PLACE = tl.constexpr(LABEL_PLACE)
 
-@triton.jit(do_not_specialize=["index", "address", "stream"])
+
+@triton.jit(do_not_specialize=["index", "address", "stream", "num_rows"])
 def _tap(
     header,
     table,
@@ -39,6 +51,7 @@ def _tap(
     index,
     stream,
     address,
+    num_rows,
     hidden_stride,
     residual_stride,
     WIDTH: tl.constexpr,  # noqa: N803
@@ -48,48 +61,50 @@ def _tap(
     EXPLICIT: tl.constexpr,  # noqa: N803
     AHEAD: tl.constexpr,  # noqa: N803
     EARLY: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
+    there = row < num_rows
+    inside = there[:, None] & (column < WIDTH)[None, :]
     # All loads that do not need each other are issued before the first use: a decode step is bound by their latency.
     plane = tl.load(table + 2 * index)
     mode = tl.load(table + 2 * index + 1)
     num_tokens = tl.load(header)
-    slot = tl.load(row_map + row)
+    slot = tl.load(row_map + row, mask=there, other=-1)
     if EXPLICIT:  # noqa: SIM108 - decided when the kernel is compiled
         base = address
     else:
         base = tl.load(header + 1 + 2 * stream) + plane * tl.load(header + 2 + 2 * stream)
     live = (plane >= 0) & (row < num_tokens) & (slot >= 0)
-    wanted = inside if AHEAD else inside & live
+    wanted = inside if AHEAD else inside & live[:, None]
+    source = row.to(tl.int64)[:, None]
     if EARLY:
         # Launched while the kernel before is still running: its results are there from here on. In graphs of layer-like
         # work this takes a tap from 1.4 to 0.3-0.7 microseconds at 8 and 64 rows (bench/tap_kernel.py, one H200).
         tl.extra.cuda.gdc_wait()
-    x = tl.load(hidden + row.to(tl.int64) * hidden_stride + column, mask=wanted, other=0)
+    x = tl.load(hidden + source * hidden_stride + column[None, :], mask=wanted, other=0)
     if HAS_RESIDUAL:
-        y = tl.load(residual + row.to(tl.int64) * residual_stride + column, mask=wanted, other=0)
+        y = tl.load(residual + source * residual_stride + column[None, :], mask=wanted, other=0)
         # In float32 and rounded once, as the model's own add does.
-        x = tl.where(mode == 0, x.to(tl.float32) + y.to(tl.float32), x.to(tl.float32))
+        x = tl.where((mode & _FIRST) == 0, x.to(tl.float32) + y.to(tl.float32), x.to(tl.float32))
     # A pointer made from a number has no known alignment and would be stored to 2 bytes at a time. Counted from a
     # pointer that is a multiple of 16, in steps of ALIGN bytes, the compiler stores as many as the rows allow.
     far = (base - anchor.to(tl.int64)) // ALIGN * ELEMENTS
-    tl.store(anchor + far + slot.to(tl.int64) * WIDTH + column, x.to(anchor.dtype.element_ty), mask=inside & live)
-    if (row == 0) & (tl.program_id(1) == 0):
+    target = anchor + far + slot.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(target, x.to(anchor.dtype.element_ty), mask=inside & live[:, None])
+    if ((mode & _LABELS) != 0) & (tl.program_id(1) == 0):
+        positions = tl.load(header + _LABEL_PLACE).to(tl.pointer_type(tl.int64))
+        token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
+        labels = tl.load(header + _LABEL_PLACE + 2)
+        pitch = tl.load(header + _LABEL_PLACE + 3)
+        position = tl.load(positions + row, mask=live, other=0).to(tl.int32)
+        token_id = tl.load(token_ids + row, mask=live, other=0)
+        tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
+        tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.atomic_add(counts + index, 1, mask=(plane >= 0) & (num_tokens > 0), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["address", "pitch"])
-def _label(header, row_map, positions, token_ids, anchor, address, pitch, BLOCK: tl.constexpr):  # noqa: N803
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < tl.load(header)
-    slot = tl.load(row_map + row, mask=inside, other=-1)
-    keep = inside & (slot >= 0)
-    labels = anchor + (address - anchor.to(tl.int64)) // 4
-    tl.store(labels + slot, tl.load(positions + row, mask=keep, other=0).to(tl.int32), mask=keep)
-    tl.store(labels + pitch + slot, tl.load(token_ids + row, mask=keep, other=0).to(tl.int32), mask=keep)
 
 
 def launch_tap(
@@ -123,8 +138,10 @@ def launch_tap(
     large = num_tokens > LARGE_ROWS if large is None else large
     early = ahead and _can_launch_early(hidden.device)
     align = math.gcd(width * out.itemsize, 16)
-    block = min(LARGE_BLOCK if large else BLOCK, triton.next_power_of_2(width))
-    _tap[(num_tokens, triton.cdiv(width, block))](
+    most = LARGE_BLOCK if large else BLOCK
+    block = min(most, triton.next_power_of_2(width))
+    rows = min(most // block, MOST_ROWS) if large else 1
+    _tap[(triton.cdiv(num_tokens, rows), triton.cdiv(width, block))](
         state.header,
         state.table,
         state.row_map,
@@ -135,6 +152,7 @@ def launch_tap(
         index,
         stream,
         address,
+        num_tokens,
         hidden.stride(0),
         other.stride(0),
         WIDTH=width,
@@ -144,8 +162,9 @@ def launch_tap(
         EXPLICIT=address != 0,
         AHEAD=ahead,
         EARLY=early,
+        ROWS=rows,
         BLOCK=block,
-        num_warps=8 if block > BLOCK else 4,
+        num_warps=8 if large else 4,
         **({"launch_pdl": True} if early else {}),
     )
 
@@ -163,28 +182,17 @@ def warm(
     for large in (False, True):
         for address, ahead in ((0, False), (ANY_ADDRESS, False), (0, True)):
             launch_tap(state, hidden[:1], residual, index, stream, out, address=address, ahead=ahead, large=large)
-    labels = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-    launch_labels(state, labels, labels.to(torch.int32), ANY_ADDRESS, 1, 1)
 
 
-def launch_labels(
-    state: Any, positions: torch.Tensor, token_ids: torch.Tensor, address: int, pitch: int, num_tokens: int
-) -> None:
-    """Launch the kernel that gathers positions and token ids of the captured rows, as int32.
+def label_sources(positions: torch.Tensor, token_ids: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of a step's positions and token ids, for the header.
 
-    Args:
-        state: A `DeviceRows`.
-        positions: Tensor [>= num_tokens]; `token_ids` the same.
-        address: Where the positions go, in device or pinned memory; token ids go `pitch` elements further.
-        num_tokens: Of the step.
+    Raises:
+        CaptureError: They are not int64 and int32, as the kernel reads them.
     """
-    _label[(triton.cdiv(num_tokens, LABEL_BLOCK),)](
-        state.header,
-        state.row_map,
-        positions,
-        token_ids,
-        state.anchor(torch.int32),
-        address,
-        pitch,
-        BLOCK=LABEL_BLOCK,
-    )
+    if positions.dtype is not torch.int64 or token_ids.dtype is not torch.int32:
+        raise CaptureError(
+            f"the runner's positions and token ids are {positions.dtype} and {token_ids.dtype}; torch.int64 and "
+            "torch.int32 were expected: report this version of vLLM."
+        )
+    return positions.data_ptr(), token_ids.data_ptr()

@@ -70,7 +70,7 @@ class DmaProfile(Profile):
         import torch
 
         from vllm_tap.engine import cuda
-        from vllm_tap.engine.device import DeviceSink
+        from vllm_tap.engine.device_sink import DeviceSink
 
         self._torch = torch
         self._copies: list[tuple[Any, Any, int]] = []

@@ -107,12 +107,13 @@ class TapWorker(host.Recorder):
     def _new_rows(self) -> Rows:
         if self._worker.device.type != "cuda":
             return Rows()
-        from vllm_tap.engine import device
+        from vllm_tap.engine import device_tap
+        from vllm_tap.engine.device_rows import DeviceRows
 
-        device.install()
+        device_tap.install()
         runner = self._worker.model_runner
         headroom = functools.partial(host.step_headroom, self._worker)
-        rows = device.DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device, headroom)
+        rows = DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device, headroom)
         host.around_capture(runner, rows.switch.keeping)
         return rows
 
@@ -201,7 +202,8 @@ class TapWorker(host.Recorder):
         taps, rows = self._taps.by_place, self._taps.rows
         if self._worker.device.type != "cuda":
             return HostSink(streams, taps, rows, pool)
-        from vllm_tap.engine.device import DeviceRows, DeviceSink
+        from vllm_tap.engine.device_rows import DeviceRows
+        from vllm_tap.engine.device_sink import DeviceSink
 
         assert isinstance(rows, DeviceRows)
         max_rows = self._worker.model_runner.max_num_tokens
@@ -291,10 +293,11 @@ class TapWorker(host.Recorder):
         profile.watch(Session, "finish", "finish: settle")
         profile.watch(Session, "close", "finish: close")
         if on_cuda and self._taps is not None:
-            from vllm_tap.engine import cuda, device
+            from vllm_tap.engine import cuda
+            from vllm_tap.engine.device_rows import DeviceRows
 
             rows = self._taps.rows
-            assert isinstance(rows, device.DeviceRows)
+            assert isinstance(rows, DeviceRows)
             profile.watch(rows, "switch_on", "start: switch on")
             profile.watch(rows.slabs, "take", "start: take slab")
             profile.watch(rows.slabs, "give", "finish: give slab")
@@ -325,7 +328,7 @@ class TapWorker(host.Recorder):
     def _new_pool(self, shared: bool) -> SegmentPool:
         if self._worker.device.type != "cuda":
             return SegmentPool(0, shared=shared)
-        from vllm_tap.engine.device import register_segment, unregister_segment
+        from vllm_tap.engine.device_sink import register_segment, unregister_segment
 
         return SegmentPool(
             0, shared=shared, segment_bytes=1 << 30, on_create=register_segment, on_close=unregister_segment

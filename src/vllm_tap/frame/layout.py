@@ -32,6 +32,9 @@ ITEMSIZE: Final = {
 
 CACHE_LINE: Final = 64
 
+LABEL_BYTES: Final = 4
+"""Of a label of a row: int32."""
+
 
 class Stream(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One stream as a rank ships it: `num_rows` rows of `width` elements for every layer."""
@@ -70,7 +73,7 @@ class Layout(NamedTuple, Generic[Offset]):
 
 def layout(offset: Offset, num_rows: Offset, streams: Sequence[Stream]) -> Layout[Offset]:
     """Place the arrays of a block that starts at `offset`, or of many blocks: then both arguments are arrays [B]."""
-    end = offset + NUM_LABELS * 4 * num_rows
+    end = offset + NUM_LABELS * LABEL_BYTES * num_rows
     starts = []
     for stream in streams:
         start = -(-end // stream.alignment) * stream.alignment
@@ -81,6 +84,6 @@ def layout(offset: Offset, num_rows: Offset, streams: Sequence[Stream]) -> Layou
 
 def block_bytes(num_rows: int, streams: Sequence[Stream]) -> int:
     """Return how many bytes to reserve for a block, wherever it starts."""
-    return NUM_LABELS * 4 * num_rows + sum(
+    return NUM_LABELS * LABEL_BYTES * num_rows + sum(
         stream.alignment + len(stream.layers) * num_rows * stream.row_bytes for stream in streams
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_tap import errors
 from vllm_tap.errors import DescriptorError, TapError
-from vllm_tap.frame.layout import IntArray, Stream, layout
+from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
@@ -170,7 +170,7 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
         ):
             raise DescriptorError(f"rank {self.rank}: a block names a chunk or a number of rows that cannot be")
         # Divided, not multiplied: a product of numbers from outside could wrap around in 64 bits.
-        row_bytes = NUM_LABELS * 4 + sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
+        row_bytes = NUM_LABELS * LABEL_BYTES + sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
         room = np.array([chunk.nbytes // row_bytes for chunk in self.chunks], np.int64)[index]
         if (num_rows > room).any():
             raise DescriptorError(f"rank {self.rank}: a block of {num_rows.max()} rows does not fit its chunk")

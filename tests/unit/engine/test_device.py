@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels run in Triton's interpreter")
-
 from simulated_cuda import SimulatedCuda, Stream, simulated_cuda
-from vllm_tap.engine import device
+from vllm_tap.engine import device_sink, device_tap, kernel
+from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
@@ -59,7 +58,7 @@ class Model:
 
     def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
         self.cuda, self.places = cuda, places
-        self.rows = device.DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -88,7 +87,7 @@ class Model:
             self.made[place.stream, place.layer] = hidden + residual if place.has_residual else hidden.clone()
 
         self.cuda.run(work)
-        device._tap_cuda(hidden, residual if place.has_residual else None, tap.control)
+        device_tap._tap_cuda(hidden, residual if place.has_residual else None, tap.control)
 
     def capture_graphs(self) -> None:
         """Record a graph for each small number of tokens that is a power of two."""
@@ -127,8 +126,8 @@ class Engine:
             8 << 20,
             shared=False,
             segment_bytes=2 << 20,
-            on_create=device.register_segment,
-            on_close=device.unregister_segment,
+            on_create=device_sink.register_segment,
+            on_close=device_sink.unregister_segment,
         )
         self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
         self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)
@@ -156,7 +155,7 @@ class Engine:
             expected_rows=0,
         )
         rows = self.model.rows
-        sink = device.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
+        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
         session = Session(start, 0, streams, sink, self.pool, rows)
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
             if request_id != "other":
@@ -216,9 +215,11 @@ class Engine:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
     """A device whose limits are low, so that small steps go all ways."""
-    monkeypatch.setattr(device, "MIN_STAGED_ROWS", GRAPH_TOKENS)
+    monkeypatch.setattr(device_sink, "MIN_STAGED_ROWS", GRAPH_TOKENS)
+    monkeypatch.setattr(kernel, "LARGE_ROWS", GRAPH_TOKENS)
+    monkeypatch.setattr(kernel, "MOST_ROWS", 8)
     monkeypatch.setattr(SlabKeeper, "_start", lambda _: None)
-    monkeypatch.setattr(device, "_by_pointer", {})
+    monkeypatch.setattr(device_tap, "_by_pointer", {})
     with simulated_cuda() as cuda:
         yield cuda
 
@@ -250,7 +251,7 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
 ) -> None:
     """Steps in graphs and outside, of few and many rows, and another capture: all bytes right, nothing unordered."""
     if way == "ring":
-        monkeypatch.setattr(device, "WIDE_PLANE_BYTES", 1)
+        monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
     engine = Engine(cuda, places)
     for steps in (STEPS, STEPS[:2]):
         session = engine.start("direct" if way == "direct" else "staged")

@@ -1,0 +1,115 @@
+"""What the taps' kernels of a CUDA engine read, and which taps are on. Runs in the worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from vllm_tap.engine import cuda, kernel
+from vllm_tap.engine.graphs import GraphSwitch
+from vllm_tap.engine.rows import Selection
+from vllm_tap.engine.slab import SlabKeeper
+from vllm_tap.engine.tap import REGISTRY, Rows
+
+if TYPE_CHECKING:
+    from vllm_tap.engine.device_sink import DeviceSink
+
+
+STREAM_NUMBERS: Final = {
+    name: number
+    for number, name in enumerate(
+        ("hidden_states", "embeddings", "final_hidden_states", "router_logits", "expert_ids", "expert_weights")
+    )
+}
+"""Places of the streams in the header."""
+
+
+class DeviceRows(Rows):
+    """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is."""
+
+    def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
+        super().__init__()
+        self._buffer = torch.zeros(kernel.HEADER_WORDS + (max_tokens + 1) // 2, dtype=torch.int64, device=device)
+        self.header = self._buffer[: kernel.HEADER_WORDS]
+        self.row_map = self._buffer[kernel.HEADER_WORDS :].view(torch.int32)
+        self.table = torch.full((max_taps, 2), -1, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
+        self.first_tap = len(REGISTRY)
+        self.switch = GraphSwitch()
+        self.headroom = headroom
+        self.slabs = SlabKeeper(device, headroom, self._is_quiet)
+        self.main: torch.cuda.Stream | None = None
+        self.sink: DeviceSink | None = None
+        self.active = False
+        self._planes: dict[int, tuple[int, int]] = {}
+        self._side: torch.cuda.Stream | None = None
+        self._dirty = False
+        self._header_address = self.header.data_ptr()
+        self._num_identity = 0
+        self._anchors: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def num_graph_nodes(self) -> int:
+        return self.switch.num_nodes
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.slabs.held_bytes
+
+    def _is_quiet(self) -> bool:
+        return self.main is None or bool(self.main.query())
+
+    def anchor(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return a device pointer of a dtype from which destinations are counted; see `kernel`."""
+        if dtype not in self._anchors:
+            self._anchors[dtype] = torch.empty(16, dtype=dtype, device=self.header.device)
+        return self._anchors[dtype]
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """Return the stream on which rows leave the device."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.header.device)
+        return self._side
+
+    def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
+        """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside."""
+        if planes != self._planes:
+            table = np.full(tuple(self.table.shape), -1, np.int32)
+            if planes:
+                table[[index - self.first_tap for index in planes]] = list(planes.values())
+            self.table.copy_(torch.from_numpy(table))
+            self._planes = planes
+        self.counts.zero_()
+        self.sink = sink
+        self.switch.turn(frozenset(planes))
+
+    def switch_off(self) -> None:
+        """Let nothing through."""
+        self.clear()
+        self.sink = None
+        self.switch.turn(frozenset())
+
+    def counted(self) -> list[int]:
+        """Return how many steps went through each tap that is on, and those before it; waits for the device."""
+        return list(self.counts[: max(self._planes, default=self.first_tap) - self.first_tap + 1].tolist())
+
+    def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
+        """Send the header of a step to the device, and its row map unless the device has it already."""
+        num_tokens = header[0]
+        if not (selection.is_everything and num_tokens <= self._num_identity):
+            pinned = torch.empty(num_tokens, dtype=torch.int32, pin_memory=True)
+            pinned.numpy()[:] = selection.row_map
+            # PyTorch keeps pinned memory until the copies out of it are done.
+            self.row_map[:num_tokens].copy_(pinned, non_blocking=True)
+            self._num_identity = num_tokens if selection.is_everything else 0
+        cuda.write_words(self._header_address, header, stream.cuda_stream)
+        self.active = self._dirty = True
+
+    def clear(self) -> None:
+        self.active = False
+        if self._dirty:
+            self.header[:1].zero_()
+            self._dirty = False
