@@ -237,15 +237,15 @@ def describe(llm: Any) -> dict[str, Any]:
     """Return the names of vLLM's classes."""
 
     def names(worker: Any) -> dict[str, Any]:
-        from vllm_tap.engine import host
+        from vllm_tap.engine import host_model, host_runner
 
         worker = getattr(worker, "worker", worker)
         found: dict[str, Any] = {
             "vllm_class": type(worker.model_runner.get_model()).__name__,
-            "runner": host.runner_name(worker.model_runner),
+            "runner": host_runner.runner_name(worker.model_runner),
         }
         with contextlib.suppress(Exception):
-            layers = host.find_model(worker).layers
+            layers = host_model.find_model(worker).layers
             found["layer_class"] = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values()))
         return found
 
@@ -432,9 +432,9 @@ def final_norm(llm: Any, result: Any) -> float | str:
         return "no final_hidden_states"
 
     def identity(worker: Any) -> float:
-        from vllm_tap.engine import host
+        from vllm_tap.engine import host_model
 
-        norm = host.find_model(getattr(worker, "worker", worker)).final_norm
+        norm = host_model.find_model(getattr(worker, "worker", worker)).final_norm
         assert norm is not None
         with torch.inference_mode():
             normed = norm.forward(result.rows("hidden_states", -1).clone())
@@ -473,9 +473,9 @@ def modules(llm: Any, result: Any) -> dict[str, Any]:
         return hook
 
     def watch(worker: Any) -> None:
-        from vllm_tap.engine import host
+        from vllm_tap.engine import host_model
 
-        for index, layer in host.find_model(getattr(worker, "worker", worker)).layers.items():
+        for index, layer in host_model.find_model(getattr(worker, "worker", worker)).layers.items():
             children = dict(layer.named_children())
             norm = next((children[name] for name in ENTRY_NORMS if name in children), None)
             if norm is not None and index:

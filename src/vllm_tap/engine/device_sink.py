@@ -29,7 +29,6 @@ from vllm_tap.engine.tap import REGISTRY, Tap
 from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError
 from vllm_tap.frame.layout import LABEL_BYTES, Layout, Stream
 from vllm_tap.labels import NUM_LABELS
-from vllm_tap.transport.memory import Segment
 from vllm_tap.transport.pool import Block, SegmentPool
 
 logger = logging.getLogger("vllm_tap")
@@ -258,15 +257,3 @@ class DeviceSink:
         if self._slab is not None:
             self._rows.slabs.give(self._slab)
             self._slab = None
-
-
-def register_segment(segment: Segment) -> None:
-    """Pin a segment, so that copies into it run at the full rate of the bus and kernels may store into it."""
-    code = int(torch.cuda.cudart().cudaHostRegister(segment.address, segment.nbytes, 0))
-    if code:
-        raise BudgetError(f"{segment.nbytes} bytes of host memory cannot be pinned (cudaHostRegister: {code})")
-
-
-def unregister_segment(segment: Segment) -> None:
-    """Undo `register_segment`."""
-    torch.cuda.cudart().cudaHostUnregister(segment.address)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from vllm_tap.engine import host
+from vllm_tap.engine import host_runner
 from vllm_tap.engine.convention import MODES, NO_ROWS, SUM, WHOLE
 from vllm_tap.engine.legacy_rows import EverySession, Met, Ordered, Part, read_part
 from vllm_tap.engine.tap import ADD
@@ -218,7 +218,7 @@ class LegacyTapWorker(TapWorker):
         if self.refusal or self._taps is None:
             raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
         if not self._taps.seen:
-            host.run_dummy(self._worker.model_runner)
+            host_runner.run_dummy(self._worker.model_runner)
         return self._taps
 
     def _check(self, stream: str) -> None:
@@ -255,7 +255,7 @@ class LegacyTapWorker(TapWorker):
         self._every.known = self._known
 
     def _wanted(self) -> Iterable[Stream]:
-        if host.read_rank(self._worker).tp_rank:
+        if host_runner.read_rank(self._worker).tp_rank:
             return
         for name, taken in self._streams_taken.items():
             held = [place for (stream, _), place in self._ready().by_place.items() if stream == name]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from vllm_tap.engine import host
+from vllm_tap.engine import host, host_model
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
 from vllm_tap.engine.experts import Experts, find_experts, read_routing
 from vllm_tap.engine.routing import confirm
@@ -26,7 +26,7 @@ SOURCES: Final = {
 class ModelTaps:
     """All taps of a model, by stream and layer; all of them share `rows`."""
 
-    def __init__(self, model: host.Model, device: torch.device, rows: Rows) -> None:
+    def __init__(self, model: host_model.Model, device: torch.device, rows: Rows) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
         self._experts: dict[int, Experts] = {}
@@ -144,12 +144,12 @@ def _tap_stream(layer: torch.nn.Module, place: Tap) -> None:
         else:
             tap(result, None, control)
 
-    host.tap_outputs(layer, then)
+    host_model.tap_outputs(layer, then)
 
 
 def _tap_norm(norm: torch.nn.Module, place: Tap) -> None:
     control = place.control
-    host.tap_outputs(norm, lambda result: tap(result[0] if isinstance(result, tuple) else result, None, control))
+    host_model.tap_outputs(norm, lambda result: tap(result[0] if isinstance(result, tuple) else result, None, control))
 
 
 def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
@@ -159,7 +159,7 @@ def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
         if hidden is not None:
             tap(hidden, residual, control)
 
-    host.tap_inputs(layer, ("hidden_states", "residual"), then)
+    host_model.tap_inputs(layer, ("hidden_states", "residual"), then)
 
 
 def _tap_logits(experts: Experts, place: Tap) -> None:
@@ -169,7 +169,7 @@ def _tap_logits(experts: Experts, place: Tap) -> None:
         # With a fused gate, the columns of the shared experts follow the routed ones.
         tap(logits[:, :num_experts] if experts.has_fused_gate else logits, None, control)
 
-    host.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
+    host_model.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
 
 
 def _tap_choice(experts: Experts, weights: Tap, ids: Tap) -> None:
@@ -179,7 +179,7 @@ def _tap_choice(experts: Experts, weights: Tap, ids: Tap) -> None:
         tap(result[0], None, weights_control)
         tap(result[1], None, ids_control)
 
-    host.tap_outputs(experts.router, then, "select_experts")
+    host_model.tap_outputs(experts.router, then, "select_experts")
 
 
 def smallest_integer(num_values: int) -> torch.dtype:

@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm_tap.engine import host
+from vllm_tap.engine import host, host_model, host_runner
+from vllm_tap.engine.backend import Backend, choose
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
-from vllm_tap.engine.profile import DMA, HOST, DmaProfile, Figures, Profile
+from vllm_tap.engine.profile import DMA, HOST, Figures, Profile
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
-from vllm_tap.engine.sink import HostSink, Taps
-from vllm_tap.engine.tap import ADD, Rows, Tap
+from vllm_tap.engine.sink import Taps
+from vllm_tap.engine.tap import ADD, Tap
 from vllm_tap.engine.taps import SOURCES, ModelTaps
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
@@ -29,12 +30,6 @@ from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import SegmentPool
 
 logger = logging.getLogger("vllm_tap")
-
-MAX_TAPS = 4096
-"""Taps that the device tables have room for, at 12 bytes each."""
-
-MAX_PADDING = 1024
-"""Rows that a step may have beyond the runner's max_num_tokens."""
 
 
 def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]:
@@ -78,13 +73,14 @@ def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
     return layers
 
 
-class TapWorker(host.Recorder):
+class TapWorker(host_runner.Recorder):
     """The taps of a worker's model, its pools of segments, and the capture under way, if any."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self.rank: int = worker.rank
         self.refusal = ""
+        self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._session: Session | None = None
         self._pools: dict[bool, SegmentPool] = {}
@@ -96,26 +92,14 @@ class TapWorker(host.Recorder):
         """Put taps into the model that a worker has just loaded; if they do not fit, keep the reason."""
         self = cls(worker)
         try:
-            model = host.find_model(worker)
-            self._taps = ModelTaps(model, worker.device, self._new_rows())
-            host.watch_runner(worker.model_runner, self)
+            model = host_model.find_model(worker)
+            self._backend = choose(worker)
+            self._taps = ModelTaps(model, worker.device, self._backend.rows)
+            host_runner.watch_runner(worker.model_runner, self)
         except Exception as error:
             self.refusal = str(error) if isinstance(error, TapError) else f"{type(error).__name__}: {error}"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
         return self
-
-    def _new_rows(self) -> Rows:
-        if self._worker.device.type != "cuda":
-            return Rows()
-        from vllm_tap.engine import device_tap
-        from vllm_tap.engine.device_rows import DeviceRows
-
-        device_tap.install()
-        runner = self._worker.model_runner
-        headroom = functools.partial(host.step_headroom, self._worker)
-        rows = DeviceRows(runner.max_num_tokens + MAX_PADDING, MAX_TAPS, self._worker.device, headroom)
-        host.around_capture(runner, rows.switch.keeping)
-        return rows
 
     # ------------------------------------------------------------------------------------------ the runner's reports
 
@@ -150,16 +134,16 @@ class TapWorker(host.Recorder):
         if taps is not None and not refusal:
             # Data parallel engines run in step: a forward pass of one alone waits for the others. The client sends a
             # request instead, as it does where dummy rows tell nothing.
-            if not taps.seen and not host.runs_in_step(worker):
-                host.run_dummy(worker.model_runner)
+            if not taps.seen and not host_runner.runs_in_step(worker):
+                host_runner.run_dummy(worker.model_runner)
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
-        rank = host.read_rank(worker)
+        rank = host_runner.read_rank(worker)
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
             engine=host.vllm_version(),
-            runner=host.runner_name(worker.model_runner),
+            runner=host_runner.runner_name(worker.model_runner),
             device=worker.device.type,
             num_layers=taps.model.num_layers if taps else 0,
             streams=streams,
@@ -199,20 +183,13 @@ class TapWorker(host.Recorder):
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
         assert self._taps is not None
-        taps, rows = self._taps.by_place, self._taps.rows
-        if self._worker.device.type != "cuda":
-            return HostSink(streams, taps, rows, pool)
-        from vllm_tap.engine.device_rows import DeviceRows
-        from vllm_tap.engine.device_sink import DeviceSink
-
-        assert isinstance(rows, DeviceRows)
-        max_rows = self._worker.model_runner.max_num_tokens
-        return DeviceSink(streams, taps, rows, pool, max_rows, host.graph_rows(self._worker), start.staging)
+        assert self._backend is not None
+        return self._backend.new_sink(streams, self._taps.by_place, pool, start.staging)
 
     def _share(self, start: messages.Start) -> Iterable[Stream]:
         """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
         assert self._taps is not None
-        rank = host.read_rank(self._worker)
+        rank = host_runner.read_rank(self._worker)
         mine = {
             (stream, layer): tap
             for (stream, layer), tap in self._taps.by_place.items()
@@ -279,31 +256,20 @@ class TapWorker(host.Recorder):
             What the profile that was on until now has collected: {label: figures}. Any other `kind` only ends it.
         """
         figures = self._profile.stop() if self._profile else {}
-        on_cuda = self._worker.device.type == "cuda"
-        self._profile = (
-            self._host_profile(on_cuda) if kind == HOST else DmaProfile() if kind == DMA and on_cuda else None
-        )
+        self._profile = self._host_profile() if kind == HOST else None
+        if kind == DMA and self._backend is not None:
+            self._profile = self._backend.copy_profile()
         return figures
 
-    def _host_profile(self, on_cuda: bool) -> Profile:
+    def _host_profile(self) -> Profile:
         profile = Profile()
         for name in ("start", "finish", "arm", "drain", "sampled"):
             profile.watch(self, name)
         profile.watch(self, "_sink", "start: sink")
         profile.watch(Session, "finish", "finish: settle")
         profile.watch(Session, "close", "finish: close")
-        if on_cuda and self._taps is not None:
-            from vllm_tap.engine import cuda
-            from vllm_tap.engine.device_rows import DeviceRows
-
-            rows = self._taps.rows
-            assert isinstance(rows, DeviceRows)
-            profile.watch(rows, "switch_on", "start: switch on")
-            profile.watch(rows.slabs, "take", "start: take slab")
-            profile.watch(rows.slabs, "give", "finish: give slab")
-            profile.watch(rows.switch, "set_nodes", "graph: switch nodes")
-            profile.watch(cuda, "allocate")
-            profile.watch(cuda, "free")
+        if self._backend is not None:
+            self._backend.watch(profile)
         return profile
 
     # ------------------------------------------------------------------------------------------------------- the rest
@@ -326,13 +292,8 @@ class TapWorker(host.Recorder):
         return self._pools[shared]
 
     def _new_pool(self, shared: bool) -> SegmentPool:
-        if self._worker.device.type != "cuda":
-            return SegmentPool(0, shared=shared)
-        from vllm_tap.engine.device_sink import register_segment, unregister_segment
-
-        return SegmentPool(
-            0, shared=shared, segment_bytes=1 << 30, on_create=register_segment, on_close=unregister_segment
-        )
+        assert self._backend is not None
+        return self._backend.new_pool(shared)
 
     def _shared_server(self) -> SegmentServer:
         if self._server is None:

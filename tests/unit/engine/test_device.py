@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simulated_cuda import SimulatedCuda, Stream, simulated_cuda
-from vllm_tap.engine import device_sink, device_tap, kernel
+from vllm_tap.engine import device_backend, device_sink, device_tap, kernel
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
@@ -126,8 +126,8 @@ class Engine:
             8 << 20,
             shared=False,
             segment_bytes=2 << 20,
-            on_create=device_sink.register_segment,
-            on_close=device_sink.unregister_segment,
+            on_create=device_backend.register_segment,
+            on_close=device_backend.unregister_segment,
         )
         self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
         self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)

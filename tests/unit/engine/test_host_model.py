@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.engine.host import _refuse_config
+from vllm_tap.engine.host_model import _refuse_config
 from vllm_tap.errors import EngineUnsupportedError
 
 

@@ -1,0 +1,72 @@
+"""What differs between engines on processors and on CUDA devices, behind one face. Worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vllm_tap.engine.profile import Profile
+from vllm_tap.engine.session import Sink
+from vllm_tap.engine.sink import HostSink, Taps
+from vllm_tap.engine.tap import Rows
+from vllm_tap.frame.layout import Stream
+from vllm_tap.transport.pool import SegmentPool
+
+
+class Backend(Protocol):
+    """How rows get from the taps of a worker into segments."""
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the current step, shared by all taps."""
+        ...
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
+        """Return where the rows of one capture go.
+
+        Raises:
+            BudgetError: There is no room for staging, and `staging` insists on it.
+        """
+        ...
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool without segments, whose budget is zero."""
+        ...
+
+    def watch(self, profile: Profile) -> None:
+        """Have a profile time the parts that only this backend has."""
+
+    def copy_profile(self) -> Profile | None:
+        """Return a profile of copies from the device, or None where rows need none."""
+        ...
+
+
+class HostBackend:
+    """Taps write into segments."""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
+        """Return a sink; rows are never staged."""
+        return HostSink(streams, taps, self.rows, pool)
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool."""
+        return SegmentPool(0, shared=shared)
+
+    def watch(self, profile: Profile) -> None:
+        """Nothing more to time."""
+
+    def copy_profile(self) -> Profile | None:
+        """There are no copies."""
+        return None
+
+
+def choose(worker: Any) -> Backend:
+    """Return the backend of a worker whose model has been loaded."""
+    if worker.device.type != "cuda":
+        return HostBackend()
+    from vllm_tap.engine.device_backend import DeviceBackend
+
+    return DeviceBackend(worker)

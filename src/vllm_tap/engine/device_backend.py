@@ -1,0 +1,75 @@
+"""Rows of a CUDA engine: kernels in its graphs, staging on its device, pinned segments. Worker process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from vllm_tap.engine import cuda, device_tap, host_runner
+from vllm_tap.engine.device_rows import DeviceRows
+from vllm_tap.engine.device_sink import DeviceSink
+from vllm_tap.engine.profile import DmaProfile, Profile
+from vllm_tap.engine.sink import Taps
+from vllm_tap.errors import BudgetError
+from vllm_tap.frame.layout import Stream
+from vllm_tap.transport.memory import Segment
+from vllm_tap.transport.pool import SegmentPool
+
+MAX_TAPS: Final = 4096
+"""Taps that the device tables have room for, at 12 bytes each."""
+
+MAX_PADDING: Final = 1024
+"""Rows that a step may have beyond the runner's max_num_tokens."""
+
+SEGMENT_BYTES: Final = 1 << 30
+
+
+class DeviceBackend:
+    """Taps write to staging, from which a side stream copies into segments."""
+
+    def __init__(self, worker: Any) -> None:
+        device_tap.install()
+        runner = worker.model_runner
+        self._max_rows = int(runner.max_num_tokens)
+        self._graph_rows = host_runner.graph_rows(worker)
+        headroom = functools.partial(host_runner.step_headroom, worker)
+        self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
+        host_runner.around_capture(runner, self.rows.switch.keeping)
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> DeviceSink:
+        """Return a sink, whose staging is taken from the device now."""
+        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, self._graph_rows, staging)
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool whose segments are pinned."""
+        return SegmentPool(
+            0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=register_segment, on_close=unregister_segment
+        )
+
+    def watch(self, profile: Profile) -> None:
+        """Time what a start and a finish ask of the device."""
+        profile.watch(self.rows, "switch_on", "start: switch on")
+        profile.watch(self.rows.slabs, "take", "start: take slab")
+        profile.watch(self.rows.slabs, "give", "finish: give slab")
+        profile.watch(self.rows.switch, "set_nodes", "graph: switch nodes")
+        profile.watch(cuda, "allocate")
+        profile.watch(cuda, "free")
+
+    def copy_profile(self) -> Profile:
+        """Time every copy to the host."""
+        return DmaProfile()
+
+
+def register_segment(segment: Segment) -> None:
+    """Pin a segment, so that copies into it run at the full rate of the bus and kernels may store into it."""
+    code = int(torch.cuda.cudart().cudaHostRegister(segment.address, segment.nbytes, 0))
+    if code:
+        raise BudgetError(f"{segment.nbytes} bytes of host memory cannot be pinned (cudaHostRegister: {code})")
+
+
+def unregister_segment(segment: Segment) -> None:
+    """Undo `register_segment`."""
+    torch.cuda.cudart().cudaHostUnregister(segment.address)

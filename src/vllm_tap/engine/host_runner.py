@@ -1,0 +1,172 @@
+"""vLLM's worker and its model runner: every step as it sees it, its place in the engine, its limits. Worker process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from vllm_tap.engine.assumptions import REQUESTS, V1_ROWS, V2_ROWS
+from vllm_tap.engine.host import require, require_fields
+from vllm_tap.engine.rows import Batch
+from vllm_tap.frame.messages import Rank
+from vllm_tap.labels import Mark, read_mark
+
+
+def read_rank(worker: Any) -> Rank:
+    """Return where this worker stands in the engine."""
+    from vllm.distributed import get_pp_group, get_tp_group
+
+    tp, pp = get_tp_group(), get_pp_group()
+    return Rank(worker.rank, tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size)
+
+
+def runs_in_step(worker: Any) -> bool:
+    """Tell whether every forward pass of this worker has to meet one of other engines, as in data parallel ones."""
+    return bool(getattr(worker.vllm_config.parallel_config, "data_parallel_size", 1) > 1)
+
+
+class Recorder:
+    """What a runner reports to; `TapWorker` implements it."""
+
+    def scheduled(self, request_id: str) -> None:
+        """A request, captured or not, is scheduled for the first time."""
+
+    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
+        """A captured request is scheduled for the first time."""
+
+    def arm(self, batch: Batch) -> None:
+        """The inputs of a forward pass are on the device."""
+
+    def drain(self) -> None:
+        """The forward pass has been launched."""
+
+    def sampled(self) -> None:
+        """The copy of the sampled tokens to the host has been queued."""
+
+    def disarm(self) -> None:
+        """A forward pass without requests is about to run."""
+
+
+def runner_name(runner: Any) -> str:
+    """Return "V1" or "V2"."""
+    return "V2" if hasattr(runner, "prepare_inputs") else "V1"
+
+
+def watch_runner(runner: Any, recorder: Recorder) -> None:
+    """Let the recorder see every step of the runner, in the order meet, arm, forward, drain, sampled.
+
+    Raises:
+        EngineUnsupportedError: The runner does not look as expected; it has not been changed.
+    """
+    execute = require(runner, "execute_model")
+    dummy_run = require(runner, "_dummy_run")
+    sample = require(runner, "sample_tokens")
+    require_fields(REQUESTS)
+    if runner_name(runner) == "V2":
+        require_fields([V2_ROWS])
+        prepare = runner.prepare_inputs
+        runner.prepare_inputs = _after(prepare, lambda batch: recorder.arm(_batch_v2(batch)))
+    else:
+        for owner, entry in zip((runner, runner.input_batch), V1_ROWS, strict=True):
+            for name in entry.names:
+                require(owner, name)
+        prepare = require(runner, "_prepare_inputs")
+        runner._prepare_inputs = _after(prepare, lambda _: recorder.arm(_batch_v1(runner)))
+
+    @functools.wraps(execute)
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
+        if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
+            recorder.disarm()
+            return execute(scheduler_output, *args, **kwargs)
+        for new in scheduler_output.scheduled_new_reqs:
+            _meet(new, recorder)
+        result = execute(scheduler_output, *args, **kwargs)
+        recorder.drain()
+        return result
+
+    @functools.wraps(dummy_run)
+    def _dummy_run(*args: Any, **kwargs: Any) -> Any:
+        recorder.disarm()
+        return dummy_run(*args, **kwargs)
+
+    runner.execute_model, runner._dummy_run = execute_model, _dummy_run
+    runner.sample_tokens = _after(sample, lambda _: recorder.sampled())
+
+
+def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        then(result)
+        return result
+
+    return wrapper
+
+
+def _meet(new: Any, recorder: Recorder) -> None:
+    recorder.scheduled(new.req_id)
+    sampling = new.sampling_params
+    pooling = getattr(new, "pooling_params", None)
+    extra = sampling.extra_args if sampling is not None else getattr(pooling, "extra_kwargs", None)
+    mark = read_mark(extra)
+    if mark is not None:
+        recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()))
+
+
+def _batch_v1(runner: Any) -> Batch:
+    batch = runner.input_batch
+    num_reqs = batch.num_reqs
+    return Batch(
+        request_ids=batch.req_ids[:num_reqs],
+        starts=runner.query_start_loc.np[: num_reqs + 1],
+        num_computed=batch.num_computed_tokens_cpu[:num_reqs],
+        positions=runner.positions,
+        token_ids=runner.input_ids.gpu,
+    )
+
+
+def _batch_v2(batch: Any) -> Batch:
+    return Batch(
+        request_ids=batch.req_ids,
+        starts=batch.query_start_loc_np,
+        num_computed=batch.num_computed_tokens_np,
+        positions=batch.positions,
+        token_ids=batch.input_ids,
+    )
+
+
+def run_dummy(runner: Any) -> None:
+    """Run the model once on a few dummy rows, for what the taps learn from it."""
+    runner._dummy_run(min(16, runner.max_num_tokens))
+
+
+def graph_rows(worker: Any) -> int:
+    """Return the most rows of a step that may run in a captured CUDA graph."""
+    return int(getattr(worker.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
+
+
+def step_headroom(worker: Any) -> int:
+    """Return how many bytes of device memory the engine's steps may take that PyTorch does not hold already.
+
+    vLLM measures the most that activations take when it starts; what PyTorch keeps for them counts as held.
+    """
+    peak = int(getattr(worker, "peak_activation_memory", 0) or 0)
+    held = torch.cuda.memory_reserved(worker.device) - torch.cuda.memory_allocated(worker.device)
+    return max(peak - held, 0)
+
+
+def around_capture(runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the capture of CUDA graphs inside a context."""
+    capture_model = require(runner, "capture_model")
+
+    @functools.wraps(capture_model)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return capture_model(*args, **kwargs)
+
+    runner.capture_model = wrapper
