@@ -85,13 +85,14 @@ test-version-%:
 	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
 
 # Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
-# RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000.
+# RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000. So are the taps' with
+# SOAK=--simulated-cuda, where rows take the way of CUDA engines: ROWS=5000.
 ROWS ?= 1000000
 RUNNER ?= v1
 SEED ?= 0
 
 soak: $(VENV)/.dev
-	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED)
+	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED) $(SOAK)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

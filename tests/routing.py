@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllm_tap.frame.routing import Routing
@@ -39,3 +41,14 @@ def in_order(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, to
     """Return ids and weights [R, K] with the ids of each row in ascending order: routers need not sort."""
     ids, order = ids.long().sort(-1)
     return ids, weights.float().gather(-1, order)
+
+
+def check_followed(result: Any) -> None:
+    """Check that the experts and weights of all rows of a capture follow from its logits and the stated routing."""
+    for layer, routing in result.routing.items():
+        for sample in result:
+            found_ids, found_weights = in_order(sample.expert_ids[layer], sample.expert_weights[layer])
+            expected_ids, expected_weights = follow(routing, sample.router_logits[layer])
+            assert torch.equal(found_ids, expected_ids)
+            # Both in float32, with exponentials divided by another sum: a few roundings (6e-8) of a weight up to one.
+            torch.testing.assert_close(found_weights, expected_weights, rtol=0, atol=1e-6)

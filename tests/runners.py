@@ -1,4 +1,4 @@
-"""Surroundings in which a CPU runs what vLLM keeps for GPUs: the V2 runner, experts shared out, scheduling ahead.
+"""Surroundings in which a CPU runs what is for GPUs: the V2 runner, experts shared out, scheduling ahead, CUDA taps.
 
 Runs in the test process.
 """
@@ -21,6 +21,12 @@ def v2_environment() -> dict[str, str]:
     It has to be there when the process starts; see interpreter/sitecustomize.py.
     """
     return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": _python_path("interpreter")}
+
+
+def simulated_environment(runner: str) -> dict[str, str]:
+    """Return the environment of a process whose engines capture as on CUDA, on a simulated device."""
+    runs_v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if runner == "V2" else {}
+    return os.environ | runs_v2 | {"PYTHONPATH": _python_path("simulated")}
 
 
 def expert_environment(num_ranks: int) -> dict[str, str]:

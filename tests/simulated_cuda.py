@@ -62,8 +62,10 @@ class Event:
         self.device = device
         self.clock: dict[str, int] = {}
 
-    def record(self, stream: Stream | None = None) -> None:
-        self.clock = dict(self.device.queue((stream or self.device.main).name))
+    def record(self, stream: Any = None) -> None:
+        # vLLM for CPUs has streams of its own that stand for none.
+        name = (stream if isinstance(stream, Stream) else self.device.main).name
+        self.clock = dict(self.device.queue(name))
 
     def synchronize(self) -> None:
         self.device.num_host_waits += 1
@@ -138,6 +140,9 @@ class SimulatedCuda:
         mine = self.clocks[actor]
         for other, time in clock.items():
             mine[other] = max(mine.get(other, 0), time)
+        if actor == HOST:
+            # Whatever is queued from here on comes after what the host has seen.
+            self._log = [access for access in self._log if access.time > mine.get(access.actor, 0)]
 
     def queue(self, stream: str) -> dict[str, int]:
         """Begin the next piece of work of a stream, after all that the host has seen; return its clock."""
@@ -183,7 +188,7 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuMemFree_v2(self, address: int) -> int:  # noqa: N802
-        for clock in list(self.clocks.values()):  # it waits for everything that is queued
+        for clock in self.clocks.values():  # it waits for everything that is queued
             self.learn(HOST, clock)
         _, nbytes = self._buffers.pop(address)
         self.free_bytes += nbytes
@@ -329,6 +334,8 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "current_stream", lambda *_: device.main)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.recording is not None)
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (device.free_bytes, device.capacity))
+        patch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+        patch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
         patch.setattr(torch.cuda, "set_device", lambda *_: None)
         patch.setattr(torch.cuda, "cudart", lambda: device)
         yield device

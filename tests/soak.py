@@ -28,10 +28,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runners import asynchronous_scheduling, v2_environment
+from runners import asynchronous_scheduling, simulated_environment, v2_environment
 from traffic import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN, Traffic
 
 RELEASE_S = 20
+
+IS_PREPARED = "VLLM_TAP_SOAK_IS_PREPARED"
+"""Set in a process that has been started anew with the surroundings that its engines need."""
 
 
 class Kind(dict[str, Any]):
@@ -149,11 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="v2 goes through Triton's interpreter")
+    parser.add_argument("--simulated-cuda", action="store_true", help="rows take the way of CUDA engines, interpreted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     args = parser.parse_args()
-    if args.runner == "v2" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
-        os.execve(sys.executable, [sys.executable, *sys.argv], v2_environment())
+    if (args.simulated_cuda or args.runner == "v2") and IS_PREPARED not in os.environ:
+        environment = simulated_environment(args.runner.upper()) if args.simulated_cuda else v2_environment()
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment | {IS_PREPARED: "1"})
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"
     import torch
 

@@ -5,11 +5,9 @@ Tests only. Python imports this module by its name when it starts, in every proc
 """
 
 import functools
-import importlib.abc
-import importlib.util
-import sys
-from collections.abc import Callable
 from typing import Any
+
+from changes import when_imported
 
 
 def all_gatherv(self: Any, inputs: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
@@ -59,28 +57,9 @@ def add_shares(module: Any) -> None:
     module.CPUUnquantizedExperts.apply = of_this_rank
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
-    "vllm.distributed.device_communicators.cpu_communicator": add_collectives,
-    "vllm.model_executor.layers.fused_moe.experts.cpu_moe": add_shares,
-}
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes vLLM's modules as soon as they have been imported."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        change = CHANGES.pop(name, None)
-        if change is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            execute(module)
-            change(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
+when_imported(
+    {
+        "vllm.distributed.device_communicators.cpu_communicator": add_collectives,
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe": add_shares,
+    }
+)

@@ -1,0 +1,46 @@
+"""Gives engines on a CPU the backend of those on CUDA, on a simulated device; see simulated_cuda.py.
+
+Tests only. Python imports this module by its name when it starts, in every process that has this folder in PYTHONPATH;
+`simulated_environment` in tests/runners.py puts it there.
+"""
+
+import contextlib
+import functools
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+from changes import when_imported
+
+_for_ever = contextlib.ExitStack()
+
+
+def simulate(backend: Any) -> None:
+    """Let the worker of this process take a simulated device for its own."""
+    from simulated_cuda import simulated_cuda
+    from vllm_tap.engine import device_tap, kernel
+    from vllm_tap.engine.device_backend import DeviceBackend
+    from vllm_tap.engine.session import Session
+    from vllm_tap.engine.tap import LIBRARY
+    from vllm_tap.errors import CaptureError
+
+    cuda = _for_ever.enter_context(simulated_cuda())
+    LIBRARY.impl("tap", device_tap._tap_cuda, "CPU", allow_override=True)
+    backend.choose = DeviceBackend
+    kernel.LARGE_ROWS = 4  # a program of many rows takes the interpreter no longer than one of one row
+    finish = Session.finish
+
+    @functools.wraps(finish)
+    def finish_in_order(self: Any) -> Any:
+        descriptor = finish(self)
+        if cuda.conflicts:
+            raise CaptureError(f"accesses without an order: {cuda.conflicts[:4]}")
+        return descriptor
+
+    Session.finish = finish_in_order
+
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    runpy.run_path(str(Path(__file__).parents[1] / "interpreter" / "sitecustomize.py"))
+when_imported({"vllm_tap.engine.backend": simulate})
