@@ -59,7 +59,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         report.put(parts=parts)
     timeline: list[dict[str, Any]] = []
     if args.timeline:  # last: the profiler stays in the worker's way once it has been started
-        timeline = measure_timeline(setting, tapped)
+        timeline = measure_timeline(setting, plain, tapped)
         report.put(timeline=timeline)
     num_layers = tapped.llm_engine.model_config.hf_text_config.num_hidden_layers
     del ratios

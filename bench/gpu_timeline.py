@@ -22,7 +22,10 @@ WORKLOADS = {"decode 8 x (64 + 128)": 24, "decode 64 x (64 + 128)": 24, "prefill
 HOST_GAP_US = 40.0
 """A gap longer than this is the host's, which the profiler slows down, and no cost of the device."""
 
-SHOWN = 8
+CAPTURING = "all layers"
+
+KEPT, SHOWN = 24, 12
+"""Operations of a workload in the results file, and in the table."""
 
 
 class Operation(NamedTuple):
@@ -41,31 +44,28 @@ def arguments() -> dict[str, Any]:
     return {"profiler_config": {"profiler": "torch", "torch_profiler_dir": folder, **options}}
 
 
-def measure_timeline(setting: Setting, tapped: Any) -> list[dict[str, Any]]:
-    """Return for each workload what the operations of a step cost, idle and with all layers captured."""
-    folder = Path(tapped.llm_engine.vllm_config.profiler_config.torch_profiler_dir)
-    return [_compare(setting, tapped, folder, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
+def measure_timeline(setting: Setting, plain: Any, tapped: Any) -> list[dict[str, Any]]:
+    """Return what the operations of a step cost, for each workload: plain if there is such an engine, idle, busy."""
+    return [_compare(setting, plain, tapped, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
 
 
-def _compare(setting: Setting, tapped: Any, folder: Path, name: str, max_tokens: int) -> dict[str, Any]:
+def _compare(setting: Setting, plain: Any, tapped: Any, name: str, max_tokens: int) -> dict[str, Any]:
     workload = setting.workload(name)
     prompts = setting.prompts(workload)
-    spec = setting.spec("all layers")
-    arms: dict[str, Callable[[], object]] = {
-        "idle": lambda: generate(tapped, prompts, max_tokens),
-        "all layers": lambda: capture(setting, tapped, prompts, max_tokens, spec),
-    }
     steps = max_tokens if max_tokens > 1 else -(-workload[0] * workload[1] // setting.step_tokens)
-    found = {arm: _costs(_trace(tapped, folder, run), steps) for arm, run in arms.items()}
-    idle, all_layers = found["idle"], found["all layers"]
-    names = sorted(idle.keys() | all_layers.keys(), key=lambda n: -abs(_us(all_layers, n) - _us(idle, n)))
+    arms: dict[str, tuple[Any, Callable[[], object]]] = {
+        "plain": (plain, lambda: generate(plain, prompts, max_tokens)),
+        "idle": (tapped, lambda: generate(tapped, prompts, max_tokens)),
+        CAPTURING: (tapped, lambda: capture(setting, tapped, prompts, max_tokens, setting.spec("all layers"))),
+    }
+    found = {arm: _costs(_trace(llm, run), steps) for arm, (llm, run) in arms.items() if llm is not None}
+    names = {name for costs in found.values() for name in costs}
+    more = {name: _us(found[CAPTURING], name) - _us(found["idle"], name) for name in names}
+    chosen = sorted(names, key=lambda name: -abs(more[name]))[:KEPT]
     return {
         "workload": name,
-        "idle_us": sum(us for _, us in idle.values()),
-        "all_layers_us": sum(us for _, us in all_layers.values()),
-        "operations": {
-            n: {"idle": idle.get(n, (0, 0)), "all layers": all_layers.get(n, (0, 0))} for n in names[: 2 * SHOWN]
-        },
+        "us": {arm: sum(us for _, us in costs.values()) for arm, costs in found.items()},
+        "operations": {name: {arm: costs.get(name, (0.0, 0.0)) for arm, costs in found.items()} for name in chosen},
     }
 
 
@@ -73,7 +73,8 @@ def _us(costs: dict[str, tuple[float, float]], name: str) -> float:
     return costs.get(name, (0.0, 0.0))[1]
 
 
-def _trace(llm: Any, folder: Path, run: Callable[[], object]) -> list[Operation]:
+def _trace(llm: Any, run: Callable[[], object]) -> list[Operation]:
+    folder = Path(llm.llm_engine.vllm_config.profiler_config.torch_profiler_dir)
     run()
     before = set(folder.glob("*.gz"))
     llm.start_profile()
@@ -94,9 +95,9 @@ def _costs(operations: list[Operation], steps: int) -> dict[str, tuple[float, fl
     main = [operation for operation in operations if operation.stream == streams.most_common(1)[0][0]]
     # What runs once a step marks the steps; the last of such kernels, so that a step is whole.
     counts = Counter(operation.name for operation in main)
-    once = [operation.name for operation in main if counts[operation.name] == steps]
+    once = [operation.name for operation in main if counts[operation.name] in (steps, steps + 1)]
     if not once:
-        print(f"# timeline: no operation ran {steps} times: {counts.most_common(20)}", flush=True)
+        print(f"# timeline: no operation ran {steps} times: {counts.most_common(SHOWN)}", flush=True)
         return {}
     marks = [place for place, operation in enumerate(main) if operation.name == once[-1]]
     first, last = marks[min(3, len(marks) // 2 - 1)], marks[-1]
@@ -118,12 +119,10 @@ def _short(name: str) -> str:
 
 
 def show_timeline(rows: list[dict[str, Any]]) -> None:
-    """Print the table: operations by what they cost more when capturing."""
+    """Print the table: operations by what they cost more when capturing than idle."""
     for row in rows:
-        print(
-            f"\nstep of {row['workload']}, us on the device (profiled): idle {row['idle_us']:.1f}, all layers "
-            f"{row['all_layers_us']:.1f}"
-        )
+        totals = ", ".join(f"{arm} {us:.1f}" for arm, us in row["us"].items())
+        print(f"\na step of {row['workload']}, us on the device (profiled): {totals}")
         for name, arms in list(row["operations"].items())[:SHOWN]:
-            (few, idle), (many, busy) = arms["idle"], arms["all layers"]
-            print(f"    {name:70s} {few:6.1f} x {idle:9.1f}   {many:6.1f} x {busy:9.1f}   {busy - idle:+9.1f}")
+            cells = "".join(f"{times:8.1f} x {us:9.1f}" for times, us in arms.values())
+            print(f"    {name:70s}{cells}{arms[CAPTURING][1] - arms['idle'][1]:+11.1f}")
