@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from triton.runtime import interpreter
 from vllm_tap.engine import cuda, kernel
 
 HOST = "host"
-SUCCESS, OUT_OF_MEMORY = 0, 2
+SUCCESS, OUT_OF_MEMORY, INVALID_VALUE = 0, 2, 1
 
 
 class Access(NamedTuple):
@@ -108,7 +109,10 @@ class Graph:
 
 
 class SimulatedCuda:
-    """The device, and all that was done to its memory and to registered memory of the host."""
+    """The device, and all that was done to its memory and to registered memory of the host.
+
+    Copies and pins fail when none is left.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.free_bytes = self.capacity = capacity
@@ -119,6 +123,8 @@ class SimulatedCuda:
         self.conflicts: list[str] = []
         self.num_host_waits = 0
         self.num_copies = 0
+        self.copies_left = sys.maxsize
+        self.pins_left = sys.maxsize
         self.recording: Graph | None = None
         self.graphs: dict[int, Graph] = {}
         self._log: list[Access] = []
@@ -206,19 +212,20 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuMemcpyDtoHAsync_v2(self, target: int, source: int, nbytes: int, stream: int) -> int:  # noqa: N802
-        self._copy(stream, target, nbytes, source, nbytes, nbytes, 1)
-        return SUCCESS
+        return self._copy(stream, target, nbytes, source, nbytes, nbytes, 1)
 
     def cuMemcpy2DAsync_v2(self, reference: Any, stream: int) -> int:  # noqa: N802
         job = reference._obj
         assert (job.src_type, job.dst_type) == (2, 1), "not from the device to the host"
         sizes = job.width, job.height
-        self._copy(stream, job.dst_host, job.dst_pitch, job.src_device, job.src_pitch, *sizes)
-        return SUCCESS
+        return self._copy(stream, job.dst_host, job.dst_pitch, job.src_device, job.src_pitch, *sizes)
 
     def _copy(
         self, handle: int, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> None:
+    ) -> int:
+        self.copies_left -= 1
+        if self.copies_left < 0:
+            return INVALID_VALUE
         name = self.streams[handle].name
         self.queue(name)
         self.num_copies += 1
@@ -226,6 +233,11 @@ class SimulatedCuda:
             self.access(name, source + row * source_pitch, width, False, f"copy {self.num_copies} from the device")
             self.access(name, target + row * target_pitch, width, True, f"copy {self.num_copies} to the host")
             ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        return SUCCESS
+
+    def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = {INVALID_VALUE: b"CUDA_ERROR_INVALID_VALUE"}[code]
+        return SUCCESS
 
     def cuStreamGetCaptureInfo_v2(  # noqa: N802
         self, stream: int, status: Any, number: Any, graph: Any, nodes: Any, num_nodes: Any
@@ -244,6 +256,9 @@ class SimulatedCuda:
     # ------------------------------------------------------------------------------------------------------- runtime
 
     def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:  # noqa: N802
+        self.pins_left -= 1
+        if self.pins_left < 0:
+            return OUT_OF_MEMORY
         self._watched[address] = address + nbytes
         return SUCCESS
 

@@ -21,11 +21,17 @@ class Backend(Protocol):
         """The rows of the current step, shared by all taps."""
         ...
 
+    @property
+    def refusal(self) -> str:
+        """Why rows cannot be taken, as far as the forward passes until now have shown; an empty string if they can."""
+        ...
+
     def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
         """Return where the rows of one capture go.
 
         Raises:
             BudgetError: There is no room for staging, and `staging` insists on it.
+            EngineUnsupportedError: Rows cannot be taken, see `refusal`.
         """
         ...
 
@@ -43,6 +49,8 @@ class Backend(Protocol):
 
 class HostBackend:
     """Taps write into segments."""
+
+    refusal = ""
 
     def __init__(self) -> None:
         self.rows = Rows()

@@ -13,7 +13,7 @@ from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.device_sink import DeviceSink
 from vllm_tap.engine.profile import DmaProfile, Profile
 from vllm_tap.engine.sink import Taps
-from vllm_tap.errors import BudgetError
+from vllm_tap.errors import BudgetError, EngineUnsupportedError
 from vllm_tap.frame.layout import Stream
 from vllm_tap.transport.memory import Segment
 from vllm_tap.transport.pool import SegmentPool
@@ -39,8 +39,19 @@ class DeviceBackend:
         self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
+    @property
+    def refusal(self) -> str:
+        """Why the kernels do not run here, or an empty string."""
+        return self.rows.refusal
+
     def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> DeviceSink:
-        """Return a sink, whose staging is taken from the device now."""
+        """Return a sink, whose staging is taken from the device now.
+
+        Raises:
+            EngineUnsupportedError: The kernels do not run here.
+        """
+        if self.rows.refusal:
+            raise EngineUnsupportedError(self.rows.refusal)
         return DeviceSink(streams, taps, self.rows, pool, self._max_rows, self._graph_rows, staging)
 
     def new_pool(self, shared: bool) -> SegmentPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,8 @@ from vllm_tap.engine.tap import REGISTRY, Rows
 
 if TYPE_CHECKING:
     from vllm_tap.engine.device_sink import DeviceSink
+
+logger = logging.getLogger("vllm_tap")
 
 
 STREAM_NUMBERS: Final = {
@@ -44,6 +47,7 @@ class DeviceRows(Rows):
         self.main: torch.cuda.Stream | None = None
         self.sink: DeviceSink | None = None
         self.active = False
+        self.refusal = ""
         self._planes: dict[int, tuple[int, int]] = {}
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
@@ -73,6 +77,15 @@ class DeviceRows(Rows):
         if self._side is None:
             self._side = torch.cuda.Stream(self.header.device)
         return self._side
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what went wrong in a tap: the end of the capture under way; of all, if there is none."""
+        if self.active and self.sink is not None:
+            self.active = False
+            self.sink.failure = error
+        elif not self.refusal:
+            self.refusal = f"the taps' kernels do not run on this device ({type(error).__name__}: {error})"
+            logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
 
     def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
         """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside."""

@@ -87,6 +87,7 @@ class DeviceSink:
             raise EngineUnsupportedError(
                 f"layers of one stream differ in width here ({names}): capture them separately."
             )
+        self.failure: Exception | None = None
         self._rows, self._pool = rows, pool
         self._device = rows.header.device
         self._small_rows = max(graph_rows, MIN_STAGED_ROWS)
@@ -199,7 +200,17 @@ class DeviceSink:
         self._planes.busy(lane.start, aligned(nbytes), self._side.record_event())
 
     def end(self) -> list[Tap]:
-        """Write the request numbers; which taps were silent is known when all is settled."""
+        """Write the request numbers; which taps were silent is known when all is settled.
+
+        Raises:
+            TapError: What went wrong in a tap of this step.
+        """
+        self._forward_done.record(torch.cuda.current_stream(self._device))
+        if self.failure is not None:
+            # Rows of this step may be on their way: `close` waits for them.
+            self._side.wait_event(self._forward_done)
+            self._last = self._side.record_event()
+            raise self.failure
         assert self._selection is not None
         # Now that the forward pass has been launched, the host's time is not on the engine's path.
         nbytes = LABEL_BYTES * self._num_rows
@@ -207,7 +218,6 @@ class DeviceSink:
         self._selection = None
         self._num_steps += 1
         self._rows.active = False
-        self._forward_done.record(torch.cuda.current_stream(self._device))
         self._unsent = True
         return []
 
@@ -223,10 +233,12 @@ class DeviceSink:
         self._side.wait_event(self._forward_done)
         staged = [lane for lane in self._lanes.values() if not (lane.wide and self._is_large)]
         staged.append(self._labels)
-        for lane in staged:
-            width = num_rows * lane.row_bytes
-            cuda.copy_planes_to_host(lane.target, width, lane.source, lane.pitch, width, lane.num_planes, side)
-        self._last = self._side.record_event()
+        try:
+            for lane in staged:
+                width = num_rows * lane.row_bytes
+                cuda.copy_planes_to_host(lane.target, width, lane.source, lane.pitch, width, lane.num_planes, side)
+        finally:
+            self._last = self._side.record_event()
         for lane in staged:
             lane.rows.busy(lane.start, num_rows, self._last)
 

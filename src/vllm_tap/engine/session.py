@@ -170,10 +170,11 @@ class Session:
             TapError: What ended the capture early.
         """
         begin = time.perf_counter()
-        self._sink.settle()
-        wait_seconds = time.perf_counter() - begin
+        if self.error is None:
+            self._sink.settle()
         if self.error is not None:
             raise self.error
+        wait_seconds = time.perf_counter() - begin
         return messages.Descriptor(
             rank=self.rank,
             capture_id=self.start.capture_id,

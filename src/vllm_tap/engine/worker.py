@@ -136,6 +136,7 @@ class TapWorker(host_runner.Recorder):
             # request instead, as it does where dummy rows tell nothing.
             if not taps.seen and not host_runner.runs_in_step(worker):
                 host_runner.run_dummy(worker.model_runner)
+            refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
         rank = host_runner.read_rank(worker)

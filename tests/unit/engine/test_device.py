@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
 from vllm_tap.engine.slab import SlabKeeper
 from vllm_tap.engine.tap import Tap
-from vllm_tap.errors import BudgetError, CaptureError
+from vllm_tap.errors import BudgetError, CaptureError, TransportError
 from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
@@ -346,6 +347,59 @@ def test_a_full_device_refuses_staging_or_goes_without(cuda: SimulatedCuda, capl
     engine.finish(session)
     assert cuda.num_copies == 0
     assert cuda.conflicts == []
+
+
+@pytest.mark.parametrize("way", ["staged", "ring"])
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, way: str, copies: int
+) -> None:
+    """In a forward pass or behind it: the model goes on, the client is told, the next capture is right."""
+    if way == "ring":
+        monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    cuda.copies_left = copies
+    for step in STEPS[:3]:
+        engine.step(session, step)
+    cuda.copies_left = sys.maxsize
+    with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
+        session.finish()
+    session.close()
+    for block_id in session.block_ids:
+        engine.pool.release(block_id)
+    session = engine.start()
+    for step in STEPS[:3]:
+        engine.step(session, step)
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_host_memory_that_cannot_be_pinned_ends_the_capture(cuda: SimulatedCuda) -> None:
+    """A limit of the system on locked memory: the client is told, generation goes on."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    cuda.pins_left = 0
+    engine.step(session, STEPS[0])
+    with pytest.raises(BudgetError, match=r"bytes of host memory cannot be pinned \(cudaHostRegister: 2\)"):
+        session.finish()
+    session.close()
+
+
+def test_a_kernel_that_does_not_run_here_is_a_refusal(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that Triton cannot compile for: the model runs as if there were no taps."""
+
+    def warm(*_: Any) -> None:
+        raise RuntimeError("no such architecture")
+
+    monkeypatch.setattr(kernel, "warm", warm)
+    model = Model(cuda, LLAMA)
+    model.capture_graphs()
+    model.run(3)
+    assert model.rows.refusal == ("the taps' kernels do not run on this device (RuntimeError: no such architecture)")
+    assert caplog.text.count("plain generation goes on") == 1
 
 
 # ------------------------------------------------------------------------------------- what the simulation would notice
