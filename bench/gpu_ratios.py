@@ -10,7 +10,7 @@ from typing import Any
 from gpu_setting import WORKLOADS, Setting, capture, generate, status, wait_idle
 
 Plan = list[tuple[str, list[str], int]]
-"""(workload, specs, rounds), one after another on the same engines."""
+"""(workload, specs, rounds), one after another on the same engines; a spec may name its own staging."""
 
 ALL = "all layers"
 FEW = ["3 layers", "last position, all layers"]
@@ -27,7 +27,7 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", FEW, 5),
     ],
     "profile": [
-        ("decode 8 x (64 + 128)", [ALL, *FEW], 7),
+        ("decode 8 x (64 + 128)", [ALL, f"{ALL} / direct", *FEW], 7),
         ("decode 256 x (64 + 128)", [ALL], 5),
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
@@ -94,7 +94,9 @@ class Ratios:
         times: dict[str, list[float]] = {}
         parts: dict[str, list[dict[str, float]]] = {}
         sizes: dict[str, int] = {}
-        arms = ["plain", "idle", *(f"{spec} / {staging}" for spec in specs for staging in stagings)]
+        arms = ["plain", "idle"]
+        for spec in specs:
+            arms += [spec] if " / " in spec else [f"{spec} / {staging}" for staging in stagings]
         for round_number in range(-1, self.setting.rounds(rounds)):
             prompts = self.setting.prompts(self.setting.workload(name))
             self.setting.random.shuffle(arms)
