@@ -7,8 +7,8 @@
 `MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
 Plans `least`, `short`, `full` and `router` measure ratios; `tp2` two tensor-parallel ranks, on two GPUs; `bad` what a
-capture does when budgets, memory or clients fail. `--parts` adds where a capture's time goes, `--timeline` where that
-of a step goes on the device, `--extract` vLLM's own extraction.
+capture does when budgets, memory or clients fail. `--eager` compares rows with those of an eager engine, `--parts` adds
+where a capture's time goes, `--timeline` where that of a step goes on the device, `--extract` vLLM's own extraction.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_bad import run_bad
+from gpu_eager import check_against_eager
 from gpu_extract import measure_extract
 from gpu_parts import measure_parts, show_parts
 from gpu_ratios import PLANS, Ratios, show
@@ -46,6 +47,9 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     ratios = Ratios(setting, plain or tapped, tapped)
     facts = ratios.check()
     print(f"# {json.dumps(facts)}", flush=True)
+    if args.eager:
+        facts["eager"] = check_against_eager(setting, tapped)
+        print(f"# against an eager engine: {json.dumps(facts['eager'])}", flush=True)
     report.put(plain="engine without the plugin" if plain else "idle engine", rates_gb_per_s=measured, checks=facts)
     rows: list[dict[str, Any]] = []
     for name, specs, rounds in PLANS[args.plan]:
@@ -76,7 +80,8 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     show(rows)
     show_parts(parts)
     show_timeline(timeline)
-    return facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
+    same = facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
+    return same and facts.get("eager", {"fine": True})["fine"]
 
 
 def main() -> None:
@@ -85,6 +90,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
     parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad"])
     parser.add_argument("--stagings", nargs="+", default=["auto"])
+    parser.add_argument("--eager", action="store_true", help="compare rows with those of an eager engine")
     parser.add_argument("--parts", action="store_true", help="say where the time of a capture goes")
     parser.add_argument("--timeline", action="store_true", help="say where the device's time goes in a step")
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")

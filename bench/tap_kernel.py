@@ -4,7 +4,8 @@
     python bench/tap_kernel.py [--rows 8 64 256 8192]
 
 A layer is Llama-3.1-8B's MLP (weights of its own, so that the residual has left the caches as between real layers)
-and the fused add and norm that follows. Each variant is compared with the same work without a tap.
+and the fused add and norm that follows. Each variant is compared with the same work without a tap. The last lines say
+what it costs to switch the taps of a graph on and off.
 """
 
 # ruff: noqa: N803
@@ -13,11 +14,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from vllm_tap.engine import kernel
+from vllm_tap.engine.graphs import GraphSwitch
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
 
@@ -83,17 +88,26 @@ class State:
         self.table = torch.tensor([[i, 0] for i in range(LAYERS)], dtype=torch.int32, device="cuda")
         self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
-        self.anchor = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        self.start = torch.empty(64, dtype=torch.bfloat16, device="cuda")
+        self.switch = GraphSwitch()
+
+    def anchor(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.start
 
 
 def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: int, options: dict[str, Any]) -> None:
+    if options.get("package"):
+        kernel.launch_tap(state, hidden, residual, index, 0, hidden.dtype, ahead=True)
+        if torch.cuda.is_current_stream_capturing():
+            state.switch.note(index, torch.cuda.current_stream().cuda_stream)
+        return
     block = options.get("block", 1024)
     tap[(hidden.shape[0], WIDTH // block)](
         state.header,
         state.table,
         state.row_map,
         state.counts,
-        state.anchor,
+        state.start,
         hidden,
         residual,
         index,
@@ -127,7 +141,9 @@ def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    with state.switch.keeping():
+        graph = torch.cuda.CUDAGraph()
+    state.switch.turn(frozenset(range(LAYERS)))
     with torch.cuda.graph(graph):
         step()
     return graph, state
@@ -148,6 +164,7 @@ def time_us(graph: Any, replays: int) -> float:
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "none": None,
+    "the package's own": {"package": True},
     "tap": {},
     "reverse": {"reverse": True},
     "streaming": {"streaming": True},
@@ -159,6 +176,30 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "pdl, reverse": {"pdl": True, "reverse": True},
     "pdl, block 2048 warps 4": {"pdl": True, "block": 2048, "warps": 4},
 }
+
+
+def switching(weights: list[Any]) -> None:
+    """Print what it costs to switch all taps of a graph, and to launch it afterwards."""
+    graph, state = build(8, weights, {"package": True})
+    times: dict[str, list[float]] = {}
+
+    def timed(label: str, work: Any) -> None:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        times.setdefault(f"{label}: call", []).append(returned - begin)
+        times.setdefault(f"{label}: until done", []).append(time.perf_counter() - begin)
+
+    for turn in range(40):
+        state.switch.turn(frozenset(range(LAYERS)) if turn % 2 else frozenset())
+        kind = "on" if turn % 2 else "off"
+        timed(f"switch {LAYERS} taps {kind}", graph._follow)
+        timed(f"first replay, taps {kind}", graph.replay)
+        timed(f"second replay, taps {kind}", graph.replay)
+    for label, values in sorted(times.items()):
+        print(f"{label:40s} {statistics.median(values) * 1e6:9.1f} us", flush=True)
 
 
 def main() -> None:
@@ -187,6 +228,7 @@ def main() -> None:
                 flush=True,
             )
         del graphs, base
+    switching(weights)
 
 
 if __name__ == "__main__":
