@@ -120,7 +120,7 @@ bench-seed: $(VENV)/.dev
 
 # All plans of the GPU benchmark on CPU engines with a tiny model: whether they run, not how fast. Five minutes.
 bench-gpu-smoke: $(VENV)/.dev
-	$(BIN)/python bench/gpu.py --smoke --plan least --parts --extract
+	$(BIN)/python bench/gpu.py --smoke --plan least --eager --parts --extract
 	$(BIN)/python bench/gpu.py --smoke --plan tp2
 	$(BIN)/python bench/gpu.py --smoke --plan bad
 
