@@ -62,7 +62,7 @@ class Session:
         self.num_rows = 0
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
-        self._block_bytes = functools.lru_cache(lambda num_rows: block_bytes(num_rows, self.streams))
+        self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []

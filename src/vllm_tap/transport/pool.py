@@ -119,7 +119,9 @@ class SegmentPool:
         footprint = _footprint(nbytes)
         while True:
             with self._changed:
-                place = self._find(footprint, max(align, BLOCK_ALIGN_BYTES))
+                # A segment from before the budget was lowered may have room that the budget no longer grants.
+                granted = self._used_bytes() + footprint <= self._budget_bytes
+                place = self._find(footprint, max(align, BLOCK_ALIGN_BYTES)) if granted else None
                 if place is not None:
                     block = Block(*place, nbytes, next(self._block_ids))
                     self._blocks[block.block_id] = block

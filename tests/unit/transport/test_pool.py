@@ -210,6 +210,18 @@ def test_growing_ahead_leaves_nothing_to_do_for_reserve():
     pool.close()
 
 
+def test_a_lower_budget_counts_where_a_segment_has_room(pool):
+    """A segment that must stay for one block grants no more than the budget does."""
+    kept = pool.reserve(PAGE)
+    pool.budget_bytes = 4 * PAGE
+    with pytest.raises(BudgetError, match="budget_bytes") as caught:
+        pool.reserve(4 * PAGE)
+    assert (caught.value.needed_bytes, caught.value.used_bytes) == (4 * PAGE, PAGE)
+    pool.reserve(3 * PAGE)
+    pool.release(kept.block_id)
+    pool.reserve(PAGE)
+
+
 def test_growing_ahead_stays_within_the_budget(pool):
     """Asking for more than the budget populates what the budget allows."""
     pool.grow_ahead(100 * MIB)
