@@ -126,7 +126,7 @@ class Recording:
 
     def _check(self, outputs: list[Any], handed_over: list[tuple[messages.Descriptor, RankMemory]]) -> Capture:
         sequences = Sequences(outputs, self.spec.positions)
-        ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over]
+        ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over if descriptor.streams]
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual

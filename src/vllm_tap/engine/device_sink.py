@@ -38,7 +38,10 @@ WIDE_PLANE_BYTES: Final = 16 << 20
 and every copy costs the host about 20 microseconds."""
 
 MIN_STAGED_ROWS: Final = 512
-RING_PLANES: Final = 4
+
+DEPTHS: Final = ((4, 2), (2, 1))
+"""Planes in the ring, and steps in the staging of rows. The second pair is for a device that is short of memory: a step
+waits then, on the device, for copies of the one before."""
 
 
 class _Lane:
@@ -47,12 +50,18 @@ class _Lane:
     Positions and token ids take a lane as well: they are two planes of rows of 4 bytes.
     """
 
-    def __init__(self, row_bytes: int, num_planes: int, capacity: int, wide: bool = False) -> None:
+    def __init__(self, row_bytes: int, num_planes: int, step_rows: int, wide: bool = False) -> None:
         self.row_bytes, self.num_planes, self.wide = row_bytes, num_planes, wide
-        self.rows = Ring(capacity)
+        self.step_bytes = num_planes * step_rows * row_bytes
+        self.rows = Ring(0)
         self.staging = 0
         self.start = 0
         self.target = 0
+
+    def stage(self, address: int, nbytes: int) -> None:
+        """Take memory for the staging."""
+        self.staging = address
+        self.rows = Ring(nbytes // (self.num_planes * self.row_bytes))
 
     @property
     def pitch(self) -> int:
@@ -105,41 +114,44 @@ class DeviceSink:
         modes: dict[int, tuple[int, int]] = {}
         for stream in streams:
             wide = max_rows * stream.row_bytes >= WIDE_PLANE_BYTES
-            capacity = 2 * (self._small_rows if wide else max_rows)
-            lane = self._lanes[stream.name] = _Lane(stream.row_bytes, len(stream.layers), capacity, wide)
+            step_rows = self._small_rows if wide else max_rows
+            lane = self._lanes[stream.name] = _Lane(stream.row_bytes, len(stream.layers), step_rows, wide)
             for plane, layer in enumerate(stream.layers):
                 tap = taps[stream.name, layer]
                 self._place_of[tap.index] = lane, plane
                 # One of the taps writes the labels: a kernel of their own would be one more launch in every step.
                 labels = 0 if modes else kernel.LABELS
                 modes[tap.index] = plane, tap.mode | labels
-        self._labels = _Lane(LABEL_BYTES, NUM_LABELS - 1, 2 * max_rows)
-        widest = max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0)
-        self._planes = Ring(RING_PLANES * aligned(widest))
+        self._labels = _Lane(LABEL_BYTES, NUM_LABELS - 1, max_rows)
+        wide_planes = [max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide]
+        self._widest = aligned(max(wide_planes, default=0))
+        self._planes = Ring(0)
         self._slab = None if staging == "direct" else self._take_slab(staging)
         rows.switch_on(self, modes)
 
     def _take_slab(self, staging: str) -> Slab | None:
         lanes = [self._labels, *self._lanes.values()]
-        sizes = [self._planes.capacity, *(lane.num_planes * lane.pitch for lane in lanes)]
-        needed = sum(aligned(size) for size in sizes)
-        slab = self._rows.slabs.take(needed)
-        if slab is None:
-            free, total = torch.cuda.mem_get_info(self._device)
-            text = (
-                f"staging rows needs {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
-                f"{total / 2**20:.0f} MiB are free, of which the engine's own steps may take "
-                f"{self._rows.headroom() / 2**20:.0f}: capture fewer layers, start the engine with a lower "
-                'gpu_memory_utilization, or use staging="direct".'
-            )
-            if staging == "staged":
-                raise BudgetError(text, needed_bytes=needed, free_bytes=free)
-            logger.warning("vllm-tap: %s Going on with direct writes, which are slower for many rows.", text)
-            return None
-        self._plane_staging, *parts = [slab.part(size) for size in sizes]
-        for lane, part in zip(lanes, parts, strict=True):
-            lane.staging = part
-        return slab
+        for num_planes, num_steps in DEPTHS:
+            sizes = [num_planes * self._widest, *(num_steps * lane.step_bytes for lane in lanes)]
+            needed = sum(aligned(size) for size in sizes)
+            slab = self._rows.slabs.take(needed)
+            if slab is not None:
+                self._planes = Ring(sizes[0])
+                self._plane_staging = slab.part(sizes[0])
+                for lane, size in zip(lanes, sizes[1:], strict=True):
+                    lane.stage(slab.part(size), size)
+                return slab
+        free, total = torch.cuda.mem_get_info(self._device)
+        text = (
+            f"staging rows needs {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
+            f"{total / 2**20:.0f} MiB are free, of which the engine's own steps may take "
+            f"{self._rows.headroom() / 2**20:.0f}: capture fewer layers, start the engine with a lower "
+            'gpu_memory_utilization, or use staging="direct".'
+        )
+        if staging == "staged":
+            raise BudgetError(text, needed_bytes=needed, free_bytes=free)
+        logger.warning("vllm-tap: %s Going on with direct writes, which are slower for many rows.", text)
+        return None
 
     def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
         """Tell the kernels where the rows and the labels of this step go.

@@ -83,7 +83,8 @@ class Session:
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
-        if self.error is not None or not len(self._selector):
+        # A rank without a layer of this capture ships nothing, not even labels.
+        if self.error is not None or not len(self._selector) or not self.streams:
             return
         try:
             selection = self._selector.select(batch)

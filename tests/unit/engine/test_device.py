@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
-from vllm_tap.engine.slab import SlabKeeper
+from vllm_tap.engine.slab import LINGER_SECONDS, SlabKeeper
 from vllm_tap.engine.tap import Tap
 from vllm_tap.errors import BudgetError, CaptureError, TransportError
 from vllm_tap.frame import layout as blocks
@@ -303,6 +304,18 @@ def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captur
     assert running() == 0
 
 
+def test_a_rank_without_a_layer_of_the_capture_ships_nothing(cuda: SimulatedCuda) -> None:
+    """Where ranks share the layers out, one may have none: no rows, and no labels that no tap would write."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start(leave_out=len(LLAMA))
+    for step in STEPS[:3]:
+        engine.step(session, step)
+    descriptor = session.finish()
+    assert (descriptor.blocks, descriptor.chunks, session.num_rows) == (b"", (), 0)
+    assert len(descriptor.requests) == 3
+    session.close()
+
+
 def test_a_capture_that_is_dropped_leaves_nothing_on_its_way(cuda: SimulatedCuda) -> None:
     """Blocks of an abandoned capture are free for the next one at once."""
     engine = Engine(cuda, LLAMA)
@@ -336,10 +349,10 @@ def test_a_tap_that_a_step_missed_is_an_error(cuda: SimulatedCuda) -> None:
 def test_a_full_device_refuses_staging_or_goes_without(cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture) -> None:
     """ "staged" says how much is missing; "auto" writes to host memory, and says so."""
     engine = Engine(cuda, LLAMA)
-    cuda.free_bytes = 4096
+    cuda.free_bytes = 2048
     with pytest.raises(BudgetError, match="of GPU memory") as caught:
         engine.start("staged")
-    assert caught.value.identity["needed_bytes"] > caught.value.identity["free_bytes"] == 4096
+    assert caught.value.identity["needed_bytes"] > caught.value.identity["free_bytes"] == 2048
     session = engine.start("auto")
     assert "Going on with direct writes" in caplog.text
     for step in STEPS[:3]:
@@ -400,6 +413,28 @@ def test_a_kernel_that_does_not_run_here_is_a_refusal(
     model.run(3)
     assert model.rows.refusal == ("the taps' kernels do not run on this device (RuntimeError: no such architecture)")
     assert caplog.text.count("plain generation goes on") == 1
+
+
+@pytest.mark.parametrize("way", ["staged", "ring"])
+def test_staging_is_smaller_where_memory_is_short(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Room for one step at a time is enough: steps wait for the copies of the one before, on the device."""
+    if way == "ring":
+        monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
+    engine = Engine(cuda, LLAMA)
+    rows = engine.model.rows
+    engine.start().close()
+    usual = rows.staging_bytes
+    rows.slabs.tidy(time.monotonic() + LINGER_SECONDS)
+    assert rows.staging_bytes == 0
+    cuda.free_bytes = usual - 1
+    session = engine.start()
+    assert usual / 2 <= rows.staging_bytes < usual
+    for step in STEPS:
+        engine.step(session, step)
+    engine.finish(session)
+    assert cuda.conflicts == []
 
 
 # ------------------------------------------------------------------------------------- what the simulation would notice
