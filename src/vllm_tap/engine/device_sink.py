@@ -143,7 +143,7 @@ class DeviceSink:
                 return slab
         free, total = torch.cuda.mem_get_info(self._device)
         text = (
-            f"staging rows needs {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
+            f"staging rows needs at least {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
             f"{total / 2**20:.0f} MiB are free, of which the engine's own steps may take "
             f"{self._rows.headroom() / 2**20:.0f}: capture fewer layers, start the engine with a lower "
             'gpu_memory_utilization, or use staging="direct".'
@@ -178,7 +178,7 @@ class DeviceSink:
         words[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 4] = sources + self._way(self._labels, main)
         self._rows.arm(words, selection, main)
         self._selection = selection
-        self._inputs = batch.positions, batch.token_ids
+        self._inputs = batch.positions, batch.token_ids  # the header has their addresses
 
     def _way(self, lane: _Lane, main: torch.cuda.Stream) -> tuple[int, int]:
         """Return where plane 0 of a lane begins in this step, and the bytes from plane to plane."""
