@@ -35,9 +35,11 @@ def mark(capture_id: str, sample: int, num_completions: int = 1) -> dict[str, An
 
 
 def read_mark(extra: Mapping[str, Any] | None) -> Mark | None:
-    """Return the mark of a request, or None if it is not to be captured."""
+    """Return the mark of a request, or None if it is not to be captured.
+
+    Clients of a server may send any extra arguments: what is no mark must not end the engine, and is left alone.
+    """
     value = (extra or {}).get(KEY)
-    if value is None:
+    if not isinstance(value, list | tuple) or [type(item) for item in value] != [str, int, int]:
         return None
-    capture_id, sample, num_completions = value
-    return Mark(str(capture_id), int(sample), int(num_completions))
+    return Mark(*value)
