@@ -302,6 +302,40 @@ def test_a_forked_child_does_not_end_its_parents_leases(worker, reader):
     np.testing.assert_array_equal(lease.array, content(1, MIB))
 
 
+def test_a_forked_child_does_not_end_what_its_parent_holds(worker, reader):
+    """A child drops blocks that nobody looked at, one that the parent looked at and one that it looks at itself."""
+    blocks = [worker.put(reader.client, 1000, seed) for seed in range(4)]
+    held = reader.hold(blocks)
+    held.lease(0)
+    child = os.fork()
+    if child == 0:
+        same = False
+        try:
+            same = held.lease(1).array.tobytes() == content(1, 1000).tobytes()
+            del held
+        finally:
+            os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(reader.lease(worker.put(reader.client, 10, 9)).array, content(9, 10))
+    wait_until(lambda: worker.num_blocks() <= 4, "the end of the lease")
+    assert worker.num_blocks() == 4
+    for seed in range(4):
+        np.testing.assert_array_equal(held.lease(seed).array, content(seed, 1000))
+    del held
+    wait_until(lambda: worker.num_blocks() == 0, "the end of all blocks")
+
+
+def test_the_end_of_many_held_blocks_waits_for_no_worker(worker, reader):
+    """Held blocks end while the worker does not run and its socket is full; it hears of them when it runs again."""
+    held = [reader.hold([worker.put(reader.client, 10, seed)]) for seed in range(1000)]
+    held.append(reader.hold([worker.put(reader.client, 10, seed) for seed in range(500)]))
+    assert worker.num_blocks() == 1500
+    worker.process.send_signal(signal.SIGSTOP)
+    held.clear()
+    worker.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: worker.num_blocks() == 0, "the end of all blocks")
+
+
 def test_clients_let_go_of_segments_that_the_worker_closed(worker, reader):
     """Trimming frees the memory in the client too, as soon as the client looks at the connection."""
     # Engines of other tests in this process may still be mapped, here and below.

@@ -15,7 +15,7 @@ from vllm_tap.frame.layout import CACHE_LINE, IntArray, Layout, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.pool import Block
-from vllm_tap.transport.reader import Lease, SegmentReader
+from vllm_tap.transport.reader import SegmentReader
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -91,9 +91,9 @@ class MappedMemory(_Regions):
             layout(offset, num_rows, descriptor.streams),
             np.array([chunk.segment_id for chunk in chunks], np.int64)[index],
         )
-        self._leases: list[Lease] = [
-            reader.lease(Block(chunk.segment_id, chunk.offset, chunk.nbytes, chunk.block_id)) for chunk in chunks
-        ]
+        self._held = reader.hold(
+            [Block(chunk.segment_id, chunk.offset, chunk.nbytes, chunk.block_id) for chunk in chunks]
+        )
         self._chunk_of = index
         self._segments = {number: reader.segment_array(number) for number in {chunk.segment_id for chunk in chunks}}
 
@@ -101,7 +101,7 @@ class MappedMemory(_Regions):
         return self._segments[number]
 
     def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
-        lease = self._leases[int(self._chunk_of[block])]
+        lease = self._held.lease(int(self._chunk_of[block]))
         start = offset - lease.block.offset
         return torch.from_numpy(lease.array[start : start + nbytes])
 

@@ -13,11 +13,10 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 
 from vllm_tap.errors import TransportError
 from vllm_tap.transport import wire
-
-_HINT = 'Is the worker on this host, in the same container and network namespace? If not, use transport="inline".'
 
 
 class Link:
@@ -36,7 +35,8 @@ class Link:
         self._waiting = threading.Lock()
         self._closing = False
         self._eof = False
-        self._socket = _connect(address)
+        self._socket = wire.connect(address, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
         try:
             self.hello = wire.Hello.decode(self.receive()[0])
         except BaseException:
@@ -48,20 +48,24 @@ class Link:
         """Whether the worker has gone, as far as has been seen."""
         return self._eof
 
-    def begin(self, block_id: int) -> None:
-        """Note that a lease on a block begins."""
-        self._leased.add(block_id)
+    def leased(self, block_ids: Collection[int]) -> set[int]:
+        """Return those of some blocks whose leases have not ended."""
+        return self._leased.intersection(block_ids)
 
-    def end(self, block_id: int) -> None:
-        """Note that a lease has ended, and tell the worker without waiting.
+    def begin(self, block_ids: Collection[int]) -> None:
+        """Note that leases on blocks begin."""
+        self._leased.update(block_ids)
+
+    def end(self, block_ids: Collection[int]) -> None:
+        """Note that leases have ended, and tell the worker without waiting.
 
         The garbage collector calls this at any moment, also inside any other method of this class: it takes no lock
         that it would have to wait for.
         """
         if os.getpid() != self._pid:
-            return  # a forked child: the block is the parent's
-        self._leased.discard(block_id)
-        self._ended.append(block_id)
+            return  # a forked child: the blocks are the parent's
+        self._leased.difference_update(block_ids)
+        self._ended.extend(block_ids)
         self.flush()
 
     def flush(self) -> None:
@@ -164,21 +168,3 @@ class Link:
     def _close_if_done(self) -> None:
         if self._closing and not self._leased:
             self._socket.close()  # which also ends whatever could not be sent
-
-
-def _connect(address: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        connection.connect(f"\0{address}")
-        uid, allowed = wire.peer_uid(connection), {0, os.geteuid()}
-        connection.setblocking(False)
-    except OSError as error:
-        connection.close()
-        raise TransportError(f"no worker answers at the socket {address!r} ({error}). {_HINT}", path=address) from error
-    if uid not in allowed:
-        connection.close()
-        raise TransportError(
-            f"the socket {address!r} belongs to user {uid}, expected {wire.describe_uids(allowed)}. {_HINT}",
-            path=address,
-        )
-    return connection

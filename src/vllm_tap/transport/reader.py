@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,9 @@ from vllm_tap.transport.pool import Block
 Bytes = npt.NDArray[np.uint8]
 
 _NEEDED_SEALS = SEAL_SHRINK | SEAL_GROW
+
+_END = 1 << 63
+"""Numbers of blocks and segments lie below."""
 
 
 class Lease(NamedTuple):
@@ -65,6 +68,47 @@ class _Mapping:
         self.address = address_of(self._mmap)
         with contextlib.suppress(OSError):  # a kernel before 5.14 maps the pages at the first reading
             populate(self.address, nbytes, MADV_POPULATE_READ)
+
+
+class Held:
+    """Blocks that were taken together, each of which becomes a lease when it is first asked for.
+
+    Those that nobody asks for end together when this object is gone. One that was asked for ends when its lease and
+    this object are gone.
+    """
+
+    def __init__(self, blocks: Sequence[Block], mappings: dict[int, _Mapping], link: Link) -> None:
+        self._blocks = blocks
+        self._mappings = mappings
+        self._link = link
+        self._lock = threading.Lock()
+        self._leases: list[Lease | None] = [None] * len(blocks)
+        self._untouched = {block.block_id for block in blocks}
+        _end_with(self, link, self._untouched)
+
+    def lease(self, index: int) -> Lease:
+        """Return the bytes of the block at this index of the list that was taken; each time the same lease.
+
+        Returns:
+            Lease whose array is uint8 [nbytes], CPU, over the worker's pages. It keeps its own block and none of the
+            others. Outlives this object, the reader and the worker.
+
+        Cost:
+            No copy. Microseconds at the first call for an index.
+        """
+        lease = self._leases[index]
+        return self._first_lease(index) if lease is None else lease
+
+    def _first_lease(self, index: int) -> Lease:
+        with self._lock:  # two threads with one index share one lease, which ends once
+            lease = self._leases[index]
+            if lease is None:
+                block = self._blocks[index]
+                # First, and once: whatever interrupts what follows, no tensor ever shows a block that is free.
+                self._untouched.remove(block.block_id)
+                pages = _leased_pages(block, self._mappings, self._link)
+                lease = self._leases[index] = Lease(block, pages.array())
+        return lease
 
 
 class SegmentReader:
@@ -121,18 +165,57 @@ class SegmentReader:
         with self._lock:  # two threads with one block share one lease, which ends once
             pages = self._leased.get(block.block_id)
             if pages is None:
-                pages = self._begin(block)
+                mappings = self._begin([block])
+                pages = self._leased[block.block_id] = _leased_pages(block, mappings, self._link)
         return Lease(block, _same_block(pages, block))
 
-    def _begin(self, block: Block) -> _Pages:
-        mapping = self._mapping(block.segment_id)
-        _check_bounds(block, mapping.nbytes)
-        pages = _Pages(mapping.address + block.offset, block.nbytes, mapping)
-        self._link.begin(block.block_id)
-        # Not at exit: the end of the connection frees everything, and threads may be gone by then.
-        weakref.finalize(pages, self._link.end, block.block_id).atexit = False
-        self._leased[block.block_id] = pages
-        return pages
+    def hold(self, blocks: Sequence[Block]) -> Held:
+        """Take all blocks of a list that was published to this reader, or none of them.
+
+        They stay until the result is gone; one that was leased through it stays until that lease is gone too. Until
+        then `lease` and `hold` refuse them.
+
+        Returns:
+            Held, whose `lease` takes an index into `blocks`.
+
+        Raises:
+            DescriptorError: as for `lease`, and for a block that comes twice, or is leased or held already.
+            TransportError: as for `lease`. After either error the worker may write over the whole list, except for what
+                was leased or held before.
+
+        Cost:
+            No copy. About a microsecond a block; the first use of a segment maps it, about 0.13 s a GiB.
+        """
+        blocks = tuple(blocks)
+        with self._lock:
+            try:
+                for block in blocks:
+                    _check_block(block)
+                mappings = self._begin(blocks)
+            except BaseException:
+                self._give_back(blocks)
+                raise
+            return Held(blocks, mappings, self._link)
+
+    def _begin(self, blocks: Sequence[Block]) -> dict[int, _Mapping]:
+        """Note that leases on blocks begin, if all of them can; return their segments by number."""
+        self._catch_up()
+        block_ids = {block.block_id for block in blocks}
+        taken = self._link.leased(block_ids)
+        if taken:
+            raise DescriptorError(f"block {min(taken)} is leased or held already", block_id=min(taken))
+        if len(block_ids) < len(blocks):
+            raise DescriptorError(f"{len(blocks)} blocks have {len(block_ids)} different numbers: one comes twice")
+        mappings = {segment_id: self._mapping(segment_id) for segment_id in {block.segment_id for block in blocks}}
+        for block in blocks:
+            _check_bounds(block, mappings[block.segment_id].nbytes)
+        self._link.begin(block_ids)
+        return mappings
+
+    def _give_back(self, blocks: Sequence[Block]) -> None:
+        """End what nobody leases of a list that was refused."""
+        block_ids = {block.block_id for block in blocks if type(block.block_id) is int and 1 <= block.block_id < _END}
+        self._link.end(block_ids - self._link.leased(block_ids))
 
     def segment_array(self, segment_id: int) -> Bytes:
         """Return a whole segment, for gathers over many blocks; the caller holds the leases of what it reads.
@@ -145,6 +228,7 @@ class SegmentReader:
             TransportError: the reader is closed, or the worker has gone.
         """
         with self._lock:
+            self._catch_up()
             mapping = self._mapping(segment_id)
         return _Pages(mapping.address, mapping.nbytes, mapping).array()
 
@@ -155,11 +239,13 @@ class SegmentReader:
             self._mappings.clear()
         self._link.close()
 
-    def _mapping(self, segment_id: int) -> _Mapping:
+    def _catch_up(self) -> None:
         if self._closed:
             raise TransportError("this reader is closed: it takes no more leases.")
         self._link.flush()
         self._take_notices()
+
+    def _mapping(self, segment_id: int) -> _Mapping:
         mapping = self._mappings.get(segment_id)
         if mapping is None:
             mapping = self._mappings[segment_id] = self._map(segment_id)
@@ -236,10 +322,24 @@ class InlineReader:
         """Do nothing: arrays own their bytes. Here so that both readers can be used alike."""
 
 
+def _leased_pages(block: Block, mappings: dict[int, _Mapping], link: Link) -> _Pages:
+    mapping = mappings[block.segment_id]
+    pages = _Pages(mapping.address + block.offset, block.nbytes, mapping)
+    _end_with(pages, link, [block.block_id])
+    return pages
+
+
+def _end_with(owner: object, link: Link, block_ids: Collection[int]) -> None:
+    """Have leases end when their owner is gone; of `block_ids`, those that are in it then."""
+    # Not at exit: the end of the connection frees everything, and threads may be gone by then.
+    weakref.finalize(owner, link.end, block_ids).atexit = False
+
+
 def _check_block(block: Block) -> None:
-    if any(type(number) is not int for number in block):
+    segment_id, offset, nbytes, block_id = block
+    if not type(segment_id) is type(offset) is type(nbytes) is type(block_id) is int:
         raise DescriptorError(f"{_name(block)} holds something that is not an integer")
-    if block.offset < 0 or block.nbytes < 1 or not 1 <= block.block_id < 1 << 63 or not 1 <= block.segment_id < 1 << 63:
+    if offset < 0 or nbytes < 1 or not 1 <= block_id < _END or not 1 <= segment_id < _END:
         raise DescriptorError(f"{_name(block)} has a number out of range", block_id=block.block_id)
 
 

@@ -19,12 +19,13 @@ From the worker, a u32 kind, u64 segment_id, u64 nbytes:
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vllm_tap.errors import DescriptorError
+from vllm_tap.errors import DescriptorError, TransportError
 
 MAGIC = b"vtap"
 VERSION = 1
@@ -37,6 +38,7 @@ MAX_PACKET_BYTES = 4 + 8 * MAX_RELEASE_IDS
 
 HELLO_STRUCT = struct.Struct("<4sHHII16s")
 REPLY_STRUCT = struct.Struct("<IQQ")
+_HINT = 'Is the worker on this host, in the same container and network namespace? If not, use transport="inline".'
 _KIND = struct.Struct("<I")
 _PEER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
@@ -113,3 +115,25 @@ def peer_uid(connection: socket.socket) -> int:
 def describe_uids(uids: Iterable[int]) -> str:
     """Return user numbers for a message."""
     return " or ".join(map(str, sorted(set(uids))))
+
+
+def connect(address: str, kind: socket.SocketKind) -> socket.socket:
+    """Return a blocking connection to a worker's abstract Unix socket.
+
+    Raises:
+        TransportError: nothing answers at the address, or something of another user.
+    """
+    connection = socket.socket(socket.AF_UNIX, kind)
+    try:
+        connection.settimeout(None)  # whatever `socket.setdefaulttimeout` says
+        connection.connect(f"\0{address}")
+        uid, allowed = peer_uid(connection), {0, os.geteuid()}
+    except OSError as error:
+        connection.close()
+        raise TransportError(f"no worker answers at the socket {address!r} ({error}). {_HINT}", path=address) from error
+    if uid not in allowed:
+        connection.close()
+        raise TransportError(
+            f"the socket {address!r} belongs to user {uid}, expected {describe_uids(allowed)}. {_HINT}", path=address
+        )
+    return connection
