@@ -5,7 +5,7 @@
 
 A layer is Llama-3.1-8B's MLP (weights of its own, so that the residual has left the caches as between real layers)
 and the fused add and norm that follows. Each variant is compared with the same work without a tap. The last lines say
-what it costs to switch the taps of a graph on and off.
+what it costs to switch the taps of a graph on and off, and what else a step may put on the engine's stream.
 """
 
 # ruff: noqa: N803
@@ -13,6 +13,8 @@ what it costs to switch the taps of a graph on and off.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import statistics
 import time
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_tap.engine import kernel
+from vllm_tap.engine import cuda, kernel
 from vllm_tap.engine.graphs import GraphSwitch
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
@@ -80,6 +82,14 @@ def tap(
         tl.atomic_add(counts + index, 1, mask=(plane >= 0) & (num_tokens > 0), sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["a", "b", "c", "d"])
+def write_words(header, a, b, c, d):
+    tl.store(header, a)
+    tl.store(header + 1, b)
+    tl.store(header + 2, c)
+    tl.store(header + 3, d)
+
+
 class State:
     def __init__(self, rows: int) -> None:
         self.staging = torch.zeros(LAYERS, rows, WIDTH, dtype=torch.bfloat16, device="cuda")
@@ -89,7 +99,7 @@ class State:
         self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
         self.start = torch.empty(64, dtype=torch.bfloat16, device="cuda")
-        self.switch = GraphSwitch()
+        self.switch = GraphSwitch(print)
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         return self.start
@@ -143,16 +153,16 @@ def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
     torch.cuda.synchronize()
     with state.switch.keeping():
         graph = torch.cuda.CUDAGraph()
-    state.switch.turn(frozenset(range(LAYERS)))
+    state.switch.on = frozenset(range(LAYERS))
     with torch.cuda.graph(graph):
         step()
     return graph, state
 
 
-def time_us(graph: Any, replays: int) -> float:
+def time_us(graph: Any, replays: int, repeats: int = 9) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
-    for _ in range(9):
+    for _ in range(repeats):
         begin.record()
         for _ in range(replays):
             graph.replay()
@@ -179,32 +189,109 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 def switching(weights: list[Any]) -> None:
-    """Print what it costs to switch all taps of a graph, and to launch it afterwards."""
+    """Print what a graph costs whose taps are off, on, or on in part, and what it costs to change that."""
+    none, _ = build(8, weights, None)
     graph, state = build(8, weights, {"package": True})
-    times: dict[str, list[float]] = {}
+    every, one = frozenset(range(LAYERS)), frozenset([LAYERS // 2])
+    arms: dict[str, Any] = {"no taps": none, "taps off": frozenset(), "one tap on": one, "taps on": every}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    calls: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(25):
+        for name, arm in arms.items():
+            if arm is not none:
+                state.switch.on = arm
+            torch.cuda.synchronize()
+            before = time.perf_counter()
+            (none if arm is none else graph).replay()
+            calls[name].append(time.perf_counter() - before)
+            times[name].append(time_us(none if arm is none else graph, 20, 1))
+    for name, values in times.items():
+        more = statistics.median([a - b for a, b in zip(values, times["no taps"], strict=True)])
+        first = statistics.median(calls[name]) * 1e6
+        print(
+            f"{name:40s} {statistics.median(values):8.1f} us a step, {more:5.2f} more; first {first:5.2f}", flush=True
+        )
 
-    def timed(label: str, work: Any) -> None:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        work()
-        returned = time.perf_counter()
-        torch.cuda.synchronize()
-        times.setdefault(f"{label}: call", []).append(returned - begin)
-        times.setdefault(f"{label}: until done", []).append(time.perf_counter() - begin)
 
-    for turn in range(40):
-        state.switch.turn(frozenset(range(LAYERS)) if turn % 2 else frozenset())
-        kind = "on" if turn % 2 else "off"
-        timed(f"switch {LAYERS} taps {kind}", graph._follow)
-        timed(f"first replay, taps {kind}", graph.replay)
-        timed(f"second replay, taps {kind}", graph.replay)
-    for label, values in sorted(times.items()):
-        print(f"{label:40s} {statistics.median(values) * 1e6:9.1f} us", flush=True)
+def between_steps(weights: list[Any]) -> None:
+    """Print what a step's other operations on the engine's stream cost it."""
+    graph, state = build(8, weights, {"package": True})
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    done, ended = torch.cuda.Event(), torch.cuda.Event()
+    ended.record(side)
+    torch.cuda.synchronize()
+    words = state.header.tolist()
+    address = state.header.data_ptr()
+
+    def record_and_wait() -> None:
+        done.record(main)
+        side.wait_event(done)
+
+    pinned = state.header.cpu().pin_memory()
+
+    works: dict[str, Any] = {
+        "a copy of the header from pinned memory": lambda: state.header.copy_(pinned, non_blocking=True),
+        "4 words by a kernel": lambda: write_words[(1,)](state.header, *words[:4], num_warps=1),
+        "nothing": lambda: None,
+        "a copy of the header": lambda: cuda.write_words(address, words, main.cuda_stream),
+        "an event": lambda: done.record(main),
+        "an event that another stream waits for": record_and_wait,
+        "a wait for an event that has passed": lambda: main.wait_event(ended),
+    }
+    for count in (2, 4, 16):
+        job = functools.partial(_write_batch, address, words[:count], main.cuda_stream)
+        code = job()
+        if code:
+            print(f"{count} words by memory operations: refused by the driver ({code})")
+        else:
+            works[f"{count} words by memory operations"] = job
+    times: dict[str, list[float]] = {name: [] for name in works}
+    calls: dict[str, list[float]] = {name: [] for name in works}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    replays = 20
+    for _ in range(25):
+        for name, work in works.items():
+            begin.record()
+            host = 0.0
+            for _ in range(replays):
+                before = time.perf_counter()
+                work()
+                host += time.perf_counter() - before
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e3 / replays)
+            calls[name].append(host * 1e6 / replays)
+    for name, values in times.items():
+        more = statistics.median([a - b for a, b in zip(values, times["nothing"], strict=True)])
+        host = statistics.median(calls[name])
+        print(f"{name:40s} {statistics.median(values):8.1f} us a step, {more:5.2f} more; host {host:5.2f}", flush=True)
+
+
+class _Write(ctypes.Structure):
+    """CUstreamBatchMemOpParams of cuda.h, as a write of 64 bits."""
+
+    _fields_ = (
+        ("operation", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint),
+        ("alias", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64),
+    )
+
+
+WRITE_64 = 5  # CU_STREAM_MEM_OP_WRITE_VALUE_64
+
+
+def _write_batch(address: int, words: list[int], stream: int) -> int:
+    jobs = (_Write * len(words))(*[_Write(WRITE_64, address + 8 * i, word) for i, word in enumerate(words)])
+    return int(cuda._driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(stream), len(words), jobs, 0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64, 128, 256, 512, 8192])
+    parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64, 128, 256, 512, 8192])
     args = parser.parse_args()
     scale = 0.02
     weights = [
@@ -229,6 +316,7 @@ def main() -> None:
             )
         del graphs, base
     switching(weights)
+    between_steps(weights)
 
 
 if __name__ == "__main__":

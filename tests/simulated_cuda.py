@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from triton.runtime import interpreter
 from vllm_tap.engine import cuda, kernel
 
 HOST = "host"
+EDGE = 1 << 16  # of a programmatic dependency
 SUCCESS, OUT_OF_MEMORY, INVALID_VALUE = 0, 2, 1
 
 
@@ -73,8 +75,37 @@ class Event:
         self.device.learn(HOST, self.clock)
 
 
+class Nodes:
+    """A graph as the driver knows it: nodes in a row, each after the one before."""
+
+    def __init__(self) -> None:
+        self.work: dict[int, Callable[[], object]] = {}
+        self.originals: dict[int, int] = {}
+        self.gaps: set[tuple[int, int]] = set()
+
+    def around(self, node: int) -> tuple[list[int], list[int]]:
+        """Return the node before and the one after a node, where there are such."""
+        row = list(self.work)
+        place = row.index(node)
+        return row[place - 1 : place] if place else [], row[place + 1 : place + 2]
+
+
+class Executable:
+    """What is launched: the nodes that a graph had when it was made."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        assert not nodes.gaps, "nodes that nothing orders"
+        self.work = dict(nodes.work)
+        self.disabled: set[int] = set()
+
+    def launch(self) -> None:
+        for node, run in self.work.items():
+            if node not in self.disabled:
+                run()
+
+
 class Graph:
-    """Work that is recorded once and replayed, whose kernels can be switched off one by one."""
+    """PyTorch's graph: work that is recorded once and replayed."""
 
     device: SimulatedCuda
 
@@ -82,30 +113,27 @@ class Graph:
         return super().__new__(cls)
 
     def __init__(self, keep_graph: bool = False) -> None:
-        assert keep_graph, "nodes cannot be switched in a graph that is thrown away"
-        self.nodes: dict[int, Callable[[], object]] = {}
-        self.disabled: set[int] = set()
+        assert keep_graph, "a graph that is thrown away cannot be edited"
         self.handle = next(self.device.handles)
+        self.nodes = self.device.graphs[self.handle] = Nodes()
 
     def capture_begin(self) -> None:
         self.device.recording = self
 
     def capture_end(self) -> None:
         self.device.recording = None
-        self.device.graphs[self.handle] = self
 
     def instantiate(self) -> None:
-        pass
+        self.executable = Executable(self.nodes)
 
     def raw_cuda_graph(self) -> int:
         return self.handle
 
-    raw_cuda_graph_exec = raw_cuda_graph
+    def raw_cuda_graph_exec(self) -> int:
+        raise AssertionError("not needed")
 
     def replay(self) -> None:
-        for node, run in self.nodes.items():
-            if node not in self.disabled:
-                run()
+        self.executable.launch()
 
 
 class SimulatedCuda:
@@ -123,10 +151,14 @@ class SimulatedCuda:
         self.conflicts: list[str] = []
         self.num_host_waits = 0
         self.num_copies = 0
+        self.num_launches = 0
+        self.num_programs = 0
         self.copies_left = sys.maxsize
         self.pins_left = sys.maxsize
         self.recording: Graph | None = None
-        self.graphs: dict[int, Graph] = {}
+        self.graphs: dict[int, Nodes] = {}
+        self.executables: dict[int, Executable] = {}
+        self.instances_left = sys.maxsize
         self._log: list[Access] = []
         self._watched: dict[int, int] = {}
         self._buffers: dict[int, tuple[Any, int]] = {}
@@ -176,7 +208,7 @@ class SimulatedCuda:
     def run(self, work: Callable[[], object]) -> None:
         """Do work on the main stream, or record it."""
         if self.recording is not None:
-            self.recording.nodes[next(self.handles)] = work
+            self.recording.nodes.work[next(self.handles)] = work
         else:
             work()
 
@@ -212,27 +244,15 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuMemcpyDtoHAsync_v2(self, target: int, source: int, nbytes: int, stream: int) -> int:  # noqa: N802
-        return self._copy(stream, target, nbytes, source, nbytes, nbytes, 1)
-
-    def cuMemcpy2DAsync_v2(self, reference: Any, stream: int) -> int:  # noqa: N802
-        job = reference._obj
-        assert (job.src_type, job.dst_type) == (2, 1), "not from the device to the host"
-        sizes = job.width, job.height
-        return self._copy(stream, job.dst_host, job.dst_pitch, job.src_device, job.src_pitch, *sizes)
-
-    def _copy(
-        self, handle: int, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> int:
         self.copies_left -= 1
         if self.copies_left < 0:
             return INVALID_VALUE
-        name = self.streams[handle].name
+        name = self.streams[stream].name
         self.queue(name)
         self.num_copies += 1
-        for row in range(height):
-            self.access(name, source + row * source_pitch, width, False, f"copy {self.num_copies} from the device")
-            self.access(name, target + row * target_pitch, width, True, f"copy {self.num_copies} to the host")
-            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        self.access(name, source, nbytes, False, f"copy {self.num_copies} from the device")
+        self.access(name, target, nbytes, True, f"copy {self.num_copies} to the host")
+        ctypes.memmove(target, source, nbytes)
         return SUCCESS
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
@@ -244,13 +264,69 @@ class SimulatedCuda:
     ) -> int:
         assert self.recording is not None
         graph._obj.value = self.recording.handle
-        last = (ctypes.c_void_p * 1)(list(self.recording.nodes)[-1])
+        last = (ctypes.c_void_p * 1)(list(self.recording.nodes.work)[-1])
         nodes._obj.contents = ctypes.c_void_p.from_buffer(last)
         num_nodes._obj.value = 1
         return SUCCESS
 
-    def cuGraphNodeSetEnabled(self, graph: int, node: int, enabled: int) -> int:  # noqa: N802
-        (self.graphs[graph].disabled.discard if enabled else self.graphs[graph].disabled.add)(node)
+    def cuGraphClone(self, clone: Any, graph: Any) -> int:  # noqa: N802
+        clone._obj.value = next(self.handles)
+        copy = self.graphs[clone._obj.value] = Nodes()
+        for node, work in self.graphs[graph.value].work.items():
+            copy.originals[node] = next(self.handles)
+            copy.work[copy.originals[node]] = work
+        return SUCCESS
+
+    def cuGraphNodeFindInClone(self, found: Any, node: Any, clone: Any) -> int:  # noqa: N802
+        found._obj.value = self.graphs[clone.value].originals[node.value]
+        return SUCCESS
+
+    def cuGraphNodeGetDependencies_v2(self, node: Any, nodes: Any, edges: Any, count: Any) -> int:  # noqa: N802
+        return self._neighbours(0, node, nodes, edges, count)
+
+    def cuGraphNodeGetDependentNodes_v2(self, node: Any, nodes: Any, edges: Any, count: Any) -> int:  # noqa: N802
+        return self._neighbours(1, node, nodes, edges, count)
+
+    def _neighbours(self, side: int, node: Any, nodes: Any, edges: Any, count: Any) -> int:
+        found = self._graph_of(node.value).around(node.value)[side]
+        count._obj.value = len(found)
+        if nodes is not None:
+            nodes[: len(found)] = found
+            edges[: len(found)] = [EDGE] * len(found)
+        return SUCCESS
+
+    def _graph_of(self, node: int) -> Nodes:
+        return next(graph for graph in self.graphs.values() if node in graph.work)
+
+    def cuGraphDestroyNode(self, node: Any) -> int:  # noqa: N802
+        graph = self._graph_of(node.value)
+        before, after = graph.around(node.value)
+        graph.gaps |= set(itertools.product(before, after))
+        del graph.work[node.value]
+        return SUCCESS
+
+    def cuGraphAddDependencies_v2(self, graph: Any, first: Any, second: Any, edges: Any, count: Any) -> int:  # noqa: N802
+        assert list(edges) == [EDGE] * count.value
+        self.graphs[graph.value].gaps -= set(zip(first, second, strict=True))
+        return SUCCESS
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, _: Any) -> int:  # noqa: N802
+        self.instances_left -= 1
+        if self.instances_left < 0:
+            return INVALID_VALUE
+        executable._obj.value = next(self.handles)
+        self.executables[executable._obj.value] = Executable(self.graphs[graph.value])
+        return SUCCESS
+
+    def cuGraphNodeSetEnabled(self, executable: int, node: int, enabled: int) -> int:  # noqa: N802
+        disabled = self.executables[executable].disabled
+        assert node in self.executables[executable].work
+        (disabled.discard if enabled else disabled.add)(node)
+        return SUCCESS
+
+    def cuGraphLaunch(self, executable: int, stream: int) -> int:  # noqa: N802
+        assert self.streams[stream] is self.main
+        self.executables[executable].launch()
         return SUCCESS
 
     # ------------------------------------------------------------------------------------------------------- runtime
@@ -270,6 +346,8 @@ class SimulatedCuda:
         """Run a kernel on the main stream, and note what it touches."""
         self.queue(self.main.name)
         self._stores.clear()
+        self.num_launches += 1
+        self.num_programs += math.prod(grid)
         function[grid](*args, **options)
         for begin, end, writes in merged(self._stores):
             self.access(self.main.name, begin, end - begin, writes, f"kernel {function.fn.__name__}")
@@ -346,6 +424,8 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "Stream", device.new_stream)
         patch.setattr(torch.cuda, "Event", lambda *_, **__: Event(device))
         patch.setattr(torch.cuda, "CUDAGraph", graph)
+        patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda *_: device.main)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.recording is not None)
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (device.free_bytes, device.capacity))

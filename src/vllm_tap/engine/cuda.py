@@ -13,32 +13,7 @@ from typing import Any, Final
 
 from vllm_tap.errors import EngineUnsupportedError, TransportError
 
-_HOST: Final = 1  # CU_MEMORYTYPE_HOST
-_DEVICE: Final = 2  # CU_MEMORYTYPE_DEVICE
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
-
-
-class _Memcpy2D(ctypes.Structure):
-    """CUDA_MEMCPY2D of cuda.h."""
-
-    _fields_ = [
-        ("src_x", ctypes.c_size_t),
-        ("src_y", ctypes.c_size_t),
-        ("src_type", ctypes.c_int),
-        ("src_host", ctypes.c_void_p),
-        ("src_device", ctypes.c_uint64),
-        ("src_array", ctypes.c_void_p),
-        ("src_pitch", ctypes.c_size_t),
-        ("dst_x", ctypes.c_size_t),
-        ("dst_y", ctypes.c_size_t),
-        ("dst_type", ctypes.c_int),
-        ("dst_host", ctypes.c_void_p),
-        ("dst_device", ctypes.c_uint64),
-        ("dst_array", ctypes.c_void_p),
-        ("dst_pitch", ctypes.c_size_t),
-        ("width", ctypes.c_size_t),
-        ("height", ctypes.c_size_t),
-    ]
 
 
 @functools.cache
@@ -49,9 +24,9 @@ def _driver() -> Any:
         raise EngineUnsupportedError(f"the CUDA driver's library cannot be loaded: {error}") from None
     library.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    library.cuMemcpy2DAsync_v2.argtypes = [ctypes.POINTER(_Memcpy2D), ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
     library.cuMemFree_v2.argtypes = [ctypes.c_uint64]
+    library.cuGraphLaunch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuGraphNodeSetEnabled.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuStreamGetCaptureInfo_v2.argtypes = [ctypes.c_void_p] * 6
     return library
@@ -93,27 +68,6 @@ def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
     _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
 
 
-def copy_planes_to_host(
-    target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: int
-) -> None:
-    """Queue a copy of `height` pieces of `width` bytes, each `*_pitch` bytes after the one before, in one transfer."""
-    # A plain copy when the pieces lie together: the copy engine then moves one long run.
-    if height == 1 or source_pitch == target_pitch == width:
-        copy_to_host(target, source, width * height, stream)
-        return
-    job = _Memcpy2D(
-        src_type=_DEVICE,
-        src_device=source,
-        src_pitch=source_pitch,
-        dst_type=_HOST,
-        dst_host=target,
-        dst_pitch=target_pitch,
-        width=width,
-        height=height,
-    )
-    _check(_driver().cuMemcpy2DAsync_v2(ctypes.byref(job), stream), "cuMemcpy2DAsync")
-
-
 def last_captured_node(stream: int) -> tuple[int, int] | None:
     """Return the graph that a capturing stream records into and the node recorded last, or None if that is not one."""
     status, capture_id = ctypes.c_int(), ctypes.c_uint64()
@@ -129,6 +83,70 @@ def last_captured_node(stream: int) -> tuple[int, int] | None:
     if code or num_nodes.value != 1 or not graph.value:
         return None
     return int(graph.value), int(nodes[0] or 0)
+
+
+def can_edit_graphs() -> bool:
+    """Tell whether the driver can take nodes out of graphs with programmatic dependencies (CUDA 12.3 and later)."""
+    return hasattr(_driver(), "cuGraphAddDependencies_v2")
+
+
+def clone_graph(graph: int) -> int:
+    """Return a copy of a graph."""
+    clone = ctypes.c_void_p()
+    _check(_driver().cuGraphClone(ctypes.byref(clone), ctypes.c_void_p(graph)), "cuGraphClone")
+    return int(clone.value or 0)
+
+
+def node_in_clone(node: int, clone: int) -> int:
+    """Return the node of a copy that stands for a node of the graph that was copied."""
+    found = ctypes.c_void_p()
+    code = _driver().cuGraphNodeFindInClone(ctypes.byref(found), ctypes.c_void_p(node), ctypes.c_void_p(clone))
+    _check(code, "cuGraphNodeFindInClone")
+    return int(found.value or 0)
+
+
+def remove_node(graph: int, node: int) -> None:
+    """Take a node out of a graph; what came after it comes after what came before it."""
+    before, after = (
+        _neighbours("cuGraphNodeGetDependencies_v2", node),
+        _neighbours("cuGraphNodeGetDependentNodes_v2", node),
+    )
+    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
+    edges = [(first, second, kind) for first, _ in before for second, kind in after]
+    pointers = ctypes.c_void_p * len(edges)
+    code = _driver().cuGraphAddDependencies_v2(
+        ctypes.c_void_p(graph),
+        pointers(*[first for first, _, _ in edges]),
+        pointers(*[second for _, second, _ in edges]),
+        (ctypes.c_uint64 * len(edges))(*[kind for _, _, kind in edges]),
+        ctypes.c_size_t(len(edges)),
+    )
+    _check(code, "cuGraphAddDependencies")
+
+
+def _neighbours(function: str, node: int) -> list[tuple[int, int]]:
+    """Return the nodes before or after a node, each with the data of the edge."""
+    call, count = getattr(_driver(), function), ctypes.c_size_t()
+    _check(call(ctypes.c_void_p(node), None, None, ctypes.byref(count)), function)
+    nodes, edges = (ctypes.c_void_p * count.value)(), (ctypes.c_uint64 * count.value)()
+    if count.value:
+        _check(call(ctypes.c_void_p(node), nodes, edges, ctypes.byref(count)), function)
+    return [(int(other or 0), int(edge)) for other, edge in zip(nodes, edges, strict=True)]
+
+
+def instantiate(graph: int) -> int:
+    """Return an executable form of a graph."""
+    executable = ctypes.c_void_p()
+    code = _driver().cuGraphInstantiateWithFlags(
+        ctypes.byref(executable), ctypes.c_void_p(graph), ctypes.c_ulonglong(0)
+    )
+    _check(code, "cuGraphInstantiate")
+    return int(executable.value or 0)
+
+
+def launch_graph(executable: int, stream: int) -> None:
+    """Queue an executable graph."""
+    _check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
 
 
 def set_node_enabled(graph_exec: int, node: int, enabled: bool) -> None:

@@ -34,9 +34,9 @@ class DeviceBackend:
         device_tap.install()
         runner = worker.model_runner
         self._max_rows = int(runner.max_num_tokens)
-        self._graph_rows = host_runner.graph_rows(worker)
         headroom = functools.partial(host_runner.step_headroom, worker)
-        self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
+        graph_rows = host_runner.graph_rows(worker)
+        self.rows = DeviceRows(self._max_rows + MAX_PADDING, graph_rows, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property
@@ -52,7 +52,7 @@ class DeviceBackend:
         """
         if self.rows.refusal:
             raise EngineUnsupportedError(self.rows.refusal)
-        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, self._graph_rows, staging)
+        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, staging)
 
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""
@@ -65,7 +65,7 @@ class DeviceBackend:
         profile.watch(self.rows, "switch_on", "start: switch on")
         profile.watch(self.rows.slabs, "take", "start: take slab")
         profile.watch(self.rows.slabs, "give", "finish: give slab")
-        profile.watch(self.rows.switch, "set_nodes", "graph: switch nodes")
+        profile.watch(cuda, "instantiate", "graph: instantiate")
         profile.watch(cuda, "allocate")
         profile.watch(cuda, "free")
 

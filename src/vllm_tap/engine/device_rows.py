@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.graphs import GraphSwitch
+from vllm_tap.engine.graphs import NOTHING, GraphSwitch
 from vllm_tap.engine.rows import Selection
 from vllm_tap.engine.slab import SlabKeeper
 from vllm_tap.engine.tap import REGISTRY, Rows
@@ -31,17 +31,26 @@ STREAM_NUMBERS: Final = {
 
 
 class DeviceRows(Rows):
-    """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is."""
+    """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is.
 
-    def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
+    Attributes:
+        graph_rows: The most tokens of a step that may run in a captured graph.
+        chosen: Where in `row_map` the tokens of the step's rows stand, and how many they are.
+    """
+
+    def __init__(
+        self, max_tokens: int, graph_rows: int, max_taps: int, device: torch.device, headroom: Callable[[], int]
+    ) -> None:
         super().__init__()
-        self._buffer = torch.zeros(kernel.HEADER_WORDS + (max_tokens + 1) // 2, dtype=torch.int64, device=device)
+        self.graph_rows = graph_rows
+        self.chosen = 0, 0
+        self._buffer = torch.zeros(kernel.HEADER_WORDS + max_tokens, dtype=torch.int64, device=device)
         self.header = self._buffer[: kernel.HEADER_WORDS]
         self.row_map = self._buffer[kernel.HEADER_WORDS :].view(torch.int32)
         self.table = torch.full((max_taps, 2), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self.first_tap = len(REGISTRY)
-        self.switch = GraphSwitch()
+        self.switch = GraphSwitch(self.fail)
         self.headroom = headroom
         self.slabs = SlabKeeper(device, headroom, self._is_quiet)
         self.main: torch.cuda.Stream | None = None
@@ -49,6 +58,7 @@ class DeviceRows(Rows):
         self.active = False
         self.refusal = ""
         self._planes: dict[int, tuple[int, int]] = {}
+        self._on: frozenset[int] = NOTHING
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
         self._header_address = self.header.data_ptr()
@@ -94,16 +104,14 @@ class DeviceRows(Rows):
             if planes:
                 table[[index - self.first_tap for index in planes]] = list(planes.values())
             self.table.copy_(torch.from_numpy(table))
-            self._planes = planes
+            self._planes, self._on = planes, frozenset(planes)
         self.counts.zero_()
         self.sink = sink
-        self.switch.turn(frozenset(planes))
 
     def switch_off(self) -> None:
         """Let nothing through."""
         self.clear()
         self.sink = None
-        self.switch.turn(frozenset())
 
     def counted(self) -> list[int]:
         """Return how many steps went through each tap that is on, and those before it; waits for the device."""
@@ -111,18 +119,22 @@ class DeviceRows(Rows):
 
     def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
         """Send the header of a step to the device, and its row map unless the device has it already."""
-        num_tokens = header[0]
+        num_tokens, num_rows = header[0], selection.num_rows
         if not (selection.is_everything and num_tokens <= self._num_identity):
-            pinned = torch.empty(num_tokens, dtype=torch.int32, pin_memory=True)
-            pinned.numpy()[:] = selection.row_map
+            pieces = [selection.row_map] if selection.is_everything else [selection.row_map, selection.sources]
+            pinned = torch.empty(sum(map(len, pieces)), dtype=torch.int32, pin_memory=True)
+            np.concatenate(pieces, out=pinned.numpy())
             # PyTorch keeps pinned memory until the copies out of it are done.
-            self.row_map[:num_tokens].copy_(pinned, non_blocking=True)
+            self.row_map[: len(pinned)].copy_(pinned, non_blocking=True)
             self._num_identity = num_tokens if selection.is_everything else 0
+        self.chosen = 0 if selection.is_everything else num_tokens, num_rows
+        self.switch.on = self._on
         cuda.write_words(self._header_address, header, stream.cuda_stream)
         self.active = self._dirty = True
 
     def clear(self) -> None:
         self.active = False
+        self.switch.on = NOTHING
         if self._dirty:
             self.header[:1].zero_()
             self._dirty = False

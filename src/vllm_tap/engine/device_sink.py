@@ -2,10 +2,10 @@
 
 Runs in the worker process. Three ways lead from a tap into the block of the step, chosen per stream and step:
 
-- staged: all planes of the step in a ring of rows, one 2-D copy after the forward pass; the way of decode steps, whose
-  taps run inside captured graphs.
-- ring: plane by plane in a small ring of bytes, each copied as soon as its layer is through; the way of large prefill
-  steps, which run outside graphs: the copies hide behind the layers that follow, and little memory is needed.
+- staged: the whole block of the step, as it will lie in the segment, one copy after the forward pass; the way of decode
+  steps, whose taps run inside captured graphs.
+- by planes: each plane copied as soon as its layer is through; the way of large prefill steps, which run outside
+  graphs: the copies hide behind the layers that follow, and little memory is needed.
 - direct: the tap stores into pinned host memory; no device memory at all.
 
 Every reuse of staging is ordered between streams; the host never waits in a step.
@@ -24,7 +24,7 @@ from vllm_tap.engine import cuda, kernel
 from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch, Selection
-from vllm_tap.engine.slab import Slab, aligned
+from vllm_tap.engine.slab import ALIGNMENT, Slab, aligned
 from vllm_tap.engine.tap import REGISTRY, Tap
 from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError
 from vllm_tap.frame.layout import LABEL_BYTES, Layout, Stream
@@ -40,38 +40,30 @@ and every copy costs the host about 20 microseconds."""
 MIN_STAGED_ROWS: Final = 512
 
 DEPTHS: Final = ((4, 2), (2, 1))
-"""Planes in the ring, and steps in the staging of rows. The second pair is for a device that is short of memory: a step
-waits then, on the device, for copies of the one before."""
+"""Planes in the staging of planes, and steps in that of blocks. The second pair is for a device that is short of
+memory: a step waits then, on the device, for copies of the one before."""
+
+
+class _Copy:
+    """A run of bytes of a block, `begin` to `end` in its segment, that leaves the device in one copy."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+        self.source = 0  # address of the first byte where the kernels write it
+
+    @property
+    def room(self) -> int:
+        """Bytes that it takes in the staging, where it lies as it does in the segment, modulo the alignment."""
+        return aligned(self.begin % ALIGNMENT + self.end - self.begin)
 
 
 class _Lane:
-    """One stream's way into its block: its staging, and where the current step goes.
+    """One stream's way into its block, and where the current step goes."""
 
-    Positions and token ids take a lane as well: they are two planes of rows of 4 bytes.
-    """
-
-    def __init__(self, row_bytes: int, num_planes: int, step_rows: int, wide: bool = False) -> None:
+    def __init__(self, row_bytes: int, num_planes: int, wide: bool) -> None:
         self.row_bytes, self.num_planes, self.wide = row_bytes, num_planes, wide
-        self.step_bytes = num_planes * step_rows * row_bytes
-        self.rows = Ring(0)
-        self.staging = 0
-        self.start = 0
-        self.target = 0
-
-    def stage(self, address: int, nbytes: int) -> None:
-        """Take memory for the staging."""
-        self.staging = address
-        self.rows = Ring(nbytes // (self.num_planes * self.row_bytes))
-
-    @property
-    def pitch(self) -> int:
-        """Bytes from plane to plane in the staging."""
-        return self.rows.capacity * self.row_bytes
-
-    @property
-    def source(self) -> int:
-        """Address of the step's first row in the staging."""
-        return self.staging + self.start * self.row_bytes
+        self.target = 0  # address of plane 0 in the segment
+        self.place = 0  # of the plane under way in the ring of planes
 
 
 class DeviceSink:
@@ -88,7 +80,6 @@ class DeviceSink:
         rows: DeviceRows,
         pool: SegmentPool,
         max_rows: int,
-        graph_rows: int,
         staging: str,
     ) -> None:
         names = [stream.name for stream in streams]
@@ -99,7 +90,7 @@ class DeviceSink:
         self.failure: Exception | None = None
         self._rows, self._pool = rows, pool
         self._device = rows.header.device
-        self._small_rows = max(graph_rows, MIN_STAGED_ROWS)
+        self._small_rows = max(rows.graph_rows, MIN_STAGED_ROWS)
         self._num_steps = 0
         self._num_rows = 0
         self._is_large = False
@@ -109,47 +100,45 @@ class DeviceSink:
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._forward_done = torch.cuda.Event()
         self._unsent = False
+        self._segment = self._numbers = self._place = 0
+        self._copies: list[_Copy] = []
         self._lanes: dict[str, _Lane] = {}
         self._place_of: dict[int, tuple[_Lane, int]] = {}
         modes: dict[int, tuple[int, int]] = {}
+        step_bytes = (NUM_LABELS - 1) * LABEL_BYTES * max_rows + 2 * ALIGNMENT
         for stream in streams:
             wide = max_rows * stream.row_bytes >= WIDE_PLANE_BYTES
+            lane = self._lanes[stream.name] = _Lane(stream.row_bytes, len(stream.layers), wide)
             step_rows = self._small_rows if wide else max_rows
-            lane = self._lanes[stream.name] = _Lane(stream.row_bytes, len(stream.layers), step_rows, wide)
+            step_bytes += lane.num_planes * lane.row_bytes * step_rows + stream.alignment + ALIGNMENT
             for plane, layer in enumerate(stream.layers):
                 tap = taps[stream.name, layer]
                 self._place_of[tap.index] = lane, plane
                 # One of the taps writes the labels: a kernel of their own would be one more launch in every step.
                 labels = 0 if modes else kernel.LABELS
                 modes[tap.index] = plane, tap.mode | labels
-        self._labels = _Lane(LABEL_BYTES, NUM_LABELS - 1, max_rows)
-        wide_planes = [max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide]
-        self._widest = aligned(max(wide_planes, default=0))
-        self._planes = Ring(0)
-        self._slab = None if staging == "direct" else self._take_slab(staging)
+        plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
+        self._planes, self._steps = Ring(0), Ring(0)
+        self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)
         rows.switch_on(self, modes)
 
-    def _take_slab(self, staging: str) -> Slab | None:
-        lanes = [self._labels, *self._lanes.values()]
+    def _take_slab(self, plane_bytes: int, step_bytes: int, staging: str) -> Slab | None:
         for num_planes, num_steps in DEPTHS:
-            sizes = [num_planes * self._widest, *(num_steps * lane.step_bytes for lane in lanes)]
-            needed = sum(aligned(size) for size in sizes)
-            slab = self._rows.slabs.take(needed)
+            planes, steps = num_planes * plane_bytes, num_steps * step_bytes
+            slab = self._rows.slabs.take(planes + steps)
             if slab is not None:
-                self._planes = Ring(sizes[0])
-                self._plane_staging = slab.part(sizes[0])
-                for lane, size in zip(lanes, sizes[1:], strict=True):
-                    lane.stage(slab.part(size), size)
+                self._planes, self._steps = Ring(planes), Ring(steps)
+                self._plane_staging, self._step_staging = slab.part(planes), slab.part(steps)
                 return slab
         free, total = torch.cuda.mem_get_info(self._device)
         text = (
-            f"staging rows needs at least {needed / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
+            f"staging rows needs at least {(planes + steps) / 2**20:.0f} MiB of GPU memory; {free / 2**20:.0f} of "
             f"{total / 2**20:.0f} MiB are free, of which the engine's own steps may take "
             f"{self._rows.headroom() / 2**20:.0f}: capture fewer layers, start the engine with a lower "
             'gpu_memory_utilization, or use staging="direct".'
         )
         if staging == "staged":
-            raise BudgetError(text, needed_bytes=needed, free_bytes=free)
+            raise BudgetError(text, needed_bytes=planes + steps, free_bytes=free)
         logger.warning("vllm-tap: %s Going on with direct writes, which are slower for many rows.", text)
         return None
 
@@ -163,31 +152,57 @@ class DeviceSink:
         """
         self.send()
         main = self._rows.main = torch.cuda.current_stream(self._device)
-        address = self._pool.segment(chunk.segment_id).address
         num_rows = self._num_rows = selection.num_rows
         self._is_large = num_rows > self._small_rows
+        self._segment = self._pool.segment(chunk.segment_id).address
+        self._numbers = self._segment + placed.labels
         words = [0] * kernel.HEADER_WORDS
         words[0] = len(selection.row_map)
+        copy_of = self._cut(placed)
+        self._stage(main)
         for (name, lane), start in zip(self._lanes.items(), placed.streams, strict=True):
-            lane.target = address + start
-            place = 1 + 2 * STREAM_NUMBERS[name]
-            words[place : place + 2] = self._way(lane, main)
-        # Of the labels, the host knows the request numbers, which come first.
-        self._labels.target = address + placed.labels + LABEL_BYTES * num_rows
+            lane.target = self._segment + start
+            copy = copy_of.get(name)
+            if copy is not None:
+                place = 1 + 2 * STREAM_NUMBERS[name]
+                words[place : place + 2] = copy.source + start - copy.begin, num_rows * lane.row_bytes
         sources = kernel.label_sources(batch.positions, batch.token_ids)
-        words[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 4] = sources + self._way(self._labels, main)
+        # The labels come first, and in them the request numbers, which the host knows.
+        words[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 4] = *sources, self._copies[0].source, LABEL_BYTES * num_rows
         self._rows.arm(words, selection, main)
         self._selection = selection
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
 
-    def _way(self, lane: _Lane, main: torch.cuda.Stream) -> tuple[int, int]:
-        """Return where plane 0 of a lane begins in this step, and the bytes from plane to plane."""
+    def _cut(self, placed: Layout[int]) -> dict[str, _Copy]:
+        """Cut the block of a step into copies, between planes that go one by one; return the copy of each stream."""
+        num_rows, copy_of = self._num_rows, dict[str, _Copy]()
+        end = placed.labels + NUM_LABELS * LABEL_BYTES * num_rows
+        self._copies = [_Copy(placed.labels + LABEL_BYTES * num_rows, end)]
+        copy: _Copy | None = self._copies[0]
+        for (name, lane), start in zip(self._lanes.items(), placed.streams, strict=True):
+            if self._goes_by_planes(lane):
+                copy = None
+                continue
+            if copy is None:
+                copy = _Copy(start, start)
+                self._copies.append(copy)
+            copy.end = start + lane.num_planes * num_rows * lane.row_bytes
+            copy_of[name] = copy
+        return copy_of
+
+    def _stage(self, main: torch.cuda.Stream) -> None:
+        """Find a place for the copies of a step in the staging; without one, kernels write to the segment."""
         if self._slab is None:
-            return lane.target, self._num_rows * lane.row_bytes
-        if lane.wide and self._is_large:
-            return 0, 0  # each tap takes its own place in the ring, see `address_for`
-        lane.start = lane.rows.take(self._num_rows, main)
-        return lane.source, lane.pitch
+            for copy in self._copies:
+                copy.source = self._segment + copy.begin
+            return
+        place = self._place = self._steps.take(sum(copy.room for copy in self._copies), main)
+        for copy in self._copies:
+            copy.source = self._step_staging + place + copy.begin % ALIGNMENT
+            place += copy.room
+
+    def _goes_by_planes(self, lane: _Lane) -> bool:
+        return self._slab is not None and lane.wide and self._is_large
 
     def wants(self, tap: Tap) -> bool:
         """Tell whether this capture takes the rows of a tap."""
@@ -196,11 +211,11 @@ class DeviceSink:
     def address_for(self, tap: Tap) -> int:
         """Return where a tap outside graphs writes its plane, or 0 for where the header says."""
         lane, _ = self._place_of[tap.index]
-        if self._slab is None or not (lane.wide and self._is_large):
+        if not self._goes_by_planes(lane):
             return 0
         nbytes = aligned(self._num_rows * lane.row_bytes)
-        lane.start = self._planes.take(nbytes, torch.cuda.current_stream(self._device))
-        return self._plane_staging + lane.start
+        lane.place = self._planes.take(nbytes, torch.cuda.current_stream(self._device))
+        return self._plane_staging + lane.place
 
     def send_plane(self, tap: Tap) -> None:
         """Queue the copy of a plane that has just been written to the ring."""
@@ -208,8 +223,8 @@ class DeviceSink:
         nbytes = self._num_rows * lane.row_bytes
         self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
         target = lane.target + plane * nbytes
-        cuda.copy_to_host(target, self._plane_staging + lane.start, nbytes, self._side.cuda_stream)
-        self._planes.busy(lane.start, aligned(nbytes), self._side.record_event())
+        cuda.copy_to_host(target, self._plane_staging + lane.place, nbytes, self._side.cuda_stream)
+        self._planes.busy(lane.place, aligned(nbytes), self._side.record_event())
 
     def end(self) -> list[Tap]:
         """Write the request numbers; which taps were silent is known when all is settled.
@@ -225,8 +240,7 @@ class DeviceSink:
             raise self.failure
         assert self._selection is not None
         # Now that the forward pass has been launched, the host's time is not on the engine's path.
-        nbytes = LABEL_BYTES * self._num_rows
-        ctypes.memmove(self._labels.target - nbytes, self._selection.numbers.tobytes(), nbytes)
+        ctypes.memmove(self._numbers, self._selection.numbers.tobytes(), LABEL_BYTES * self._num_rows)
         self._selection = None
         self._num_steps += 1
         self._rows.active = False
@@ -234,25 +248,21 @@ class DeviceSink:
         return []
 
     def send(self) -> None:
-        """Queue the copies of the staged planes and the labels on the side stream."""
+        """Queue the copies of what is staged on the side stream."""
         if not self._unsent:
             return
         self._unsent = False
         if self._slab is None:
             self._last = self._forward_done
             return
-        num_rows, side = self._num_rows, self._side.cuda_stream
         self._side.wait_event(self._forward_done)
-        staged = [lane for lane in self._lanes.values() if not (lane.wide and self._is_large)]
-        staged.append(self._labels)
         try:
-            for lane in staged:
-                width = num_rows * lane.row_bytes
-                cuda.copy_planes_to_host(lane.target, width, lane.source, lane.pitch, width, lane.num_planes, side)
+            for copy in self._copies:
+                nbytes = copy.end - copy.begin
+                cuda.copy_to_host(self._segment + copy.begin, copy.source, nbytes, self._side.cuda_stream)
         finally:
             self._last = self._side.record_event()
-        for lane in staged:
-            lane.rows.busy(lane.start, num_rows, self._last)
+        self._steps.busy(self._place, sum(copy.room for copy in self._copies), self._last)
 
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.

@@ -47,7 +47,8 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
     if rows.active and rows.sink is not None and rows.sink.wants(tap):
         assert tap.dtype is not None
         address = rows.sink.address_for(tap)
-        kernel.launch_tap(rows, hidden, residual, *_place(tap, rows), tap.dtype, address=address)
+        place = _place(tap, rows)
+        kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, address=address, chosen=rows.chosen)
         if address:
             rows.sink.send_plane(tap)
 

@@ -1,17 +1,20 @@
-"""Switches the taps in captured CUDA graphs off while nobody captures. Worker process, CUDA engines only.
+"""Keeps taps out of captured CUDA graphs while nobody captures. Worker process, CUDA engines only.
 
-Even a kernel that returns at once costs a graph about 2 microseconds, times the number of layers, each step. A kernel
-node of an instantiated graph can be disabled for the next launches; that needs the graph itself, which PyTorch throws
-away unless told to keep it. Switching happens when a graph is replayed for the first time after a change, so that
-starting a capture does not touch graphs that never run.
+Even a kernel that returns at once costs a graph half a microsecond to two, a kernel node that is disabled still a fifth
+of one (bench/tap_kernel.py, one H200), times the number of layers, each step. So each graph comes twice: PyTorch's own,
+from which the taps are taken out before it is instantiated, and a copy that has them, made executable when a capture
+first replays it. In the copy, taps that a capture does not want are disabled.
+
+The copy is launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
+none.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,14 +24,21 @@ from vllm_tap.errors import TransportError
 logger = logging.getLogger("vllm_tap")
 
 
-class GraphSwitch:
-    """Which taps are on, for all graphs of a worker."""
+NOTHING: Final[frozenset[int]] = frozenset()
 
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.on: frozenset[int] = frozenset()
-        self._noted: dict[int, list[tuple[int, int]]] = {}
+
+class GraphSwitch:
+    """Which taps are on, for all graphs of a worker.
+
+    Args:
+        on_failure: Called with what went wrong when a graph with taps was wanted; the graph has run without them.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self.on = NOTHING
         self.num_nodes = 0
+        self.fail = on_failure
+        self._noted: dict[int, list[tuple[int, int]]] = {}
 
     def note(self, tap_index: int, stream: int) -> None:
         """Remember the kernel node that a capturing stream has just recorded for a tap."""
@@ -43,25 +53,12 @@ class GraphSwitch:
         self.num_nodes += len(nodes)
         return nodes
 
-    def turn(self, on: frozenset[int]) -> None:
-        """Turn on these taps and no others, from the next replay of each graph on."""
-        self.on = on
-        self.epoch += 1
-
-    def set_nodes(self, graph_exec: int, nodes: list[tuple[int, int]], state: dict[int, bool]) -> None:
-        """Bring the nodes [(tap, node)] of an instantiated graph to what is on; `state` {node: is on} follows."""
-        for tap_index, node in nodes:
-            wanted = tap_index in self.on
-            if state[node] != wanted:
-                cuda.set_node_enabled(graph_exec, node, wanted)
-                state[node] = wanted
-
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Make PyTorch keep the graphs that are captured inside this block, so that their nodes can be switched."""
+        """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
         original = torch.cuda.CUDAGraph
-        if not hasattr(original, "raw_cuda_graph_exec"):
-            logger.info("vllm-tap: this PyTorch does not hand out CUDA graphs: idle taps cost 2 microseconds each")
+        if not hasattr(original, "raw_cuda_graph_exec") or not cuda.can_edit_graphs():
+            logger.info("vllm-tap: CUDA graphs cannot be edited here: idle taps cost a microsecond each")
             yield
             return
         torch.cuda.CUDAGraph = _kept(original, self)  # type: ignore[misc]
@@ -69,6 +66,39 @@ class GraphSwitch:
             yield
         finally:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
+
+
+class _Copy:
+    """A graph with its taps, beside one from which they were taken out."""
+
+    def __init__(self, graph: int, taps: list[tuple[int, int]]) -> None:
+        self._graph = cuda.clone_graph(graph)
+        self._nodes = [(index, cuda.node_in_clone(node, self._graph)) for index, node in taps]
+        self._enabled = {node: True for _, node in self._nodes}
+        self._executable = 0
+        self._on = NOTHING
+        self._is_wanted = False
+
+    def follow(self, on: frozenset[int]) -> bool:
+        """Enable the taps that are on and no others; return whether there are any."""
+        if on is not self._on:
+            self._is_wanted = any(index in on for index, _ in self._nodes)
+            if self._is_wanted:
+                self._enable(on)
+            self._on = on
+        return self._is_wanted
+
+    def _enable(self, on: frozenset[int]) -> None:
+        if not self._executable:
+            self._executable = cuda.instantiate(self._graph)
+        for index, node in self._nodes:
+            if self._enabled[node] != (index in on):
+                cuda.set_node_enabled(self._executable, node, index in on)
+                self._enabled[node] = index in on
+
+    def launch(self) -> None:
+        """Queue the graph on the current stream."""
+        cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
 
 
 def _kept(original: Any, switch: GraphSwitch) -> Any:
@@ -80,28 +110,26 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
-            self._tap_nodes: list[tuple[int, int]] = []
-            self._tap_epoch = -1
-            self._tap_state: dict[int, bool] = {}
+            self._with_taps: _Copy | None = None
 
         def capture_end(self) -> None:
             super().capture_end()
+            graph = self.raw_cuda_graph()
+            taps = switch.take(graph)
+            if taps:
+                self._with_taps = _Copy(graph, taps)
+                for _, node in taps:
+                    cuda.remove_node(graph, node)
             self.instantiate()
-            self._tap_nodes = switch.take(self.raw_cuda_graph())
-            self._tap_state = {node: True for _, node in self._tap_nodes}
 
         def replay(self) -> None:
-            if self._tap_epoch != switch.epoch:
-                self._follow()
+            if switch.on and self._with_taps is not None:
+                try:
+                    if self._with_taps.follow(switch.on):
+                        self._with_taps.launch()
+                        return
+                except TransportError as error:
+                    switch.fail(error)
             super().replay()
-
-        def _follow(self) -> None:
-            self._tap_epoch = switch.epoch
-            try:
-                switch.set_nodes(self.raw_cuda_graph_exec(), self._tap_nodes, self._tap_state)
-            except TransportError as error:
-                # Left on, a tap is right and only slower: it finds the header idle.
-                logger.warning("vllm-tap: taps in CUDA graphs cannot be switched off: %s", error)
-                self._tap_nodes = []
 
     return KeptGraph

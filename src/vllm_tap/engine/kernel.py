@@ -5,7 +5,8 @@ captured graph serves idle, staged and direct capture alike:
 
     header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); per stream, address of plane 0 and bytes per plane;
               addresses of the step's positions and token ids, address of plane 0 of the labels and bytes per plane
-    row_map   int32 [max tokens]: destination row of each token, -1 = skip
+    row_map   int32 [tokens]: destination row of each token, -1 = skip; behind it, where that is not the same, the token
+              of each destination row, by which a kernel outside graphs goes
     table     int32 [taps, 2]: plane of each tap in its stream (-1 = off), and its mode: ADD or FIRST, with LABELS for
               the tap that writes the labels as well (int32; plane 0 the positions, plane 1 the token ids)
     counts    int32 [taps]: steps that went through each tap
@@ -39,7 +40,7 @@ _LABELS = tl.constexpr(LABELS)
 _LABEL_PLACE = tl.constexpr(LABEL_PLACE)
 
 
-@triton.jit(do_not_specialize=["index", "address", "stream", "num_rows"])
+@triton.jit(do_not_specialize=["index", "address", "stream", "first", "num_rows"])
 def _tap(
     header,
     table,
@@ -51,6 +52,7 @@ def _tap(
     index,
     stream,
     address,
+    first,
     num_rows,
     hidden_stride,
     residual_stride,
@@ -59,6 +61,7 @@ def _tap(
     ELEMENTS: tl.constexpr,  # noqa: N803
     HAS_RESIDUAL: tl.constexpr,  # noqa: N803
     EXPLICIT: tl.constexpr,  # noqa: N803
+    CHOSEN: tl.constexpr,  # noqa: N803
     AHEAD: tl.constexpr,  # noqa: N803
     EARLY: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
@@ -72,14 +75,20 @@ def _tap(
     plane = tl.load(table + 2 * index)
     mode = tl.load(table + 2 * index + 1)
     num_tokens = tl.load(header)
-    slot = tl.load(row_map + row, mask=there, other=-1)
     if EXPLICIT:  # noqa: SIM108 - decided when the kernel is compiled
         base = address
     else:
         base = tl.load(header + 1 + 2 * stream) + plane * tl.load(header + 2 + 2 * stream)
-    live = (plane >= 0) & (row < num_tokens) & (slot >= 0)
+    if CHOSEN:
+        token = tl.load(row_map + first + row, mask=there, other=0)
+        slot = row
+        live = there & (plane >= 0) & (num_tokens > 0)
+    else:
+        token = row
+        slot = tl.load(row_map + row, mask=there, other=-1)
+        live = (plane >= 0) & (row < num_tokens) & (slot >= 0)
     wanted = inside if AHEAD else inside & live[:, None]
-    source = row.to(tl.int64)[:, None]
+    source = token.to(tl.int64)[:, None]
     if EARLY:
         # Launched while the kernel before is still running: its results are there from here on. In graphs of layer-like
         # work this takes a tap from 1.4 to 0.3-0.7 microseconds at 8 and 64 rows (bench/tap_kernel.py, one H200).
@@ -99,8 +108,8 @@ def _tap(
         token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
         labels = tl.load(header + _LABEL_PLACE + 2)
         pitch = tl.load(header + _LABEL_PLACE + 3)
-        position = tl.load(positions + row, mask=live, other=0).to(tl.int32)
-        token_id = tl.load(token_ids + row, mask=live, other=0)
+        position = tl.load(positions + token, mask=live, other=0).to(tl.int32)
+        token_id = tl.load(token_ids + token, mask=live, other=0)
         tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
         tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
@@ -116,6 +125,7 @@ def launch_tap(
     out: torch.dtype,
     *,
     address: int = 0,
+    chosen: tuple[int, int] | None = None,
     ahead: bool = False,
     large: bool | None = None,
 ) -> None:
@@ -128,20 +138,25 @@ def launch_tap(
         stream: Of the tap, in `header`.
         out: Dtype of the rows.
         address: Where plane 0 begins, instead of what the header says.
+        chosen: Where in `row_map` the tokens of the chosen rows stand, and how many they are: a kernel that need not
+            look at the others. Without it, as in graphs, each token's destination is looked up.
         ahead: Load rows before it is known whether they are wanted: faster for few rows, wasteful for many.
         large: Use the block size for many rows; by default as the number of rows says.
     """
-    num_tokens, width = hidden.shape
-    if not num_tokens:
+    num_rows, width = hidden.shape
+    if not num_rows:
         return
+    first = 0
+    if chosen is not None:
+        first, num_rows = chosen
     other = hidden if residual is None else residual
-    large = num_tokens > LARGE_ROWS if large is None else large
+    large = num_rows > LARGE_ROWS if large is None else large
     early = ahead and _can_launch_early(hidden.device)
     align = math.gcd(width * out.itemsize, 16)
     most = LARGE_BLOCK if large else BLOCK
     block = min(most, triton.next_power_of_2(width))
     rows = min(most // block, MOST_ROWS) if large else 1
-    _tap[(triton.cdiv(num_tokens, rows), triton.cdiv(width, block))](
+    _tap[(triton.cdiv(num_rows, rows), triton.cdiv(width, block))](
         state.header,
         state.table,
         state.row_map,
@@ -152,7 +167,8 @@ def launch_tap(
         index,
         stream,
         address,
-        num_tokens,
+        first,
+        num_rows,
         hidden.stride(0),
         other.stride(0),
         WIDTH=width,
@@ -160,6 +176,7 @@ def launch_tap(
         ELEMENTS=align // out.itemsize,
         HAS_RESIDUAL=residual is not None,
         EXPLICIT=address != 0,
+        CHOSEN=chosen is not None,
         AHEAD=ahead,
         EARLY=early,
         ROWS=rows,
@@ -180,8 +197,9 @@ def warm(
 ) -> None:
     """Compile the variants of a tap's kernel, by launching each of them for one row while the header says idle."""
     for large in (False, True):
-        for address, ahead in ((0, False), (ANY_ADDRESS, False), (0, True)):
-            launch_tap(state, hidden[:1], residual, index, stream, out, address=address, ahead=ahead, large=large)
+        for address in (0, ANY_ADDRESS):
+            launch_tap(state, hidden[:1], residual, index, stream, out, address=address, chosen=(0, 1), large=large)
+        launch_tap(state, hidden[:1], residual, index, stream, out, ahead=True, large=large)
 
 
 def label_sources(positions: torch.Tensor, token_ids: torch.Tensor) -> tuple[int, int]:

@@ -75,10 +75,8 @@ class DmaProfile(Profile):
         self._torch = torch
         self._copies: list[tuple[Any, Any, int]] = []
         self._forward_end: Any = None
-        self._inside = False
         self._base = self._event()
-        self.wrap(cuda, "copy_planes_to_host", self._copy_planes)
-        self.wrap(cuda, "copy_to_host", self._copy_one)
+        self.wrap(cuda, "copy_to_host", self._copy)
         self.wrap(DeviceSink, "end", self._end)
         self.wrap(DeviceSink, "settle", self._settle)
 
@@ -87,25 +85,11 @@ class DmaProfile(Profile):
         event.record(stream)
         return event
 
-    def _copy_planes(self, function: Any, *args: Any) -> None:
-        width, height = args[4:6]
-        self._copy(function, args, width * height)
-
-    def _copy_one(self, function: Any, *args: Any) -> None:
-        self._copy(function, args, args[2])
-
-    def _copy(self, function: Any, args: tuple[Any, ...], nbytes: int) -> None:
-        if self._inside:  # copy_planes_to_host calls copy_to_host
-            function(*args)
-            return
-        stream = self._torch.cuda.ExternalStream(args[-1])
-        self._inside = True
-        try:
-            before = self._event(stream)
-            function(*args)
-            self._copies.append((before, self._event(stream), nbytes))
-        finally:
-            self._inside = False
+    def _copy(self, function: Any, target: int, source: int, nbytes: int, stream: int) -> None:
+        queue = self._torch.cuda.ExternalStream(stream)
+        before = self._event(queue)
+        function(target, source, nbytes, stream)
+        self._copies.append((before, self._event(queue), nbytes))
 
     def _end(self, function: Any, sink: Any) -> Any:
         silent = function(sink)

@@ -25,7 +25,7 @@ from vllm_tap.transport.pool import Block, SegmentPool
 
 STEPS_PER_CHUNK: Final = 16
 MAX_CHUNK_BYTES: Final = 64 << 20
-"""Small steps share a reservation: a lease costs the client about as much as a hundred rows."""
+"""Small steps share a reservation: each costs the worker and the client some microseconds."""
 
 # vLLM names the children of a request with n > 1 "{index}_{parent id}" (v1/engine/parallel_sampling.py).
 _CHILD: Final = re.compile(r"(\d+)_")

@@ -26,6 +26,9 @@ PATIENCE_SECONDS: Final = 60.0
 
 POLL_SECONDS: Final = 1.0
 
+ALIGNMENT: Final = 256
+"""Parts of a slab start and end on multiples of this many bytes."""
+
 
 class Slab:
     """One piece of device memory, handed out in aligned parts."""
@@ -142,4 +145,4 @@ class SlabKeeper:
 
 def aligned(nbytes: int) -> int:
     """Round up to what parts of a slab are aligned to."""
-    return -(-nbytes // 256) * 256
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,8 +1,8 @@
 """Where the arrays of a block lie. A pure function of the row count and the streams, used by worker and client alike.
 
 A block holds the rows of one step: the label arrays, then for every stream one plane [num_rows, width] per layer. All
-planes of a stream are adjacent, so one 2-D copy fills them. The start of a stream is a multiple of its row size,
-counted from the start of the segment: a segment is then an array of rows, and rows of many blocks are one gather.
+planes of a stream are adjacent. The start of a stream is a multiple of its row size, counted from the start of the
+segment: a segment is then an array of rows, and rows of many blocks are one gather.
 """
 
 from __future__ import annotations

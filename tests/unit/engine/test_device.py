@@ -60,7 +60,7 @@ class Model:
 
     def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
         self.cuda, self.places = cuda, places
-        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
+        self.rows = DeviceRows(MAX_TOKENS + 8, GRAPH_TOKENS, 64, CPU, lambda: 0)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -157,7 +157,7 @@ class Engine:
             expected_rows=0,
         )
         rows = self.model.rows
-        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
+        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, staging)
         session = Session(start, 0, streams, sink, self.pool, rows)
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
             if request_id != "other":
@@ -165,17 +165,18 @@ class Engine:
         self.expected = []
         return session
 
-    def step(self, session: Session, requests: dict[str, int], sends: bool = True) -> None:
-        """Run a step of so many tokens of each request, at random positions."""
+    def step(self, session: Session, requests: dict[str, int], sends: bool = True, computed: int | None = None) -> None:
+        """Run a step of so many tokens of each request, at random positions or behind `computed` ones."""
         lengths = np.array(list(requests.values()))
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        computed = self.random.integers(0, 12, len(requests)).astype(np.int32)
-        positions = np.concatenate([first + np.arange(n) for first, n in zip(computed, lengths, strict=True)])
+        low, high = (0, 12) if computed is None else (computed, computed + 1)
+        before = self.random.integers(low, high, len(requests)).astype(np.int32)
+        positions = np.concatenate([first + np.arange(n) for first, n in zip(before, lengths, strict=True)])
         token_ids = self.random.integers(0, 1 << 17, len(positions))
         self.positions[: len(positions)] = torch.from_numpy(positions)
         self.token_ids[: len(positions)] = torch.from_numpy(token_ids)
         waits = self.cuda.num_host_waits
-        session.arm(Batch(list(requests), starts, computed, self.positions, self.token_ids))
+        session.arm(Batch(list(requests), starts, before, self.positions, self.token_ids))
         self.model.run(len(positions))
         session.drain()
         if sends:
@@ -186,6 +187,8 @@ class Engine:
         taken = np.repeat([request_id != "other" for request_id in requests], lengths)
         if session.start.positions == "last":
             taken &= positions == prompt_lens - 1
+        if session.start.positions == "generated":
+            taken &= positions >= prompt_lens
         if taken.any():
             labels = np.stack([numbers, positions, token_ids])[:, taken]
             rows = {place: made[: len(taken)][torch.from_numpy(taken)] for place, made in self.model.made.items()}
@@ -264,6 +267,54 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
     assert (cuda.num_copies == 0) == (way == "direct")
 
 
+@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+def test_a_step_leaves_the_device_in_one_copy(cuda: SimulatedCuda, places: list[Place]) -> None:
+    """Labels and all planes of all streams lie in the staging as they will in the segment."""
+    engine = Engine(cuda, places)
+    session = engine.start()
+    for step in STEPS[:5]:
+        engine.step(session, step)
+    assert cuda.num_copies == 5
+    engine.finish(session)
+
+
+def test_few_rows_of_a_large_step_take_few_programs(cuda: SimulatedCuda) -> None:
+    """Outside graphs, kernels look at the chosen rows alone."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    before = cuda.num_programs
+    engine.step(session, {"other": 18, "c": 2})
+    assert cuda.num_programs - before == 2 * len(LLAMA)
+    engine.finish(session)
+
+
+def test_taps_in_graphs_run_only_in_steps_with_rows(cuda: SimulatedCuda) -> None:
+    """Steps that have none replay a graph without taps; a row that comes later is not missed."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start(positions="generated")
+    for computed, runs in ((0, 0), (12, len(LLAMA)), (0, 0), (0, 0), (12, len(LLAMA))):
+        before = cuda.num_launches
+        engine.step(session, {"a": 3}, computed=computed)
+        assert cuda.num_launches - before == runs
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_a_graph_that_cannot_be_made_ends_the_capture_alone(cuda: SimulatedCuda) -> None:
+    """The step runs without taps; the client is told why its rows are missing, and the next capture is right."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    cuda.instances_left = 0
+    engine.step(session, DECODE)
+    cuda.instances_left = sys.maxsize
+    with pytest.raises(TransportError, match="cuGraphInstantiate failed: CUDA_ERROR_INVALID_VALUE"):
+        session.finish()
+    session.close()
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
+
+
 def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
     """Nothing is lost where a runner begins a step before it has reported that the one before was sampled."""
     engine = Engine(cuda, LLAMA)
@@ -291,17 +342,18 @@ def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captur
     engine = Engine(cuda, LLAMA)
 
     def running() -> int:
-        graph = engine.model._graphs[GRAPH_TOKENS]
-        return sum(node not in graph.disabled for node in graph.nodes) - len(LLAMA)
+        before = cuda.num_launches
+        engine.model.run(3)
+        return cuda.num_launches - before
 
-    engine.model.run(3)
     assert running() == 0
-    session = engine.start(leave_out=1)
-    engine.step(session, DECODE)
-    assert running() == len(LLAMA) - 1
-    engine.finish(session)
-    engine.model.run(3)
-    assert running() == 0
+    for leave_out in (1, 0, 2):
+        session = engine.start(leave_out=leave_out)
+        before = cuda.num_launches
+        engine.step(session, DECODE)
+        assert cuda.num_launches - before == len(LLAMA) - leave_out
+        engine.finish(session)
+        assert running() == 0
 
 
 def test_a_rank_without_a_layer_of_the_capture_ships_nothing(cuda: SimulatedCuda) -> None:
@@ -363,7 +415,7 @@ def test_a_full_device_refuses_staging_or_goes_without(cuda: SimulatedCuda, capl
 
 
 @pytest.mark.parametrize("way", ["staged", "ring"])
-@pytest.mark.parametrize("copies", [0, 1, 3])
+@pytest.mark.parametrize("copies", [0, 1, 2])
 def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, way: str, copies: int
 ) -> None:

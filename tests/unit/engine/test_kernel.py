@@ -18,13 +18,19 @@ def ptx(
     capability: int = HOPPER, dtype: str = "bf16", itemsize: int = 2, width: int = 4096, rows: int = 1, **options: Any
 ) -> list[str]:
     """Compile a variant and return its instructions."""
-    chosen = {"HAS_RESIDUAL": True, "EXPLICIT": False, "AHEAD": True, "EARLY": capability >= HOPPER} | options
+    chosen = {
+        "HAS_RESIDUAL": True,
+        "EXPLICIT": False,
+        "CHOSEN": False,
+        "AHEAD": True,
+        "EARLY": capability >= HOPPER,
+    } | options
     align = min(width * itemsize & -(width * itemsize), 16)
     constants = {"WIDTH": width, "ALIGN": align, "ELEMENTS": align // itemsize} | chosen
     constants |= {"ROWS": rows, "BLOCK": min(triton.next_power_of_2(width), 1024)}
     pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32"}
     pointers |= dict.fromkeys(("anchor", "hidden", "residual"), f"*{dtype}")
-    numbers = {"index": "i32", "stream": "i32", "address": "i64", "num_rows": "i32"}
+    numbers = {"index": "i32", "stream": "i32", "address": "i64", "first": "i32", "num_rows": "i32"}
     strides = dict.fromkeys(("hidden_stride", "residual_stride"), "i32")
     names = kernel._tap.arg_names
     # As at a launch: tensors start on multiples of 16 bytes, and so do the rows of a wide one.
@@ -53,9 +59,17 @@ def test_rows_move_by_sixteen_bytes(capability: int) -> None:
     assert not places(lines, ".local")
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_chosen_rows_move_by_sixteen_bytes(capability: int) -> None:
+    """Also where a kernel outside graphs looks up which tokens they are."""
+    lines = ptx(capability, CHOSEN=True, AHEAD=False, EARLY=False)
+    assert len(places(lines, "ld.global", ".v4.b32")) == 2
+    assert len(places(lines, "st.global", ".v4.b32")) == 1
+
+
 def test_many_short_rows_move_by_sixteen_bytes() -> None:
     """Logits of 128 experts in a large step: several rows a program, as much at once as of a long row."""
-    lines = ptx(dtype="fp32", itemsize=4, width=128, rows=32, HAS_RESIDUAL=False, AHEAD=False, EARLY=False)
+    lines = ptx(dtype="fp32", itemsize=4, width=128, rows=32, HAS_RESIDUAL=False, CHOSEN=True, AHEAD=False, EARLY=False)
     assert places(lines, "st.global", ".v4.b32")
     assert not places(lines, "st.global", ".b16")
 
