@@ -60,10 +60,10 @@ def _watch_client() -> Any:
     from vllm_tap.engine.profile import Profile
 
     profile = Profile()
-    profile.watch(connection.Connection, "call", "start: call")
-    profile.watch(connection.Connection, "finish", "finish: call and lease")
+    profile.watch(connection.Connection, "ask", "start: call")
+    profile.watch(recording, "Sequences", "finish: sequences")
+    profile.watch(recording.Recording, "_finished", "finish: wait and lease")
     profile.watch(connection.Connection, "_memory", "finish: lease")
-    profile.watch(recording, "Sequences", "check: sequences")
     profile.watch(recording, "RankRows", "check: rows")
     return profile
 

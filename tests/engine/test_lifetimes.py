@@ -34,7 +34,10 @@ from engine.engines import (
     wait_until,
 )
 from vllm_tap import Spec
+from vllm_tap.client import recording
 from vllm_tap.errors import BudgetError, EngineDiedError, TransportError
+from vllm_tap.labels import KEY
+from vllm_tap.transport.calls import Caller
 
 pytestmark = pytest.mark.engine
 
@@ -173,6 +176,41 @@ def test_an_interrupted_capture_leaves_no_session_and_no_requests(monkeypatch, e
         compare(result, known)
     finally:
         engine.llm.wait_for_completion(use_tqdm=False)
+
+
+@pytest.mark.parametrize("moment", ["start", "finish", "outputs"])
+def test_an_interrupted_call_leaves_nothing(monkeypatch, engine, known, moment):
+    """After Ctrl-C while the worker begins a capture or hands rows over, or outputs are read, nobody holds anything."""
+    receive, num_replies = Caller.receive, 0
+
+    def interrupted(self: Caller, number: int) -> bytes:
+        nonlocal num_replies
+        num_replies += 1
+        if num_replies == {"start": 1, "finish": 2}[moment]:
+            raise KeyboardInterrupt
+        return receive(self, number)
+
+    def unreadable(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine.capture(prompts([3]), HIDDEN)  # connects
+    with monkeypatch.context() as patch:
+        if moment == "outputs":
+            patch.setattr(recording, "Sequences", unreadable)
+        else:
+            patch.setattr(Caller, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.capture(prompts(seed=1), HIDDEN)
+    assert engine.status()[0]["capture_id"] == ""
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+    compare(engine.capture(prompts(), HIDDEN), known)
+
+
+def test_requests_with_something_else_under_our_key_run_as_any_other(engine):
+    """Whoever may send a request to a server must not be able to end it."""
+    before = engine.generate(prompts())
+    for value in ("mark", 7, ["x"], {"a": [1]}):
+        assert engine.generate(prompts(), extra_args={KEY: value}) == before
 
 
 def test_nothing_with_a_name_is_left_behind(engine, temporary):

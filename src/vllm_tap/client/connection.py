@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
 import sys
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from vllm_tap.client import engine
@@ -22,6 +24,7 @@ from vllm_tap.errors import (
 from vllm_tap.frame import messages
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NO_TAPS
+from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.reader import SegmentReader
 
 PROBE_TOKENS = list(range(1, 17))
@@ -29,6 +32,10 @@ PROBE_TOKENS = list(range(1, 17))
 
 ENGINE_IS_GONE = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
 """What vLLM 0.26 to 0.33 says in its errors when the core, or a worker below it, has ended."""
+
+GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
+
+HandedOver = list[tuple[messages.Descriptor, RankMemory]]
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -47,6 +54,7 @@ class Connection:
             raise SpecError(f"expected a vllm.LLM, got {type(llm).__name__}")
         self._llm = weakref.ref(llm)
         self._readers: dict[int, SegmentReader] = {}
+        self._callers: list[Caller] = []
         self.hellos = self._greet()
         if any(hello.wants_rows for hello in self.hellos):
             fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
@@ -85,36 +93,71 @@ class Connection:
         """Return why a stream is missing, or an empty string."""
         return next((h.reasons[stream] for h in self.hellos if stream in h.reasons), "")
 
-    def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
-        """Call all workers and return their replies.
+    def ask(self, kind: type[T], call: messages.Call, shared: bool) -> list[T]:
+        """Send a call to all workers and return their replies.
+
+        Args:
+            kind: The reply that is expected.
+            call: What is asked for.
+            shared: Whether sockets reach the workers, see `choose_transport`.
 
         Raises:
             TapError: The first failure that came back, or what kept the workers from answering.
         """
-        replies = self._replies(name, *args)
-        for reply in replies:
-            if isinstance(reply, messages.Failure):
-                raise reply.exception()
-            if not isinstance(reply, kind):
-                raise CaptureError(f"expected {kind.__name__} from vllm_tap_{name}, got {type(reply).__name__}")
-        return replies  # type: ignore[return-value]
+        return _expect(kind, self._send(call, shared)(), type(call).__name__)
 
-    def finish(self, capture_id: str, shared: bool) -> list[tuple[messages.Descriptor, RankMemory]]:
-        """End a capture in all workers and take hold of what they hand over.
+    def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
+        """Call a method of all workers through vLLM and return their replies.
+
+        Raises:
+            TapError: The first failure that came back, or what kept the workers from answering.
+        """
+        return _expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
+
+    def _send(self, call: messages.Call, shared: bool) -> Callable[[], list[messages.Reply]]:
+        """Send a call to all workers; return a function that waits for the replies.
+
+        Straight to each worker where there is a socket: vLLM's own calls pass through about eight threads, which takes
+        more than a millisecond when they are asleep.
+        """
+        data = messages.encode(call)
+        if not shared:
+            return lambda: self._replies("call", data)
+        self._require_alive()
+        with _engine_is_gone():
+            numbers = [caller.send(data) for caller in self._callers]
+
+        received: list[bytes] = []  # kept when the wait is interrupted and taken up again
+
+        def replies() -> list[messages.Reply]:
+            with _engine_is_gone():
+                for caller, number in list(zip(self._callers, numbers, strict=True))[len(received) :]:
+                    received.append(caller.receive(number))
+            return [messages.decode_reply(reply) for reply in received]
+
+        return replies
+
+    def finish(self, capture_id: str, shared: bool) -> Callable[[], HandedOver]:
+        """Have all workers end a capture; return a function that takes hold of what they hand over.
+
+        It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
 
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        replies = self._replies("finish", capture_id)
-        descriptors = [reply for reply in replies if isinstance(reply, messages.Descriptor)]
-        for descriptor in descriptors:
-            descriptor.validate(capture_id, sys.byteorder)
-        # Held before anything is checked: what is let go of here is free in the worker.
-        held = [(descriptor, self._memory(descriptor, shared)) for descriptor in descriptors]
-        for reply in replies:
-            if isinstance(reply, messages.Failure):
-                raise reply.exception()
-        return held
+        wait = self._send(messages.Finish(capture_id=capture_id), shared)
+
+        def take() -> HandedOver:
+            replies = wait()
+            descriptors = [reply for reply in replies if isinstance(reply, messages.Descriptor)]
+            for descriptor in descriptors:
+                descriptor.validate(capture_id, sys.byteorder)
+            # Held before anything is checked: what is let go of here is free in the worker.
+            held = [(descriptor, self._memory(descriptor, shared)) for descriptor in descriptors]
+            _expect(messages.Descriptor, replies, "Finish")
+            return held
+
+        return take
 
     def status(self) -> list[dict[str, Any]]:
         """Return what every worker says it holds, in plain values."""
@@ -124,9 +167,7 @@ class Connection:
         return [messages.decode_reply(data) for data in self._rpc(name, *args)]
 
     def _rpc(self, name: str, *args: Any) -> list[Any]:
-        llm = self._llm()
-        if llm is None or any(not reader.alive for reader in self._readers.values()):
-            raise EngineDiedError("the engine is gone: a worker closed its connection. Start a new LLM.")
+        llm = self._require_alive()
         try:
             return engine.call(llm, f"vllm_tap_{name}", args)
         except EngineDiedError:
@@ -134,8 +175,14 @@ class Connection:
         except Exception as error:
             raise _explain(error) from error
 
+    def _require_alive(self) -> Any:
+        llm = self._llm()
+        if llm is None or any(not reader.alive for reader in self._readers.values()):
+            raise EngineDiedError(GONE)
+        return llm
+
     def readers(self) -> dict[int, SegmentReader]:
-        """Return a reader per rank, connecting on first use.
+        """Return a reader per rank, connecting on first use, also for calls.
 
         Raises:
             TransportError: Shared memory cannot be reached from here.
@@ -143,6 +190,7 @@ class Connection:
         for hello in self.hellos:
             if hello.rank.rank not in self._readers:
                 self._readers[hello.rank.rank] = SegmentReader(hello.address)
+                self._callers.append(Caller(hello.calls))
         return self._readers
 
     def _memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:
@@ -178,6 +226,24 @@ class Connection:
                 raise
             return False
         return True
+
+
+@contextlib.contextmanager
+def _engine_is_gone() -> Iterator[None]:
+    try:
+        yield
+    except TransportError as error:
+        raise EngineDiedError(GONE) from error
+
+
+def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
+    """Return the replies to a call if all are what was expected; raise the first failure."""
+    for reply in replies:
+        if isinstance(reply, messages.Failure):
+            raise reply.exception()
+        if not isinstance(reply, kind):
+            raise CaptureError(f"expected {kind.__name__} as the reply to {name}, got {type(reply).__name__}")
+    return replies  # type: ignore[return-value]
 
 
 def _explain(error: Exception) -> Exception:

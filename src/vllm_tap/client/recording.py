@@ -10,11 +10,10 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from vllm_tap.client.connection import Connection, connect, new_capture_id
-from vllm_tap.client.memory import RankMemory
+from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
@@ -68,6 +67,7 @@ class Recording:
         if budget_bytes <= 0:
             raise SpecError(f"budget_bytes is a positive number, got {budget_bytes}.")
         self.spec = spec
+        self._finishing: Callable[[], HandedOver] | None = None
         self._connection = connection = connect(llm)
         shared = connection.choose_transport(transport)
         self._start = messages.Start(
@@ -81,7 +81,11 @@ class Recording:
             staging=staging,
             expected_rows=expected_rows if spec.positions == "all" else 0,
         )
-        connection.call(messages.Started, "start", messages.encode(self._start))
+        try:
+            connection.ask(messages.Started, self._start, shared)
+        except BaseException:
+            self.stop()  # where it has begun: a rank may have failed alone, or the wait been interrupted
+            raise
 
     def mark(self, params: Any, sample: int) -> Any:
         """Return a copy of a request's parameters that makes the engine capture it as this sample.
@@ -114,9 +118,16 @@ class Recording:
             EngineDiedError: The engine ended.
         """
         begin = time.perf_counter()
-        handed_over = self._connection.finish(self._start.capture_id, self._start.shared)
+        outputs = list(outputs)
+        self._finishing = self._connection.finish(self._start.capture_id, self._start.shared)
+        try:
+            sequences = Sequences(outputs, self.spec.positions)  # while the workers finish
+        except BaseException:
+            self.stop()
+            raise
+        handed_over = self._finished()
         handed = time.perf_counter()
-        result = self._check(list(outputs), handed_over)
+        result = self._check(outputs, sequences, handed_over)
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
@@ -124,8 +135,18 @@ class Recording:
         )
         return result
 
-    def _check(self, outputs: list[Any], handed_over: list[tuple[messages.Descriptor, RankMemory]]) -> Capture:
-        sequences = Sequences(outputs, self.spec.positions)
+    def _finished(self) -> HandedOver:
+        """Wait for what the workers hand over. Interrupted, it is to be called again."""
+        assert self._finishing is not None
+        try:
+            handed_over = self._finishing()
+        except Exception:
+            self._finishing = None
+            raise
+        self._finishing = None
+        return handed_over
+
+    def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
         ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over if descriptor.streams]
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
@@ -150,7 +171,11 @@ class Recording:
         """Abandon the capture in the workers. While an exception is handled, failing to do so becomes a note on it."""
         current = sys.exception()
         try:
-            self._connection.call(messages.Stopped, "stop", self._start.capture_id)
+            if self._finishing is not None:
+                self._finished()  # and let go of it
+                return
+            stop = messages.Stop(capture_id=self._start.capture_id)
+            self._connection.ask(messages.Stopped, stop, self._start.shared)
         except TapError as error:
             if current is None:
                 raise

@@ -147,8 +147,8 @@ class Capture(Sequence[Sample]):
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
-        seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands
-            over; of which `wait` was for the last transfer), `check` (labels compared with the outputs).
+        seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
+            while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
 
     def __init__(

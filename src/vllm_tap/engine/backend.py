@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from vllm_tap.engine.profile import Profile
@@ -39,6 +40,13 @@ class Backend(Protocol):
         """Return a pool without segments, whose budget is zero."""
         ...
 
+    def note_stream(self) -> None:
+        """Note on which stream the engine works; in the engine's own thread."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Queue what another thread does on the engine's stream."""
+        ...
+
     def watch(self, profile: Profile) -> None:
         """Have a profile time the parts that only this backend has."""
 
@@ -62,6 +70,13 @@ class HostBackend:
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool."""
         return SegmentPool(0, shared=shared)
+
+    def note_stream(self) -> None:
+        """There are no streams."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """There are no streams."""
+        return nullcontext()
 
     def watch(self, profile: Profile) -> None:
         """Nothing more to time."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -32,8 +33,8 @@ class DeviceBackend:
 
     def __init__(self, worker: Any) -> None:
         device_tap.install()
-        runner = worker.model_runner
-        self._max_rows = int(runner.max_num_tokens)
+        runner, self._device = worker.model_runner, worker.device
+        self._max_rows = host_runner.max_rows(worker)
         headroom = functools.partial(host_runner.step_headroom, worker)
         graph_rows = host_runner.graph_rows(worker)
         self.rows = DeviceRows(self._max_rows + MAX_PADDING, graph_rows, MAX_TAPS, worker.device, headroom)
@@ -59,6 +60,16 @@ class DeviceBackend:
         return SegmentPool(
             0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=register_segment, on_close=unregister_segment
         )
+
+    def note_stream(self) -> None:
+        """Note on which stream the engine works; in the engine's own thread."""
+        self.rows.main = torch.cuda.current_stream(self._device)
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Queue what another thread does on the engine's stream."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self.rows.main):
+            yield
 
     def watch(self, profile: Profile) -> None:
         """Time what a start and a finish ask of the device."""

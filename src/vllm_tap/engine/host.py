@@ -30,7 +30,7 @@ NEWEST: Final = (0, 33)
 GRAPH_VERSION: Final = 1
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
-RPC_METHODS: Final = ("open", "start", "finish", "stop", "fetch", "release", "status", "profile")
+RPC_METHODS: Final = ("open", "call", "fetch", "release", "status", "profile")
 """Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
 
 LEGACY_METHODS: Final = (
@@ -173,6 +173,7 @@ def _rpc(name: str) -> Callable[..., Any]:
         tap_worker: TapWorker | None = getattr(self, "vllm_tap", None)
         if tap_worker is None:
             raise RuntimeError(f"{NO_TAPS}: it was made with VLLM_TAP=0 or with an additional_config that is no dict")
-        return getattr(tap_worker, name)(*args)
+        with tap_worker.lock:
+            return getattr(tap_worker, name)(*args)
 
     return method

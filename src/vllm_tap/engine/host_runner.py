@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,7 +31,14 @@ def runs_in_step(worker: Any) -> bool:
 
 
 class Recorder:
-    """What a runner reports to; `TapWorker` implements it."""
+    """What a runner reports to; `TapWorker` implements it.
+
+    Attributes:
+        lock: Held during each step, and around what other threads ask of the recorder.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
 
     def scheduled(self, request_id: str) -> None:
         """A request, captured or not, is scheduled for the first time."""
@@ -79,23 +87,31 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
 
     @functools.wraps(execute)
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
-        if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
-            recorder.disarm()
-            return execute(scheduler_output, *args, **kwargs)
-        for new in scheduler_output.scheduled_new_reqs:
-            _meet(new, recorder)
-        result = execute(scheduler_output, *args, **kwargs)
-        recorder.drain()
-        return result
+        with recorder.lock:
+            # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
+            if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
+                recorder.disarm()
+                return execute(scheduler_output, *args, **kwargs)
+            for new in scheduler_output.scheduled_new_reqs:
+                _meet(new, recorder)
+            result = execute(scheduler_output, *args, **kwargs)
+            recorder.drain()
+            return result
 
     @functools.wraps(dummy_run)
     def _dummy_run(*args: Any, **kwargs: Any) -> Any:
-        recorder.disarm()
-        return dummy_run(*args, **kwargs)
+        with recorder.lock:
+            recorder.disarm()
+            return dummy_run(*args, **kwargs)
 
-    runner.execute_model, runner._dummy_run = execute_model, _dummy_run
-    runner.sample_tokens = _after(sample, lambda _: recorder.sampled())
+    @functools.wraps(sample)
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        result = sample(*args, **kwargs)
+        with recorder.lock:
+            recorder.sampled()
+        return result
+
+    runner.execute_model, runner._dummy_run, runner.sample_tokens = execute_model, _dummy_run, sample_tokens
 
 
 def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:
@@ -143,6 +159,11 @@ def _batch_v2(batch: Any) -> Batch:
 def run_dummy(runner: Any) -> None:
     """Run the model once on a few dummy rows, for what the taps learn from it."""
     runner._dummy_run(min(16, runner.max_num_tokens))
+
+
+def max_rows(worker: Any) -> int:
+    """Return the most rows of a step."""
+    return int(worker.model_runner.max_num_tokens)
 
 
 def graph_rows(worker: Any) -> int:

@@ -24,7 +24,7 @@ from vllm_tap.engine.convention import MODES, NO_ROWS, SUM, WHOLE
 from vllm_tap.engine.legacy_rows import EverySession, Met, Ordered, Part, read_part
 from vllm_tap.engine.tap import ADD
 from vllm_tap.engine.taps import ModelTaps
-from vllm_tap.engine.worker import TapWorker, _replying, dtype_name
+from vllm_tap.engine.worker import TapWorker, dtype_name
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream
@@ -146,17 +146,14 @@ class LegacyTapWorker(TapWorker):
 
     # -------------------------------------------------------------------------------------------------- what they do
 
-    def start(self, data: bytes) -> bytes:
+    def start(self, start: messages.Start) -> messages.Started:
         # On every rank, also those that take nothing: a capture that begins on some ranks alone would stay there.
-        busy = any(taken.enabled for taken in self._streams_taken.values())
-        return self._refuse_start() if busy else super().start(data)
-
-    @_replying
-    def _refuse_start(self) -> messages.Started:
-        raise CaptureError(
-            "worker calls are taking rows: an engine serves one capture at a time. Call "
-            "disable_hidden_states_capture and disable_moe_router_logits_capture first."
-        )
+        if any(taken.enabled for taken in self._streams_taken.values()):
+            raise CaptureError(
+                "worker calls are taking rows: an engine serves one capture at a time. Call "
+                "disable_hidden_states_capture and disable_moe_router_logits_capture first."
+            )
+        return super().start(start)
 
     def _enable(self, stream: str) -> None:
         taken = self._streams_taken[stream]

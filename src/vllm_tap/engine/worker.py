@@ -10,7 +10,8 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Final
 
 from vllm_tap.engine import host, host_model, host_runner
 from vllm_tap.engine.backend import Backend, choose
@@ -26,10 +27,14 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
+from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import SegmentPool
 
 logger = logging.getLogger("vllm_tap")
+
+SLACK: Final = 16
+"""One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
 
 
 def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]:
@@ -77,6 +82,7 @@ class TapWorker(host_runner.Recorder):
     """The taps of a worker's model, its pools of segments, and the capture under way, if any."""
 
     def __init__(self, worker: Any) -> None:
+        super().__init__()
         self._worker = worker
         self.rank: int = worker.rank
         self.refusal = ""
@@ -85,6 +91,7 @@ class TapWorker(host_runner.Recorder):
         self._session: Session | None = None
         self._pools: dict[bool, SegmentPool] = {}
         self._server: SegmentServer | None = None
+        self._calls: CallServer | None = None
         self._profile: Profile | None = None
 
     @classmethod
@@ -129,6 +136,8 @@ class TapWorker(host_runner.Recorder):
     def open(self) -> messages.Hello:
         """Say what can be captured here."""
         refusal, taps, worker = self.refusal, self._taps, self._worker
+        if self._backend is not None:
+            self._backend.note_stream()
         verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
@@ -153,6 +162,7 @@ class TapWorker(host_runner.Recorder):
             routing={} if rank.tp_rank else routing,
             wants_rows=NO_ROWS in {verdict.reason, *(found.reason for found in routing.values())},
             address="" if refusal else self._shared_server().address,
+            calls="" if refusal else self._call_server().address,
             refusal=refusal,
         )
 
@@ -162,10 +172,20 @@ class TapWorker(host_runner.Recorder):
             source = residual if stream == "hidden_states" else SOURCES[stream]
             yield messages.StreamInfo(stream, dtype, width, tuple(numbers), source)
 
+    def call(self, data: bytes) -> bytes:
+        """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""
+        with self.lock, self._backend.on_stream() if self._backend else nullcontext():
+            return self._answer(data)
+
     @_replying
-    def start(self, data: bytes) -> messages.Started:
+    def _answer(self, data: bytes) -> messages.Message:
+        message = messages.decode_call(data)
+        if isinstance(message, messages.Start):
+            return self.start(message)
+        return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
+
+    def start(self, start: messages.Start) -> messages.Started:
         """Begin a capture: take what memory it needs and let marked requests through."""
-        start = messages.decode_start(data)
         if self._session is not None:
             raise CaptureError(
                 f"capture {self._session.start.capture_id} is under way: an engine serves one capture at a time. "
@@ -177,7 +197,9 @@ class TapWorker(host_runner.Recorder):
             place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
         pool = self._pool(start.shared)
         pool.budget_bytes = start.budget_bytes
-        pool.grow_ahead(min(start.budget_bytes, block_bytes(start.expected_rows, streams)))
+        expected = block_bytes(start.expected_rows, streams)
+        largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
+        pool.grow_ahead(expected + expected // SLACK, largest)
         sink = self._sink(start, streams, pool)
         self._session = Session(start, self.rank, streams, sink, pool, self._taps.rows)
         return messages.Started(rank=self.rank, streams=streams)
@@ -199,10 +221,9 @@ class TapWorker(host_runner.Recorder):
         for (stream, dtype, width), layers in by_shape(mine).items():
             yield Stream(stream, dtype, width, tuple(layers))
 
-    @_replying
-    def finish(self, capture_id: str) -> messages.Descriptor:
+    def finish(self, finish: messages.Finish) -> messages.Descriptor:
         """End a capture and hand its blocks over."""
-        session = self._require(capture_id)
+        session = self._require(finish.capture_id)
         try:
             descriptor = session.finish()
             if session.start.shared:
@@ -214,10 +235,9 @@ class TapWorker(host_runner.Recorder):
         session.close()
         return descriptor
 
-    @_replying
-    def stop(self, capture_id: str) -> messages.Stopped:
+    def stop(self, stop: messages.Stop) -> messages.Stopped:
         """Abandon a capture, if it is the one under way."""
-        if self._session is not None and self._session.start.capture_id == capture_id:
+        if self._session is not None and self._session.start.capture_id == stop.capture_id:
             self._abandon(self._session)
         return messages.Stopped(rank=self.rank)
 
@@ -303,7 +323,13 @@ class TapWorker(host_runner.Recorder):
         return self._server
 
     def _client_gone(self, client: int) -> None:
-        # From the socket's thread: only mark the capture; the engine's thread lets go of the taps.
-        session = self._session
-        if session is not None and session.start.shared and session.client == client:
-            session.fail(CaptureError("the client that asked for this capture is gone"))
+        assert self._backend is not None
+        with self.lock, self._backend.on_stream():
+            session = self._session
+            if session is not None and session.start.shared and session.client == client:
+                self._abandon(session)
+
+    def _call_server(self) -> CallServer:
+        if self._calls is None:
+            self._calls = CallServer(self.call)
+        return self._calls

@@ -1,7 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-Every reply of a worker is one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`; decoding checks the types,
-`Descriptor.validate` the numbers, before any memory is touched.
+A call is one of `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`.
+Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for one real forward pass
     and another call: the dummy passes did not tell the convention. `routing` says how the router of each layer of this
-    stage chooses; of tensor-parallel ranks, the first one says it.
+    stage chooses; of tensor-parallel ranks, the first one says it. `address` is the socket that hands out segments,
+    `calls` the one that takes calls.
     """
 
     rank: Rank
@@ -73,11 +74,12 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     routing: dict[int, Routing]
     wants_rows: bool
     address: str
+    calls: str
     refusal: str
 
 
 class Start(Message, frozen=True, tag=True, kw_only=True):
-    """Argument of `vllm_tap_start`, the same for every worker.
+    """Call that begins a capture, the same for every worker; the reply is `Started`.
 
     `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
     the worker prepare memory ahead; 0 if unknown.
@@ -94,8 +96,20 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     expected_rows: int
 
 
+class Finish(Message, frozen=True, tag=True, kw_only=True):
+    """Call that ends a capture; the reply is its `Descriptor`."""
+
+    capture_id: str
+
+
+class Stop(Message, frozen=True, tag=True, kw_only=True):
+    """Call that abandons a capture; the reply is `Stopped`."""
+
+    capture_id: str
+
+
 class Started(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `vllm_tap_start`: what this rank will ship."""
+    """Reply to `Start`: what this rank will ship."""
 
     rank: int
     streams: tuple[Stream, ...]
@@ -123,7 +137,7 @@ BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
 
 
 class Descriptor(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `vllm_tap_finish`: everything a client needs to find its rows in the segments of one rank.
+    """Reply to `Finish`: everything a client needs to find its rows in the segments of one rank.
 
     `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian.
     """
@@ -203,13 +217,15 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
+Call = Start | Finish | Stop
+
 Reply = Hello | Started | Descriptor | Stopped | Failure
 
 M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
-_start_decoder = msgspec.msgpack.Decoder(Start)
+_call_decoder = msgspec.msgpack.Decoder(Call)
 
 
 def encode(message: Message) -> bytes:
@@ -223,9 +239,10 @@ def decode_reply(data: bytes) -> Reply:
     return reply
 
 
-def decode_start(data: bytes) -> Start:
-    """Return the argument of a start call."""
-    return _decode(_start_decoder, data)
+def decode_call(data: bytes) -> Call:
+    """Return what a client asks for."""
+    call: Call = _decode(_call_decoder, data)
+    return call
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:

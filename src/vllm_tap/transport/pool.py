@@ -181,17 +181,19 @@ class SegmentPool:
             self._free.add(block.segment_id, block.offset, _footprint(block.nbytes))
             return True
 
-    def grow_ahead(self, nbytes: int) -> None:
+    def grow_ahead(self, nbytes: int, largest: int = 0) -> None:
         """Have a thread of its own see to it that `nbytes` are free, as far as the budget allows.
 
-        It makes segments of the usual size, one after the other, so that the first blocks need not wait for the last
-        page. What goes wrong there is raised by the next `reserve` that finds no room.
+        It makes segments one after the other, so that the first blocks need not wait for the last page; of the usual
+        size, or as large as the `largest` block that is expected, which would not fit into those. What goes wrong there
+        is raised by the next `reserve` that finds no room.
         """
         with self._changed:
             plans = []
+            usual = max(self._segment_bytes, _whole(largest))
             missing = nbytes - self._free.total_bytes - sum(self._pending.values())
             while missing > 0 and not self._closed:
-                size = min(self._segment_bytes, self._spare_bytes())
+                size = min(usual, self._spare_bytes())
                 if size <= 0:
                     break
                 plans.append(self._plan(size))

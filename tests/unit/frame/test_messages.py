@@ -36,7 +36,8 @@ CHUNK_OFFSET, CHUNK_BYTES = 4096, 1 << 16
 HELLO = Hello(
     rank=Rank(0, 0, 1, 0, 1), pid=1, engine="0.32.0", runner="V1", device="cpu", num_layers=6,
     streams=(StreamInfo("hidden_states", "bfloat16", 64, (0, 5), "hidden"),), residual="hidden", reasons={"x": "why"},
-    routing={5: Routing(scoring="sigmoid", num_chosen=2, bias=(0.5, -0.25))}, wants_rows=False, address="a", refusal="",
+    routing={5: Routing(scoring="sigmoid", num_chosen=2, bias=(0.5, -0.25))}, wants_rows=False, address="a", calls="b",
+    refusal="",
 )  # fmt: skip
 START = Start(
     capture_id=CAPTURE, streams={"hidden_states": (0, 5)}, positions=(0, -1), residual="hidden", shared=True,
@@ -76,7 +77,7 @@ def test_a_reply_arrives_as_it_was_sent(message: messages.Message) -> None:
 
 def test_a_start_arrives_as_it_was_sent() -> None:
     """So is the argument of a start call, numbers as keys included."""
-    assert messages.decode_start(messages.encode(START)) == START
+    assert messages.decode_call(messages.encode(START)) == START
 
 
 @given(st.binary(max_size=200))
@@ -85,7 +86,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(DescriptorError):
         messages.decode_reply(data)
     with pytest.raises(DescriptorError):
-        messages.decode_start(data)
+        messages.decode_call(data)
 
 
 @given(st.sampled_from(REPLIES), st.data())

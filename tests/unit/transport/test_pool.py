@@ -210,6 +210,20 @@ def test_growing_ahead_leaves_nothing_to_do_for_reserve():
     pool.close()
 
 
+def test_growing_ahead_makes_room_for_the_largest_block():
+    """Blocks larger than a usual segment find one that was made for them."""
+    grown = []
+    pool = SegmentPool(
+        32 * MIB, shared=False, segment_bytes=2 * MIB, on_create=lambda _: grown.append(threading.current_thread().name)
+    )
+    pool.grow_ahead(9 * MIB, 3 * MIB)
+    blocks = [pool.reserve(3 * MIB) for _ in range(3)]
+    assert len({block.segment_id for block in blocks}) == 3
+    assert set(grown) == {"vllm-tap-grow"}
+    assert pool.stats().capacity_bytes == 12 * MIB
+    pool.close()
+
+
 def test_a_lower_budget_counts_where_a_segment_has_room(pool):
     """A segment that must stay for one block grants no more than the budget does."""
     kept = pool.reserve(PAGE)

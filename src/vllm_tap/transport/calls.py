@@ -1,0 +1,343 @@
+"""Calls from a client to a worker over a Unix socket: bytes in, bytes out, and two threads that wake each other.
+
+`CallServer` runs in the engine worker, `Caller` in the client process.
+
+A connection is an abstract Unix stream socket. The client sends a frame for a call, the worker answers each with one:
+
+    u64 number of the call, u64 nbytes, both little-endian, then the bytes
+
+A client has a connection for every thread that calls, and one call at a time on it: before it sends the next, it reads
+the reply of a call that was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+from vllm_tap.errors import DescriptorError, TransportError
+from vllm_tap.frame.messages import MAX_MESSAGE_BYTES
+from vllm_tap.transport import wire
+
+logger = logging.getLogger(__name__)
+
+_HEADER = struct.Struct("<QQ")
+_BACKLOG = 16
+_RETRY_S = 1.0
+_GONE = "the worker has gone ({}): start the engine again."
+
+
+class CallServer:
+    """Answers calls of clients of the same user over an abstract Unix socket, one thread per connection.
+
+    Attributes:
+        address: abstract name of the socket, without the leading zero byte; random, so that nothing shares it.
+    """
+
+    def __init__(self, handle: Callable[[bytes], bytes]) -> None:
+        """Listen, and answer calls from now on.
+
+        Args:
+            handle: turns a request into its reply. Threads call it, several at a time if several connections have a
+                call. It must not raise: that ends the connection.
+
+        Raises:
+            TransportError: the worker cannot listen.
+        """
+        self.address = f"vllm-tap-calls-{secrets.token_hex(8)}"
+        self._handle = handle
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._connections: set[socket.socket] = set()
+        self._listener = _listen(self.address)
+        threading.Thread(target=self._accept, name="vllm-tap-calls", daemon=True).start()
+
+    def close(self) -> None:
+        """End the listener and all connections; a call that is being handled is finished, its reply is dropped."""
+        with self._lock:  # who holds it knows that the sockets are open: their threads close them
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            for open_socket in (self._listener, *self._connections):
+                _shutdown(open_socket)
+
+    def _accept(self) -> None:
+        with self._listener:
+            while not self._closing.is_set():
+                try:
+                    connection, _ = self._listener.accept()
+                except OSError as error:
+                    if not self._closing.is_set():
+                        # The waiting client stays at the head of the queue: trying at once would spin.
+                        logger.error("no client of calls is accepted for %g s: %s", _RETRY_S, error)
+                        self._closing.wait(_RETRY_S)
+                    continue
+                self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
+        uid, allowed = wire.peer_uid(connection), {0, os.geteuid()}
+        if uid not in allowed:
+            logger.warning("refused calls of user %d, expected %s", uid, wire.describe_uids(allowed))
+            connection.close()
+            return
+        connection.settimeout(None)  # whatever `socket.setdefaulttimeout` says
+        with self._lock:
+            if self._closing.is_set():
+                connection.close()
+                return
+            self._connections.add(connection)
+        try:
+            threading.Thread(target=self._serve, args=(connection,), name="vllm-tap-calls-client", daemon=True).start()
+        except RuntimeError as error:
+            logger.error("refused a client of calls: %s", error)
+            self._drop(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            while self._answer(connection):
+                pass
+        except DescriptorError as error:
+            logger.warning("a client's connection for calls is closed: %s", error)
+        except (OSError, EOFError) as error:
+            logger.debug("a client's connection for calls has ended: %s", error)
+        finally:
+            self._drop(connection)
+
+    def _answer(self, connection: socket.socket) -> bool:
+        """Answer one call; return whether the connection goes on."""
+        number, request = _Incoming().receive(connection)
+        try:
+            reply = self._handle(request)
+        except Exception:
+            logger.exception("a call failed without a reply; the connection that it came on is closed")
+            return False
+        connection.sendall(_encode(number, reply), socket.MSG_NOSIGNAL)
+        return True
+
+    def _drop(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        connection.close()
+
+
+class Caller:
+    """The client's end: calls a worker and waits for its replies, as long as they take.
+
+    Every thread that calls gets a connection of its own, so threads do not wait for each other here. A call that was
+    interrupted, by Ctrl-C for example, may be handled all the same; the thread's next `send` waits for its reply and
+    throws it away. Not for finalizers and signal handlers, which may run inside another call of their thread.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Raises:
+            TransportError: nothing answers at the address, or something of another user.
+        """
+        self._address = address
+        self._pid = os.getpid()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._closed = False
+        # A thread's connection goes with the thread. The first one stays: it tells whether the worker lives.
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._of_thread = threading.local()
+        self._first: _Line | None = self._line()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all connections stand: False as soon as the worker has gone or has closed one of them."""
+        if self._closed or os.getpid() != self._pid:
+            return False
+        with self._lock:
+            lines = list(self._lines)
+        return all(line.alive for line in lines)
+
+    def send(self, data: bytes) -> int:
+        """Send a request and return its number, for `receive` in the same thread.
+
+        Raises:
+            TransportError: the worker has gone, or the request is too long.
+        """
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise TransportError(
+                f"a call of {len(data)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}: send it in pieces."
+            )
+        number = next(self._numbers)
+        with self._exchanging() as line:
+            line.send(number, data)
+        return number
+
+    def receive(self, number: int) -> bytes:
+        """Wait for the reply to this thread's latest `send`, without a limit of time.
+
+        Raises:
+            TransportError: the worker has gone, or this thread has no such call under way.
+        """
+        with self._exchanging() as line:
+            return line.receive(number)
+
+    def close(self) -> None:
+        """End the connections; calls that wait in other threads fail."""
+        if os.getpid() == self._pid:  # in a forked child, shutting down would end the parent's connections
+            with self._lock:
+                self._closed = True
+                lines = list(self._lines)
+            for line in lines:
+                line.shutdown()
+        # Descriptors are closed by whoever lets go last, never under a thread that is about to use one.
+        self._first = None
+        self._of_thread = threading.local()
+
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[_Line]:
+        """Yield this thread's connection; say what it means when it ends."""
+        line = self._line()
+        try:
+            yield line
+        except DescriptorError:
+            line.shutdown()
+            raise
+        except (OSError, EOFError) as error:
+            if self._closed:
+                raise TransportError("the connection for calls was closed during a call.", path=self._address) from None
+            raise TransportError(_GONE.format(error), path=self._address) from error
+
+    def _line(self) -> _Line:
+        if os.getpid() != self._pid:
+            raise TransportError(
+                f"this connection belongs to process {self._pid}, of which process {os.getpid()} is a fork: connect "
+                "again here.",
+                path=self._address,
+            )
+        if self._closed:
+            raise TransportError("the connection for calls is closed: connect again.", path=self._address)
+        line: _Line | None = getattr(self._of_thread, "line", None)
+        if line is None:
+            line = _Line(wire.connect(self._address, socket.SOCK_STREAM))
+            with self._lock:
+                self._lines.add(line)
+                if self._closed:  # meanwhile
+                    line.shutdown()
+            self._of_thread.line = line
+        return line
+
+
+class _Line:
+    """One thread's connection and the call that is under way on it, if any."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._call: _Call | None = None
+
+    def __del__(self) -> None:
+        self._connection.close()
+
+    @property
+    def alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self._connection, 0)  # the end alone: a reply that nobody has read does not hide it
+        return not poll.poll(0)
+
+    def send(self, number: int, data: bytes) -> None:
+        # The reply is read first: a worker that cannot get rid of a long one would not read on either.
+        if self._call is not None and self._call.begun:
+            self._call.finish(self._connection)
+        self._call = _Call(number, data)
+        self._call.send(self._connection)
+
+    def receive(self, number: int) -> bytes:
+        if self._call is None or self._call.number != number:
+            raise TransportError(
+                f"call {number} is not under way in this thread: receive once, in the thread that sent it, and before "
+                "it sends again."
+            )
+        reply = self._call.finish(self._connection)
+        self._call = None
+        return reply
+
+    def shutdown(self) -> None:
+        _shutdown(self._connection)
+
+
+class _Call:
+    """A request and its reply. Any method may be interrupted and called again: it goes on where it was."""
+
+    def __init__(self, number: int, data: bytes) -> None:
+        self.number = number
+        self._request = memoryview(_encode(number, data))
+        self._sent: list[int] = []
+        self._reply = _Incoming()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the worker may know of this call."""
+        return bool(self._sent)
+
+    def send(self, connection: socket.socket) -> None:
+        while rest := self._request[sum(self._sent) :]:
+            # One C function sends and keeps the count: a signal handler that raises runs before or after both.
+            self._sent.extend(map(connection.send, (rest,), (socket.MSG_NOSIGNAL,)))
+
+    def finish(self, connection: socket.socket) -> bytes:
+        self.send(connection)
+        number, reply = self._reply.receive(connection)
+        if number != self.number:
+            raise DescriptorError(f"the worker answered call {number}, expected {self.number}: start the engine again.")
+        return reply
+
+
+class _Incoming:
+    """A frame as it arrives. What is there stays when the wait for the rest is interrupted."""
+
+    def __init__(self) -> None:
+        self._header: list[bytes] = []
+        self._data: list[bytes] = []
+
+    def receive(self, connection: socket.socket) -> tuple[int, bytes]:
+        _fill(connection, self._header, _HEADER.size)
+        number, nbytes = _HEADER.unpack(b"".join(self._header))
+        if nbytes > MAX_MESSAGE_BYTES:
+            raise DescriptorError(f"a frame of {nbytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
+        _fill(connection, self._data, nbytes)
+        return number, b"".join(self._data)
+
+
+def _fill(connection: socket.socket, pieces: list[bytes], nbytes: int) -> None:
+    """Receive until the pieces have so many bytes."""
+    while missing := nbytes - sum(map(len, pieces)):
+        # One C function receives and keeps: a signal handler that raises runs before or after both.
+        pieces.extend(map(connection.recv, (missing,), (socket.MSG_WAITALL,)))
+        if not pieces[-1]:
+            raise EOFError("the other end closed the connection")
+
+
+def _encode(number: int, data: bytes) -> bytes:
+    return _HEADER.pack(number, len(data)) + data
+
+
+def _shutdown(connection: socket.socket) -> None:
+    """Wake whoever waits for a socket, in any thread."""
+    with contextlib.suppress(OSError):  # it has ended already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _listen(address: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.settimeout(None)
+        listener.bind(f"\0{address}")
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise TransportError(f"the worker cannot listen on an abstract Unix socket for calls: {error}") from error
+    return listener
