@@ -18,13 +18,11 @@ FEW = ["3 layers", "last position, all layers"]
 PLANS: dict[str, Plan] = {
     "least": [("decode 8 x (64 + 128)", [ALL], 1)],
     "short": [
-        ("decode 8 x (64 + 128)", [ALL], 9),
-        ("decode 64 x (64 + 128)", [ALL], 9),
+        ("decode 8 x (64 + 128)", [ALL, *FEW], 9),
+        ("decode 64 x (64 + 128)", [ALL, *FEW], 7),
         ("decode 256 x (64 + 128)", [ALL], 7),
-        ("prefill 64 x 1000", [ALL], 7),
-        ("prefill 16 x 8000", [ALL], 5),
-        ("decode 64 x (64 + 128)", FEW, 7),
-        ("prefill 64 x 1000", FEW, 5),
+        ("prefill 64 x 1000", [ALL, *FEW], 5),
+        ("prefill 16 x 8000", [ALL], 3),
     ],
     "profile": [
         ("decode 8 x (64 + 128)", [ALL, f"{ALL} / direct", *FEW], 7),
@@ -94,6 +92,7 @@ class Ratios:
         times: dict[str, list[float]] = {}
         parts: dict[str, list[dict[str, float]]] = {}
         sizes: dict[str, int] = {}
+        capacities: dict[str, list[float]] = {}
         arms = ["plain", "idle"]
         for spec in specs:
             arms += [spec] if " / " in spec else [f"{spec} / {staging}" for staging in stagings]
@@ -108,8 +107,12 @@ class Ratios:
                     times.setdefault(arm, []).append(seconds)
                     if result is not None:
                         parts.setdefault(arm, []).append(dict(result.seconds))
+                        capacities.setdefault(arm, []).append(status(self.tapped)[0]["capacity_bytes"] / 1e9)
                 del result
-        return summarise(name, times, parts, sizes)
+        rows = summarise(name, times, parts, sizes)
+        for row in rows:
+            row["segments_gb"] = capacities.get(row["arm"], [])
+        return rows
 
     def _run(self, arm: str, prompts: list[Any], max_tokens: int) -> tuple[float, Any]:
         if arm in ("plain", "idle"):
@@ -135,6 +138,7 @@ def summarise(
                 "ratio": plain / median,
                 "paired": statistics.median(a / b for a, b in zip(times["plain"], times[arm], strict=True)),
                 "all": times[arm],
+                "generate": [p["generate"] for p in mine],
                 "bytes": sizes.get(arm, 0),
                 "parts": {key: statistics.median(p[key] for p in mine) for key in mine[0]} if mine else {},
             }
