@@ -100,6 +100,7 @@ class State:
         self.counts = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
         self.start = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         self.switch = GraphSwitch(print)
+        self.inputs: list[torch.Tensor] = []
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         return self.start
@@ -132,40 +133,41 @@ def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: in
     )
 
 
+def layers(rows: int, weights: list[Any], options: dict[str, Any] | None, state: State) -> None:
+    """Run the work of all layers once."""
+    if not state.inputs:
+        state.inputs = [torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    normed, residual = state.inputs
+    for index, (up, down) in enumerate(weights):
+        inner = normed @ up
+        hidden = (inner[:, :INNER] * inner[:, INNER:]) @ down
+        if options is not None:
+            launch(state, hidden, residual, index, options)
+        out, summed = torch.empty_like(hidden), torch.empty_like(hidden)
+        add_norm[(rows,)](hidden, residual, out, summed, WIDTH=WIDTH, num_warps=8)
+        normed, residual = out, summed
+
+
 def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
     state = State(rows)
-    x = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
-    first = torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
-
-    def step() -> None:
-        normed, residual = x, first
-        for index, (up, down) in enumerate(weights):
-            inner = normed @ up
-            hidden = (inner[:, :INNER] * inner[:, INNER:]) @ down
-            if options is not None:
-                launch(state, hidden, residual, index, options)
-            out, summed = torch.empty_like(hidden), torch.empty_like(hidden)
-            add_norm[(rows,)](hidden, residual, out, summed, WIDTH=WIDTH, num_warps=8)
-            normed, residual = out, summed
-
     for _ in range(3):
-        step()
+        layers(rows, weights, options, state)
     torch.cuda.synchronize()
     with state.switch.keeping():
         graph = torch.cuda.CUDAGraph()
     state.switch.on = frozenset(range(LAYERS))
     with torch.cuda.graph(graph):
-        step()
+        layers(rows, weights, options, state)
     return graph, state
 
 
-def time_us(graph: Any, replays: int, repeats: int = 9) -> float:
+def time_us(replay: Any, replays: int, repeats: int = 9) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(repeats):
         begin.record()
         for _ in range(replays):
-            graph.replay()
+            replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / replays)
@@ -204,13 +206,46 @@ def switching(weights: list[Any]) -> None:
             before = time.perf_counter()
             (none if arm is none else graph).replay()
             calls[name].append(time.perf_counter() - before)
-            times[name].append(time_us(none if arm is none else graph, 20, 1))
+            times[name].append(time_us((none if arm is none else graph).replay, 20, 1))
     for name, values in times.items():
         more = statistics.median([a - b for a, b in zip(values, times["no taps"], strict=True)])
         first = statistics.median(calls[name]) * 1e6
         print(
             f"{name:40s} {statistics.median(values):8.1f} us a step, {more:5.2f} more; first {first:5.2f}", flush=True
         )
+
+
+def copying(weights: list[Any]) -> None:
+    """Print whether a copy of a graph with taps is as fast as the graph, and has its programmatic dependencies."""
+    state = State(8)
+    steps = functools.partial(layers, 8, weights, {"package": True}, state)
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        steps()
+    copy = cuda.clone_graph(graph.raw_cuda_graph())
+    executable, stream = cuda.instantiate(copy), torch.cuda.current_stream().cuda_stream
+    graph.instantiate()
+    print(f"programmatic edges: {_programmatic(graph.raw_cuda_graph())}, in the copy {_programmatic(copy)}")
+    replay = functools.partial(cuda.launch_graph, executable, stream)
+    pairs = [(time_us(graph.replay, 20, 1), time_us(replay, 20, 1)) for _ in range(50)]
+    more = statistics.median(b - a for a, b in pairs)
+    print(
+        f"PyTorch's graph {statistics.median(a for a, _ in pairs):8.1f} us a step, the copy {more:5.2f} more",
+        flush=True,
+    )
+
+
+def _programmatic(graph: int) -> int:
+    """Count the edges of a graph that have data, as those of kernels have that start before the one ahead has ended."""
+    count = ctypes.c_size_t()
+    edges = cuda._driver().cuGraphGetEdges_v2
+    assert edges(ctypes.c_void_p(graph), None, None, None, ctypes.byref(count)) == 0
+    first, second = ((ctypes.c_void_p * count.value)() for _ in range(2))
+    data = (ctypes.c_uint64 * count.value)()
+    assert edges(ctypes.c_void_p(graph), first, second, data, ctypes.byref(count)) == 0
+    return sum(map(bool, data))
 
 
 def between_steps(weights: list[Any]) -> None:
@@ -306,7 +341,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(7):
             for name, (graph, _) in graphs.items():
-                times[name].append(time_us(graph, 2 if rows > 1000 else 5))
+                times[name].append(time_us(graph.replay, 2 if rows > 1000 else 5))
         base = statistics.median(times["none"])
         for name, values in times.items():
             per_tap = statistics.median([(v - b) / LAYERS for v, b in zip(values, times["none"], strict=True)])
@@ -315,6 +350,7 @@ def main() -> None:
                 flush=True,
             )
         del graphs, base
+    copying(weights)
     switching(weights)
     between_steps(weights)
 

@@ -14,6 +14,8 @@ from typing import Any, Final
 from vllm_tap.errors import EngineUnsupportedError, TransportError
 
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_AUTO_FREE: Final = 1  # CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
+_NODE_PRIORITIES: Final = 8  # CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
 
 
 @functools.cache
@@ -135,11 +137,9 @@ def _neighbours(function: str, node: int) -> list[tuple[int, int]]:
 
 
 def instantiate(graph: int) -> int:
-    """Return an executable form of a graph."""
-    executable = ctypes.c_void_p()
-    code = _driver().cuGraphInstantiateWithFlags(
-        ctypes.byref(executable), ctypes.c_void_p(graph), ctypes.c_ulonglong(0)
-    )
+    """Return an executable form of a graph, made as PyTorch makes its own."""
+    executable, flags = ctypes.c_void_p(), ctypes.c_ulonglong(_AUTO_FREE | _NODE_PRIORITIES)
+    code = _driver().cuGraphInstantiateWithFlags(ctypes.byref(executable), ctypes.c_void_p(graph), flags)
     _check(code, "cuGraphInstantiate")
     return int(executable.value or 0)
 
