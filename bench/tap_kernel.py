@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time the tap's kernel inside a CUDA graph of layer-like work, in several variants: microseconds per tap.
 
-    python bench/tap_kernel.py [--rows 8 64 256 8192]
+    python bench/tap_kernel.py [--rows 8 64 256 8192]       # --rows alone: what does not depend on the number of rows
 
 A layer is Llama-3.1-8B's MLP (weights of its own, so that the residual has left the caches as between real layers)
 and the fused add and norm that follows. Each variant is compared with the same work without a tap. The last lines say

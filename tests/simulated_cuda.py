@@ -81,6 +81,7 @@ class Nodes:
     def __init__(self) -> None:
         self.work: dict[int, Callable[[], object]] = {}
         self.originals: dict[int, int] = {}
+        self.edges: set[tuple[int, int]] = set()
         self.gaps: set[tuple[int, int]] = set()
 
     def around(self, node: int) -> tuple[list[int], list[int]]:
@@ -159,6 +160,7 @@ class SimulatedCuda:
         self.graphs: dict[int, Nodes] = {}
         self.executables: dict[int, Executable] = {}
         self.instances_left = sys.maxsize
+        self.edits_left = sys.maxsize
         self._log: list[Access] = []
         self._watched: dict[int, int] = {}
         self._buffers: dict[int, tuple[Any, int]] = {}
@@ -270,6 +272,8 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuGraphClone(self, clone: Any, graph: Any) -> int:  # noqa: N802
+        if self._edit():
+            return INVALID_VALUE
         clone._obj.value = next(self.handles)
         copy = self.graphs[clone._obj.value] = Nodes()
         for node, work in self.graphs[graph.value].work.items():
@@ -301,14 +305,18 @@ class SimulatedCuda:
     def cuGraphDestroyNode(self, node: Any) -> int:  # noqa: N802
         graph = self._graph_of(node.value)
         before, after = graph.around(node.value)
-        graph.gaps |= set(itertools.product(before, after))
+        graph.gaps |= set(itertools.product(before, after)) - graph.edges
         del graph.work[node.value]
         return SUCCESS
 
     def cuGraphAddDependencies_v2(self, graph: Any, first: Any, second: Any, edges: Any, count: Any) -> int:  # noqa: N802
         assert list(edges) == [EDGE] * count.value
-        self.graphs[graph.value].gaps -= set(zip(first, second, strict=True))
-        return SUCCESS
+        self.graphs[graph.value].edges |= set(zip(first, second, strict=True))
+        return self._edit()
+
+    def _edit(self) -> int:
+        self.edits_left -= 1
+        return INVALID_VALUE if self.edits_left < 0 else SUCCESS
 
     def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, _: Any) -> int:  # noqa: N802
         self.instances_left -= 1

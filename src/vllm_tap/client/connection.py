@@ -117,7 +117,7 @@ class Connection:
     def _send(self, call: messages.Call, shared: bool) -> Callable[[], list[messages.Reply]]:
         """Send a call to all workers; return a function that waits for the replies.
 
-        Straight to each worker where there is a socket: vLLM's own calls pass through about eight threads, which takes
+        Straight to each worker where there is a socket: vLLM's own calls pass through several threads, which takes
         more than a millisecond when they are asleep.
         """
         data = messages.encode(call)
@@ -189,8 +189,9 @@ class Connection:
         """
         for hello in self.hellos:
             if hello.rank.rank not in self._readers:
-                self._readers[hello.rank.rank] = SegmentReader(hello.address)
-                self._callers.append(Caller(hello.calls))
+                reader, caller = SegmentReader(hello.address), Caller(hello.calls)
+                self._readers[hello.rank.rank] = reader
+                self._callers.append(caller)
         return self._readers
 
     def _memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:

@@ -98,7 +98,7 @@ def _watched(llm: Any) -> Iterator[None]:
                     with suppress(InvalidStateError):  # it has come after all
                         reply.set_exception(death)
 
-    # Not `threading.Thread`: its start waits until the thread runs, a good part of a millisecond of every call.
+    # Not `threading.Thread`: its start and its join wait for the thread, 0.28 ms of each call instead of 0.08.
     _thread.start_new_thread(watch, ())
     try:
         yield

@@ -109,11 +109,8 @@ def node_in_clone(node: int, clone: int) -> int:
 
 def remove_node(graph: int, node: int) -> None:
     """Take a node out of a graph; what came after it comes after what came before it."""
-    before, after = (
-        _neighbours("cuGraphNodeGetDependencies_v2", node),
-        _neighbours("cuGraphNodeGetDependentNodes_v2", node),
-    )
-    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
+    before = _neighbours("cuGraphNodeGetDependencies_v2", node)
+    after = _neighbours("cuGraphNodeGetDependentNodes_v2", node)
     edges = [(first, second, kind) for first, _ in before for second, kind in after]
     pointers = ctypes.c_void_p * len(edges)
     code = _driver().cuGraphAddDependencies_v2(
@@ -123,7 +120,9 @@ def remove_node(graph: int, node: int) -> None:
         (ctypes.c_uint64 * len(edges))(*[kind for _, _, kind in edges]),
         ctypes.c_size_t(len(edges)),
     )
+    # The edges first: a graph in which one of the two calls has failed is still in order.
     _check(code, "cuGraphAddDependencies")
+    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
 
 
 def _neighbours(function: str, node: int) -> list[tuple[int, int]]:

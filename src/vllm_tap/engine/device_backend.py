@@ -35,9 +35,9 @@ class DeviceBackend:
         device_tap.install()
         runner, self._device = worker.model_runner, worker.device
         self._max_rows = host_runner.max_rows(worker)
+        self._graph_rows = host_runner.graph_rows(worker)
         headroom = functools.partial(host_runner.step_headroom, worker)
-        graph_rows = host_runner.graph_rows(worker)
-        self.rows = DeviceRows(self._max_rows + MAX_PADDING, graph_rows, MAX_TAPS, worker.device, headroom)
+        self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property
@@ -53,7 +53,7 @@ class DeviceBackend:
         """
         if self.rows.refusal:
             raise EngineUnsupportedError(self.rows.refusal)
-        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, staging)
+        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, self._graph_rows, staging)
 
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""

@@ -34,15 +34,11 @@ class DeviceRows(Rows):
     """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is.
 
     Attributes:
-        graph_rows: The most tokens of a step that may run in a captured graph.
         chosen: Where in `row_map` the tokens of the step's rows stand, and how many they are.
     """
 
-    def __init__(
-        self, max_tokens: int, graph_rows: int, max_taps: int, device: torch.device, headroom: Callable[[], int]
-    ) -> None:
+    def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
         super().__init__()
-        self.graph_rows = graph_rows
         self.chosen = 0, 0
         self._buffer = torch.zeros(kernel.HEADER_WORDS + max_tokens, dtype=torch.int64, device=device)
         self.header = self._buffer[: kernel.HEADER_WORDS]

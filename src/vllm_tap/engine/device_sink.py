@@ -80,6 +80,7 @@ class DeviceSink:
         rows: DeviceRows,
         pool: SegmentPool,
         max_rows: int,
+        graph_rows: int,
         staging: str,
     ) -> None:
         names = [stream.name for stream in streams]
@@ -90,7 +91,7 @@ class DeviceSink:
         self.failure: Exception | None = None
         self._rows, self._pool = rows, pool
         self._device = rows.header.device
-        self._small_rows = max(rows.graph_rows, MIN_STAGED_ROWS)
+        self._small_rows = max(graph_rows, MIN_STAGED_ROWS)
         self._num_steps = 0
         self._num_rows = 0
         self._is_large = False

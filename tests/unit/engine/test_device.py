@@ -60,7 +60,7 @@ class Model:
 
     def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
         self.cuda, self.places = cuda, places
-        self.rows = DeviceRows(MAX_TOKENS + 8, GRAPH_TOKENS, 64, CPU, lambda: 0)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -157,7 +157,7 @@ class Engine:
             expected_rows=0,
         )
         rows = self.model.rows
-        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, staging)
+        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
         session = Session(start, 0, streams, sink, self.pool, rows)
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
             if request_id != "other":
@@ -313,6 +313,23 @@ def test_a_graph_that_cannot_be_made_ends_the_capture_alone(cuda: SimulatedCuda)
     session = engine.start()
     engine.step(session, DECODE)
     engine.finish(session)
+
+
+@pytest.mark.parametrize("edits", [0, 1, 2, 4])
+def test_a_driver_that_refuses_to_edit_graphs_leaves_taps_in_them(
+    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, edits: int
+) -> None:
+    """The engine starts all the same, idle steps write nothing, and captures are right."""
+    cuda.edits_left = edits
+    engine = Engine(cuda, LLAMA)
+    assert "taps stay in a CUDA graph while nobody captures" in caplog.text
+    for _ in range(2):
+        engine.model.run(3)
+        session = engine.start()
+        for step in STEPS[:7]:
+            engine.step(session, step)
+        engine.finish(session)
+    assert cuda.conflicts == []
 
 
 def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
