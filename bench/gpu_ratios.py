@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gpu_setting import WORKLOADS, Setting, capture, generate, status, wait_idle
@@ -24,6 +26,7 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
     ],
+    "decode": [("decode 8 x (64 + 128)", [ALL, *FEW], 15)],
     "profile": [
         ("decode 8 x (64 + 128)", [ALL, f"{ALL} / direct", *FEW], 7),
         ("decode 256 x (64 + 128)", [ALL], 5),
@@ -37,6 +40,9 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", ["router logits and experts"], 5),
     ],
 }
+
+STEPS = (("steps", 0), ("first_ms", 1), ("step_ms", 3))
+"""What the table says of the steps of an arm, with how many digits."""
 
 
 class Ratios:
@@ -90,6 +96,7 @@ class Ratios:
     def measure(self, name: str, specs: list[str], rounds: int, stagings: list[str]) -> list[dict[str, Any]]:
         """Run all arms of a workload in turn."""
         times: dict[str, list[float]] = {}
+        steps: dict[str, list[dict[str, float]]] = {}
         parts: dict[str, list[dict[str, float]]] = {}
         sizes: dict[str, int] = {}
         capacities: dict[str, list[float]] = {}
@@ -100,11 +107,13 @@ class Ratios:
             prompts = self.setting.prompts(self.setting.workload(name))
             self.setting.random.shuffle(arms)
             for arm in arms:
-                seconds, result = self._run(arm, prompts, self.setting.workload(name)[2])
+                with self._steps(arm) as outputs:
+                    seconds, result = self._run(arm, prompts, self.setting.workload(name)[2])
                 if result is not None:
                     sizes[arm] = result.num_bytes
                 if round_number >= 0:
                     times.setdefault(arm, []).append(seconds)
+                    steps.setdefault(arm, []).append(step_times(outputs))
                     if result is not None:
                         parts.setdefault(arm, []).append(dict(result.seconds))
                         capacities.setdefault(arm, []).append(status(self.tapped)[0]["capacity_bytes"] / 1e9)
@@ -112,13 +121,43 @@ class Ratios:
         rows = summarise(name, times, parts, sizes)
         for row in rows:
             row["segments_gb"] = capacities.get(row["arm"], [])
+            row["steps"] = steps[row["arm"]]
         return rows
+
+    @contextmanager
+    def _steps(self, arm: str) -> Iterator[list[float]]:
+        """Collect when the outputs of each step arrive in this process; the first entry is the beginning."""
+        core = (self.plain if arm == "plain" else self.tapped).llm_engine.engine_core
+        get_output, arrivals = core.get_output, [time.perf_counter()]
+
+        def watched() -> Any:
+            outputs = get_output()
+            if outputs.outputs:
+                arrivals.append(time.perf_counter())
+            return outputs
+
+        core.get_output = watched
+        try:
+            yield arrivals
+        finally:
+            del core.get_output
 
     def _run(self, arm: str, prompts: list[Any], max_tokens: int) -> tuple[float, Any]:
         if arm in ("plain", "idle"):
             return generate(self.plain if arm == "plain" else self.tapped, prompts, max_tokens)[0], None
         spec, staging = arm.split(" / ")
         return capture(self.setting, self.tapped, prompts, max_tokens, self.setting.spec(spec), staging=staging)
+
+
+def step_times(arrivals: list[float]) -> dict[str, float]:
+    """Return the number of steps, the time until the first one's outputs, and the median time between two."""
+    between = [b - a for a, b in itertools.pairwise(arrivals[1:])]
+    return {
+        "steps": len(arrivals) - 1,
+        "first_ms": (arrivals[1] - arrivals[0]) * 1e3,
+        "step_ms": statistics.median(between) * 1e3 if between else 0.0,
+        "all_ms": sum(between) * 1e3,
+    }
 
 
 def summarise(
@@ -150,8 +189,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
     for row in rows:
         parts = " ".join(f"{key} {value * 1e3:.1f}" for key, value in row["parts"].items() if key != "generate")
+        steps = "/".join(
+            f"{statistics.median(s[key] for s in row['steps']):.{digits}f}" for key, digits in STEPS if "steps" in row
+        )
         print(
             f"{row['workload']:26s} {row['arm']:42s} {row['seconds']:8.4f} s  ratio {row['ratio']:.4f} "
-            f"(paired {row['paired']:.4f}) {row['bytes'] / 1e9:7.2f} GB  {parts}",
+            f"(paired {row['paired']:.4f}) {row['bytes'] / 1e9:7.2f} GB  steps {steps}  {parts}",
             flush=True,
         )
