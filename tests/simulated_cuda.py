@@ -145,7 +145,7 @@ class SimulatedCuda:
 
     def __init__(self, capacity: int) -> None:
         self.free_bytes = self.capacity = capacity
-        self.handles = itertools.count(1)
+        self.handles: Iterator[int] = itertools.count(1)
         self.clocks: dict[str, dict[str, int]] = {HOST: {HOST: 0}}
         self.streams: dict[int, Stream] = {}
         self.main = self.new_stream()

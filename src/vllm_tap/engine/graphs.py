@@ -38,18 +38,26 @@ class GraphSwitch:
         self.on = NOTHING
         self.num_nodes = 0
         self.fail = on_failure
-        self._noted: dict[int, list[tuple[int, int]]] = {}
+        self._noted: list[tuple[int, int, int]] | None = None
+
+    def begin(self) -> None:
+        """A graph whose taps are to be taken out is about to be captured."""
+        self._noted = []
 
     def note(self, tap_index: int, stream: int) -> None:
-        """Remember the kernel node that a capturing stream has just recorded for a tap."""
-        found = cuda.last_captured_node(stream)
-        if found is not None:
-            graph, node = found
-            self._noted.setdefault(graph, []).append((tap_index, node))
+        """Remember the kernel node that a capturing stream has just recorded for a tap.
+
+        Of graphs that are not kept, nothing: vLLM's V1 runner captures some to see how much memory they take, and the
+        driver gives their handles to later ones.
+        """
+        found = cuda.last_captured_node(stream) if self._noted is not None else None
+        if self._noted is not None and found is not None:
+            self._noted.append((*found, tap_index))
 
     def take(self, graph: int) -> list[tuple[int, int]]:
-        """Return (tap, node) of a graph whose capture has ended."""
-        nodes = self._noted.pop(graph, [])
+        """Return (tap, node) of the graph whose capture has just ended."""
+        nodes = [(index, node) for other, node, index in self._noted or () if other == graph]
+        self._noted = None
         self.num_nodes += len(nodes)
         return nodes
 
@@ -111,6 +119,10 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
             self._with_taps: _Copy | None = None
+
+        def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+            switch.begin()
+            super().capture_begin(*args, **kwargs)
 
         def capture_end(self) -> None:
             super().capture_end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -330,6 +331,23 @@ def test_a_driver_that_refuses_to_edit_graphs_leaves_taps_in_them(
             engine.step(session, step)
         engine.finish(session)
     assert cuda.conflicts == []
+
+
+def test_graphs_that_are_thrown_away_leave_nothing_behind(cuda: SimulatedCuda) -> None:
+    """The V1 runner captures some first, to see how much memory they take; the driver gives their handles to others."""
+    model = Model(cuda, LLAMA)
+    thrown_away = torch.cuda.CUDAGraph(keep_graph=True)
+    thrown_away.capture_begin()
+    model.forward(2)
+    thrown_away.capture_end()
+    handle = thrown_away.raw_cuda_graph()
+    del cuda.graphs[handle]
+    cuda.handles = itertools.chain([handle], cuda.handles)
+    model.capture_graphs()
+    assert handle in cuda.graphs
+    before = cuda.num_launches
+    model.run(1)
+    assert cuda.num_launches == before
 
 
 def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
