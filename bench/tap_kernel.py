@@ -17,6 +17,7 @@ import ctypes
 import functools
 import statistics
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class State:
         self.start = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         self.switch = GraphSwitch(print)
         self.inputs: list[torch.Tensor] = []
+        self.result = self.staging
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         return self.start
@@ -133,19 +135,47 @@ def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: in
     )
 
 
-def layers(rows: int, weights: list[Any], options: dict[str, Any] | None, state: State) -> None:
-    """Run the work of all layers once."""
+@triton.jit
+def split_reduce(parts, out, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    place = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(out + place, (tl.load(parts + place) + tl.load(parts + ROWS * WIDTH + place)).to(tl.bfloat16))
+
+
+def reduced(inner: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Multiply in two parts, whose sum a short kernel makes, as cuBLAS does for few rows."""
+    rows = len(inner)
+    parts = torch.bmm(inner.view(rows, 2, -1).transpose(0, 1), down.view(2, -1, WIDTH)).float()
+    out = torch.empty(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
+    split_reduce[(rows * WIDTH // 1024,)](parts, out, ROWS=rows, WIDTH=WIDTH)
+    return out
+
+
+def layers(
+    rows: int,
+    weights: list[Any],
+    options: dict[str, Any] | None,
+    state: State,
+    nodes: list[int] | None = None,
+    short: bool = False,
+) -> torch.Tensor:
+    """Run the work of all layers once; `nodes` gets those of the taps, `short` puts short kernels before them."""
     if not state.inputs:
+        torch.manual_seed(0)
         state.inputs = [torch.randn(rows, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     normed, residual = state.inputs
     for index, (up, down) in enumerate(weights):
         inner = normed @ up
-        hidden = (inner[:, :INNER] * inner[:, INNER:]) @ down
+        inner = inner[:, :INNER] * inner[:, INNER:]
+        hidden = reduced(inner, down) if short else inner @ down
         if options is not None:
             launch(state, hidden, residual, index, options)
+            found = cuda.last_captured_node(torch.cuda.current_stream().cuda_stream)
+            if nodes is not None and found:
+                nodes.append(found[1])
         out, summed = torch.empty_like(hidden), torch.empty_like(hidden)
         add_norm[(rows,)](hidden, residual, out, summed, WIDTH=WIDTH, num_warps=8)
         normed, residual = out, summed
+    return torch.stack([normed, residual])
 
 
 def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
@@ -157,7 +187,7 @@ def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
         graph = torch.cuda.CUDAGraph()
     state.switch.on = frozenset(range(LAYERS))
     with torch.cuda.graph(graph):
-        layers(rows, weights, options, state)
+        state.result = layers(rows, weights, options, state)
     return graph, state
 
 
@@ -192,7 +222,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 def switching(weights: list[Any]) -> None:
     """Print what a graph costs whose taps are off, on, or on in part, and what it costs to change that."""
-    none, _ = build(8, weights, None)
+    none, plain = build(8, weights, None)
     graph, state = build(8, weights, {"package": True})
     every, one = frozenset(range(LAYERS)), frozenset([LAYERS // 2])
     arms: dict[str, Any] = {"no taps": none, "taps off": frozenset(), "one tap on": one, "taps on": every}
@@ -207,45 +237,74 @@ def switching(weights: list[Any]) -> None:
             (none if arm is none else graph).replay()
             calls[name].append(time.perf_counter() - before)
             times[name].append(time_us((none if arm is none else graph).replay, 20, 1))
+    expected = _result(none.replay, plain)
     for name, values in times.items():
         more = statistics.median([a - b for a, b in zip(values, times["no taps"], strict=True)])
         first = statistics.median(calls[name]) * 1e6
+        if arms[name] is not none:
+            state.switch.on = arms[name]
+        same = arms[name] is none or torch.equal(_result(graph.replay, state), expected)
         print(
-            f"{name:40s} {statistics.median(values):8.1f} us a step, {more:5.2f} more; first {first:5.2f}", flush=True
+            f"{name:40s} {statistics.median(values):8.1f} us a step, {more:5.2f} more; first {first:5.2f}; "
+            f"results {'equal' if same else 'DIFFER'}",
+            flush=True,
         )
 
 
-def copying(weights: list[Any]) -> None:
-    """Print whether a copy of a graph with taps is as fast as the graph, and has its programmatic dependencies."""
-    state = State(8)
-    steps = functools.partial(layers, 8, weights, {"package": True}, state)
-    steps()
+def _result(replay: Any, state: State) -> torch.Tensor:
+    """Return what the last of many steps in a row has computed."""
+    state.result.zero_()
+    for _ in range(50):
+        replay()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
+    return state.result.clone()
+
+
+def following(weights: list[Any]) -> None:
+    """Print what a tap behind a short kernel costs, with the kernel after it as captured, and starting early."""
+    replays, states, graphs = dict[str, Any](), dict[str, State](), []
+    stream = torch.cuda.current_stream().cuda_stream
+    for name, package in (("no taps", False), ("taps as captured", True), ("next kernel early", True)):
+        state, nodes = State(8), list[int]()
+        steps = functools.partial(layers, 8, weights, {"package": True} if package else None, state, nodes, short=True)
         steps()
-    copy = cuda.clone_graph(graph.raw_cuda_graph())
-    executable, stream = cuda.instantiate(copy), torch.cuda.current_stream().cuda_stream
-    graph.instantiate()
-    print(f"programmatic edges: {_programmatic(graph.raw_cuda_graph())}, in the copy {_programmatic(copy)}")
-    replay = functools.partial(cuda.launch_graph, executable, stream)
-    pairs = [(time_us(graph.replay, 20, 1), time_us(replay, 20, 1)) for _ in range(50)]
-    more = statistics.median(b - a for a, b in pairs)
-    print(
-        f"PyTorch's graph {statistics.median(a for a, _ in pairs):8.1f} us a step, the copy {more:5.2f} more",
-        flush=True,
-    )
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            state.result = steps()
+        copy = cuda.clone_graph(graph.raw_cuda_graph())
+        if name == "next kernel early":
+            for node in nodes:
+                cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
+        print(f"behind a short kernel, {name}: dependencies by data {_dependencies(copy)}", flush=True)
+        graphs.append(graph)
+        states[name] = state
+        replays[name] = functools.partial(cuda.launch_graph, cuda.instantiate(copy), stream)
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(60):
+        for name, replay in replays.items():
+            times[name].append(time_us(replay, 20, 1))
+    expected = _result(replays["no taps"], states["no taps"])
+    for name, values in times.items():
+        per_tap = statistics.median((a - b) / LAYERS for a, b in zip(values, times["no taps"], strict=True))
+        same = torch.equal(_result(replays[name], states[name]), expected)
+        rows = torch.equal(states[name].staging, states["taps as captured"].staging)
+        print(
+            f"{name:40s} {statistics.median(values):8.1f} us a step, {per_tap:5.2f} a tap; "
+            f"results {'equal' if same else 'DIFFER'}, rows {'equal' if rows else 'differ'}",
+            flush=True,
+        )
 
 
-def _programmatic(graph: int) -> int:
-    """Count the edges of a graph that have data, as those of kernels have that start before the one ahead has ended."""
+def _dependencies(graph: int) -> dict[int, int]:
+    """Count the edges of a graph by their data: not 0 where a kernel starts before the one ahead of it has ended."""
     count = ctypes.c_size_t()
     edges = cuda._driver().cuGraphGetEdges_v2
     assert edges(ctypes.c_void_p(graph), None, None, None, ctypes.byref(count)) == 0
     first, second = ((ctypes.c_void_p * count.value)() for _ in range(2))
     data = (ctypes.c_uint64 * count.value)()
     assert edges(ctypes.c_void_p(graph), first, second, data, ctypes.byref(count)) == 0
-    return sum(map(bool, data))
+    return dict(Counter(data))
 
 
 def between_steps(weights: list[Any]) -> None:
@@ -350,7 +409,7 @@ def main() -> None:
                 flush=True,
             )
         del graphs, base
-    copying(weights)
+    following(weights)
     switching(weights)
     between_steps(weights)
 

@@ -25,7 +25,8 @@ from triton.runtime import interpreter
 from vllm_tap.engine import cuda, kernel
 
 HOST = "host"
-EDGE = 1 << 16  # of a programmatic dependency
+FULL, EARLY = 0, 1 | 1 << 16  # dependencies in a graph
+KERNEL, HOST_CALL = 0, 3  # nodes of a graph
 SUCCESS, OUT_OF_MEMORY, INVALID_VALUE = 0, 2, 1
 
 
@@ -76,33 +77,58 @@ class Event:
 
 
 class Nodes:
-    """A graph as the driver knows it: nodes in a row, each after the one before."""
+    """A graph as the driver knows it: nodes in the order in which they were recorded, and what each waits for.
+
+    A tap may start when the one before it has ended its programs, and then waits itself for what that one wrote.
+    """
 
     def __init__(self) -> None:
         self.work: dict[int, Callable[[], object]] = {}
+        self.taps: set[int] = set()
+        self.edges: dict[tuple[int, int], int] = {}
         self.originals: dict[int, int] = {}
-        self.edges: set[tuple[int, int]] = set()
-        self.gaps: set[tuple[int, int]] = set()
 
-    def around(self, node: int) -> tuple[list[int], list[int]]:
-        """Return the node before and the one after a node, where there are such."""
-        row = list(self.work)
-        place = row.index(node)
-        return row[place - 1 : place] if place else [], row[place + 1 : place + 2]
+    def record(self, node: int, work: Callable[[], object], is_tap: bool) -> None:
+        for last in list(self.work)[-1:]:
+            self.edges[last, node] = EARLY if is_tap else FULL
+        self.work[node] = work
+        if is_tap:
+            self.taps.add(node)
+
+    def copy(self, handles: Iterator[int]) -> Nodes:
+        copy = Nodes()
+        new = copy.originals = {node: next(handles) for node in self.work}
+        copy.work = {new[node]: work for node, work in self.work.items()}
+        copy.taps = {new[node] for node in self.taps}
+        copy.edges = {(new[first], new[second]): kind for (first, second), kind in self.edges.items()}
+        return copy
+
+    def check(self) -> None:
+        """Make sure that every node is ordered with all that were recorded before it.
+
+        Nothing reads what a tap has written: of a tap that it follows, a node may await the end of its programs alone.
+        """
+        done: dict[int, set[int]] = {}
+        for place, node in enumerate(self.work):
+            before = [first for first, second in self.edges if second == node]
+            early = {first for first in before if self.edges[first, node] == EARLY}
+            complete = {first for first in before if first not in early or node in self.taps}
+            done[node] = complete.union(*(done[first] for first in complete))
+            missing = set(list(self.work)[:place]) - done[node]
+            assert missing <= early & self.taps, "nodes that nothing orders"
 
 
 class Executable:
     """What is launched: the nodes that a graph had when it was made."""
 
     def __init__(self, nodes: Nodes) -> None:
-        assert not nodes.gaps, "nodes that nothing orders"
-        self.work = dict(nodes.work)
-        self.disabled: set[int] = set()
+        nodes.check()
+        self.work = list(nodes.work.values())
+        self.num_early = sum(kind == EARLY and node not in nodes.taps for (_, node), kind in nodes.edges.items())
 
     def launch(self) -> None:
-        for node, run in self.work.items():
-            if node not in self.disabled:
-                run()
+        for run in self.work:
+            run()
 
 
 class Graph:
@@ -161,6 +187,7 @@ class SimulatedCuda:
         self.executables: dict[int, Executable] = {}
         self.instances_left = sys.maxsize
         self.edits_left = sys.maxsize
+        self.kind_of_work = KERNEL
         self._log: list[Access] = []
         self._watched: dict[int, int] = {}
         self._buffers: dict[int, tuple[Any, int]] = {}
@@ -207,10 +234,10 @@ class SimulatedCuda:
         self.clocks[HOST][HOST] += 1
         self.access(HOST, begin, nbytes, writes, what)
 
-    def run(self, work: Callable[[], object]) -> None:
+    def run(self, work: Callable[[], object], is_tap: bool = False) -> None:
         """Do work on the main stream, or record it."""
         if self.recording is not None:
-            self.recording.nodes.work[next(self.handles)] = work
+            self.recording.nodes.record(next(self.handles), work, is_tap)
         else:
             work()
 
@@ -275,28 +302,33 @@ class SimulatedCuda:
         if self._edit():
             return INVALID_VALUE
         clone._obj.value = next(self.handles)
-        copy = self.graphs[clone._obj.value] = Nodes()
-        for node, work in self.graphs[graph.value].work.items():
-            copy.originals[node] = next(self.handles)
-            copy.work[copy.originals[node]] = work
+        self.graphs[clone._obj.value] = self.graphs[graph.value].copy(self.handles)
+        return SUCCESS
+
+    def cuGraphDestroy(self, graph: Any) -> int:  # noqa: N802
+        del self.graphs[graph.value]
         return SUCCESS
 
     def cuGraphNodeFindInClone(self, found: Any, node: Any, clone: Any) -> int:  # noqa: N802
         found._obj.value = self.graphs[clone.value].originals[node.value]
         return SUCCESS
 
+    def cuGraphNodeGetType(self, node: Any, kind: Any) -> int:  # noqa: N802
+        kind._obj.value = self.kind_of_work if node.value not in self._graph_of(node.value).taps else KERNEL
+        return SUCCESS
+
     def cuGraphNodeGetDependencies_v2(self, node: Any, nodes: Any, edges: Any, count: Any) -> int:  # noqa: N802
-        return self._neighbours(0, node, nodes, edges, count)
+        found = {a: kind for (a, b), kind in self._graph_of(node.value).edges.items() if b == node.value}
+        return self._answer(found, nodes, edges, count)
 
     def cuGraphNodeGetDependentNodes_v2(self, node: Any, nodes: Any, edges: Any, count: Any) -> int:  # noqa: N802
-        return self._neighbours(1, node, nodes, edges, count)
+        found = {b: kind for (a, b), kind in self._graph_of(node.value).edges.items() if a == node.value}
+        return self._answer(found, nodes, edges, count)
 
-    def _neighbours(self, side: int, node: Any, nodes: Any, edges: Any, count: Any) -> int:
-        found = self._graph_of(node.value).around(node.value)[side]
+    def _answer(self, found: dict[int, int], nodes: Any, edges: Any, count: Any) -> int:
         count._obj.value = len(found)
         if nodes is not None:
-            nodes[: len(found)] = found
-            edges[: len(found)] = [EDGE] * len(found)
+            nodes[: len(found)], edges[: len(found)] = list(found), list(found.values())
         return SUCCESS
 
     def _graph_of(self, node: int) -> Nodes:
@@ -304,15 +336,25 @@ class SimulatedCuda:
 
     def cuGraphDestroyNode(self, node: Any) -> int:  # noqa: N802
         graph = self._graph_of(node.value)
-        before, after = graph.around(node.value)
-        graph.gaps |= set(itertools.product(before, after)) - graph.edges
         del graph.work[node.value]
+        graph.edges = {edge: kind for edge, kind in graph.edges.items() if node.value not in edge}
         return SUCCESS
 
-    def cuGraphAddDependencies_v2(self, graph: Any, first: Any, second: Any, edges: Any, count: Any) -> int:  # noqa: N802
-        assert list(edges) == [EDGE] * count.value
-        self.graphs[graph.value].edges |= set(zip(first, second, strict=True))
-        return self._edit()
+    def cuGraphAddDependencies_v2(self, graph: Any, first: Any, second: Any, kinds: Any, count: Any) -> int:  # noqa: N802
+        if self._edit():
+            return INVALID_VALUE
+        new = dict(zip(zip(first, second, strict=True), kinds, strict=True))
+        assert len(new) == count.value
+        assert not new.keys() & self.graphs[graph.value].edges.keys(), "a dependency that is there already"
+        self.graphs[graph.value].edges |= new
+        return SUCCESS
+
+    def cuGraphRemoveDependencies_v2(self, graph: Any, first: Any, second: Any, kinds: Any, _: Any) -> int:  # noqa: N802
+        if self._edit():
+            return INVALID_VALUE
+        for edge, kind in zip(zip(first, second, strict=True), kinds, strict=True):
+            assert self.graphs[graph.value].edges.pop(edge) == kind
+        return SUCCESS
 
     def _edit(self) -> int:
         self.edits_left -= 1
@@ -326,10 +368,8 @@ class SimulatedCuda:
         self.executables[executable._obj.value] = Executable(self.graphs[graph.value])
         return SUCCESS
 
-    def cuGraphNodeSetEnabled(self, executable: int, node: int, enabled: int) -> int:  # noqa: N802
-        disabled = self.executables[executable].disabled
-        assert node in self.executables[executable].work
-        (disabled.discard if enabled else disabled.add)(node)
+    def cuGraphExecDestroy(self, executable: Any) -> int:  # noqa: N802
+        del self.executables[executable.value]
         return SUCCESS
 
     def cuGraphLaunch(self, executable: int, stream: int) -> int:  # noqa: N802
@@ -393,7 +433,7 @@ class _Launcher:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            self._device.run(lambda: self._device.launch(self._function, grid, args, options))
+            self._device.run(lambda: self._device.launch(self._function, grid, args, options), is_tap=True)
 
         return launch
 

@@ -16,6 +16,9 @@ from vllm_tap.errors import EngineUnsupportedError, TransportError
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _AUTO_FREE: Final = 1  # CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
 _NODE_PRIORITIES: Final = 8  # CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
+_KERNEL: Final = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+_FULL: Final = 0  # CUgraphEdgeData of a dependency that ends when all work of the first node has
+_EARLY: Final = 1 | 1 << 16  # from CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
 
 
 @functools.cache
@@ -29,7 +32,6 @@ def _driver() -> Any:
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
     library.cuMemFree_v2.argtypes = [ctypes.c_uint64]
     library.cuGraphLaunch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.cuGraphNodeSetEnabled.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuStreamGetCaptureInfo_v2.argtypes = [ctypes.c_void_p] * 6
     return library
 
@@ -109,20 +111,57 @@ def node_in_clone(node: int, clone: int) -> int:
 
 def remove_node(graph: int, node: int) -> None:
     """Take a node out of a graph; what came after it comes after what came before it."""
-    before = _neighbours("cuGraphNodeGetDependencies_v2", node)
-    after = _neighbours("cuGraphNodeGetDependentNodes_v2", node)
-    edges = [(first, second, kind) for first, _ in before for second, kind in after]
+    before, after = _before(node), _after(node)
+    # The edges first: a graph in which one of the two calls has failed is still in order.
+    _change_edges("cuGraphAddDependencies_v2", graph, [(a, b, kind) for a, _ in before for b, kind in after])
+    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
+
+
+def let_next_start_early(graph: int, node: int) -> None:
+    """Let the kernel after a node start as soon as the node's programs have ended.
+
+    For a kernel whose results nothing in the graph reads, and which itself may start early: what comes after it must
+    only not overwrite what it reads. The next kernel still waits for all work of what came before the node, and what
+    comes after that kernel for all work of the node. A node that is not followed by a kernel and more is left alone.
+    """
+    before, after = _before(node), _after(node)
+    if _EARLY not in (kind for _, kind in before) or len(after) != 1:
+        return
+    follower, kind = after[0]
+    later = _after(follower)
+    if kind != _FULL or not later or not _is_kernel(follower):
+        return
+    full = [(first, follower, _FULL) for first, _ in before] + [(node, other, _FULL) for other, _ in later]
+    _change_edges("cuGraphAddDependencies_v2", graph, full)
+    _change_edges("cuGraphRemoveDependencies_v2", graph, [(node, follower, _FULL)])
+    _change_edges("cuGraphAddDependencies_v2", graph, [(node, follower, _EARLY)])
+
+
+def _change_edges(function: str, graph: int, edges: Sequence[tuple[int, int, int]]) -> None:
+    """Add or remove edges (from node, to node, data)."""
     pointers = ctypes.c_void_p * len(edges)
-    code = _driver().cuGraphAddDependencies_v2(
+    code = getattr(_driver(), function)(
         ctypes.c_void_p(graph),
         pointers(*[first for first, _, _ in edges]),
         pointers(*[second for _, second, _ in edges]),
         (ctypes.c_uint64 * len(edges))(*[kind for _, _, kind in edges]),
         ctypes.c_size_t(len(edges)),
     )
-    # The edges first: a graph in which one of the two calls has failed is still in order.
-    _check(code, "cuGraphAddDependencies")
-    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
+    _check(code, function.removesuffix("_v2"))
+
+
+def _before(node: int) -> list[tuple[int, int]]:
+    return _neighbours("cuGraphNodeGetDependencies_v2", node)
+
+
+def _after(node: int) -> list[tuple[int, int]]:
+    return _neighbours("cuGraphNodeGetDependentNodes_v2", node)
+
+
+def _is_kernel(node: int) -> bool:
+    kind = ctypes.c_int()
+    _check(_driver().cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)), "cuGraphNodeGetType")
+    return kind.value == _KERNEL
 
 
 def _neighbours(function: str, node: int) -> list[tuple[int, int]]:
@@ -148,6 +187,11 @@ def launch_graph(executable: int, stream: int) -> None:
     _check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
 
 
-def set_node_enabled(graph_exec: int, node: int, enabled: bool) -> None:
-    """Switch a kernel node of an instantiated graph on or off for its future launches."""
-    _check(_driver().cuGraphNodeSetEnabled(graph_exec, node, int(enabled)), "cuGraphNodeSetEnabled")
+def destroy_graph(graph: int) -> None:
+    """Give a graph up; executable forms of it stay."""
+    _check(_driver().cuGraphDestroy(ctypes.c_void_p(graph)), "cuGraphDestroy")
+
+
+def destroy_executable(executable: int) -> None:
+    """Give an executable graph up; if it is queued, it runs to its end first."""
+    _check(_driver().cuGraphExecDestroy(ctypes.c_void_p(executable)), "cuGraphExecDestroy")

@@ -1,11 +1,11 @@
 """Keeps taps out of captured CUDA graphs while nobody captures. Worker process, CUDA engines only.
 
-A tap at 8 rows costs a graph half a microsecond, one whose kernel node is disabled still a fifth of one
-(bench/tap_kernel.py, one H200), times the number of layers, each step. So each graph comes twice: PyTorch's own,
-from which the taps are taken out before it is instantiated, and a copy that has them, made executable when a capture
-first replays it. In the copy, taps that a capture does not want are disabled.
+A tap at 8 rows costs a graph half a microsecond to one and a half, one whose kernel node is disabled still a fifth of
+one (bench/tap_kernel.py, one H200), times the number of layers, each step. So a graph comes in several forms: PyTorch's
+own, from which the taps are taken out before it is instantiated, and for each set of taps that captures want a copy
+that has these, made executable when a capture first replays it.
 
-The copy is launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
+Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
 none.
 """
 
@@ -25,6 +25,9 @@ logger = logging.getLogger("vllm_tap")
 
 
 NOTHING: Final[frozenset[int]] = frozenset()
+
+MOST_FORMS: Final = 4
+"""Sets of taps for which a graph is kept executable."""
 
 
 class GraphSwitch:
@@ -82,27 +85,60 @@ class _Copy:
     def __init__(self, graph: int, taps: list[tuple[int, int]]) -> None:
         self._graph = cuda.clone_graph(graph)
         self._nodes = [(index, cuda.node_in_clone(node, self._graph)) for index, node in taps]
-        self._enabled = {node: True for _, node in self._nodes}
-        self._executable = 0
+        self._taps = frozenset(index for index, _ in taps)
+        # Now, while the engine starts: pieces of layers have one tap each, and a step of a new size needs all of them.
+        self._whole = self._edited(self._taps)
+        self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
-        self._is_wanted = False
+        self._executable = 0
 
     def follow(self, on: frozenset[int]) -> bool:
-        """Enable the taps that are on and no others; return whether there are any."""
+        """Have the taps that are on and no others; return whether there are any."""
         if on is not self._on:
-            self._is_wanted = any(index in on for index, _ in self._nodes)
-            if self._is_wanted:
-                self._enable(on)
+            wanted = on & self._taps
+            self._executable = self._form(wanted) if wanted else 0
             self._on = on
-        return self._is_wanted
+        return self._executable != 0
 
-    def _enable(self, on: frozenset[int]) -> None:
-        if not self._executable:
-            self._executable = cuda.instantiate(self._graph)
-        for index, node in self._nodes:
-            if self._enabled[node] != (index in on):
-                cuda.set_node_enabled(self._executable, node, index in on)
-                self._enabled[node] = index in on
+    def _form(self, wanted: frozenset[int]) -> int:
+        """Return an executable graph with these taps; when there are many, the one that was made first goes."""
+        if wanted not in self._forms:
+            executable = self._executable_with(wanted)
+            if len(self._forms) == MOST_FORMS:
+                cuda.destroy_executable(self._forms.pop(next(iter(self._forms))))
+            self._forms[wanted] = executable
+        return self._forms[wanted]
+
+    def _executable_with(self, wanted: frozenset[int]) -> int:
+        if wanted == self._taps:
+            return cuda.instantiate(self._whole)
+        graph = self._edited(wanted)
+        try:
+            return cuda.instantiate(graph)
+        finally:
+            cuda.destroy_graph(graph)
+
+    def _edited(self, wanted: frozenset[int]) -> int:
+        try:
+            return self._clone_with(wanted, early=True)
+        except TransportError as error:
+            logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
+            return self._clone_with(wanted, early=False)
+
+    def _clone_with(self, wanted: frozenset[int], early: bool) -> int:
+        graph = cuda.clone_graph(self._graph)
+        try:
+            nodes = [(index in wanted, cuda.node_in_clone(node, graph)) for index, node in self._nodes]
+            for is_wanted, node in nodes:
+                if not is_wanted:
+                    cuda.remove_node(graph, node)
+            for is_wanted, node in nodes:
+                if is_wanted and early:
+                    cuda.let_next_start_early(graph, node)
+        except TransportError:
+            cuda.destroy_graph(graph)
+            raise
+        return graph
 
     def launch(self) -> None:
         """Queue the graph on the current stream."""

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from simulated_cuda import SimulatedCuda, Stream, simulated_cuda
+from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, Stream, simulated_cuda
 from vllm_tap.engine import device_backend, device_sink, device_tap, kernel
 from vllm_tap.engine.device_rows import DeviceRows
+from vllm_tap.engine.graphs import MOST_FORMS
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
@@ -75,9 +76,10 @@ class Model:
         self.forward(1)  # the taps learn shapes
 
     def forward(self, num_tokens: int) -> None:
-        """Run all layers."""
+        """Run all layers, and what comes after them."""
         for place in self.places:
             self._layer(place, num_tokens)
+        self.cuda.run(lambda: None)
 
     def _layer(self, place: Place, num_tokens: int) -> None:
         hidden, residual = (buffer[:num_tokens] for buffer in self._buffers[place.width, place.dtype])
@@ -350,6 +352,40 @@ def test_graphs_that_are_thrown_away_leave_nothing_behind(cuda: SimulatedCuda) -
     assert cuda.num_launches == before
 
 
+@pytest.mark.parametrize("case", ["kernels", "no kernels", "refused"])
+def test_kernels_after_taps_start_early_where_that_is_allowed(cuda: SimulatedCuda, case: str) -> None:
+    """Only kernels can, only where a driver can say so, and not the last: the end of a graph awaits all taps."""
+    if case == "no kernels":
+        cuda.kind_of_work = HOST_CALL
+    if case == "refused":
+        cuda.cuGraphRemoveDependencies_v2 = lambda *_: INVALID_VALUE  # type: ignore[method-assign]
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    engine.step(session, DECODE)
+    (executable,) = cuda.executables.values()
+    assert executable.num_early == (len(LLAMA) - 1 if case == "kernels" else 0)
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_a_graph_is_kept_for_a_few_sets_of_taps(cuda: SimulatedCuda) -> None:
+    """Captures of other layers get graphs of their own, made once as long as they are not too many."""
+    engine = Engine(cuda, [Place("hidden_states", layer, 24, torch.bfloat16, True) for layer in range(6)])
+
+    def made_by(leave_out: int) -> int:
+        before = max(cuda.executables, default=0)
+        session = engine.start(leave_out=leave_out)
+        engine.step(session, DECODE)
+        engine.finish(session)
+        assert len(cuda.executables) <= MOST_FORMS
+        return sum(executable > before for executable in cuda.executables)
+
+    assert [made_by(leave_out) for leave_out in (0, 1, 2, 3, 1, 0)] == [1, 1, 1, 1, 0, 0]
+    num_graphs = len(cuda.graphs)
+    assert [made_by(leave_out) for leave_out in (4, 3, 0, 0)] == [1, 0, 1, 0]
+    assert len(cuda.graphs) == num_graphs
+
+
 def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
     """Nothing is lost where a runner begins a step before it has reported that the one before was sampled."""
     engine = Engine(cuda, LLAMA)
@@ -373,7 +409,7 @@ def test_only_rows_that_are_asked_for_are_written(cuda: SimulatedCuda) -> None:
 
 
 def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(cuda: SimulatedCuda) -> None:
-    """The kernels of other taps are switched off in the graph, and all of them once it is idle."""
+    """Those of other taps are taken out of the graph, and all of them once it is idle."""
     engine = Engine(cuda, LLAMA)
 
     def running() -> int:
