@@ -5,6 +5,7 @@ Runs in the test process, beside the engine.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,6 +125,23 @@ def test_a_stop_token_ends_the_rows(engine, known):
     generated = list(result.outputs[0].outputs[0].token_ids)
     assert generated == plain[0][: plain[0].index(plain[0][3]) + 1]
     assert len(result[0]) == 12 + len(generated) - 1
+
+
+def test_parameters_of_several_prompts_stay_their_callers(engine, known):
+    """Prompts share parameter objects: each is sampled by its own, and nothing is written into them."""
+    lengths = [12, 80, 5, 33]
+    plain = engine.generate(prompts(lengths))
+    stopping = greedy(ignore_eos=False, stop_token_ids=[plain[1][3]], extra_args={"mine": [1]})
+    params = [greedy(), stopping, stopping, greedy()]
+    before = copy.deepcopy(params)
+    outputs = engine.llm.generate(prompts(lengths), copy.deepcopy(params), use_tqdm=False)
+    result = engine.capture(prompts(lengths), HIDDEN, sampling_params=params)
+    compare(result, known)
+    assert params == before
+    assert [list(output.outputs[0].token_ids) for output in result.outputs] == [
+        list(output.outputs[0].token_ids) for output in outputs
+    ]
+    assert len(result.outputs[1].outputs[0].token_ids) <= 4
 
 
 def test_a_single_new_token_leaves_the_rows_of_the_prompt(engine, known):

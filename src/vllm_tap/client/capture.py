@@ -72,7 +72,7 @@ def capture(
         expected_rows=_expected_rows(prompts, params),
     )
     try:
-        marked = [recording.mark(given, sample) for sample, given in enumerate(params)]
+        marked = recording.mark_all(params)
         started = time.perf_counter()
         outputs = engine.generate(llm, prompts, marked, bar(progress, recording.counts), lora_request)
         generated = time.perf_counter()

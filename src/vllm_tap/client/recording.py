@@ -93,11 +93,25 @@ class Recording:
         Rows that the prefix cache holds never go through the model, so captured requests do not read it; others still
         do.
         """
-        marked = copy.copy(params)
-        field = "extra_args" if hasattr(params, "extra_args") else "extra_kwargs"
-        label = mark(self._start.capture_id, sample, getattr(params, "n", 1) or 1)
-        setattr(marked, field, {**(getattr(params, field) or {}), **label})
+        return self._marked(copy.deepcopy(params), sample)
+
+    def mark_all(self, params: Sequence[Any]) -> list[Any]:
+        """Return what `mark` returns for samples 0, 1, ... with these parameters.
+
+        Cost: one deep copy for each object among them, however often it occurs.
+        """
+        copies = {key: copy.deepcopy(given) for key, given in {id(given): given for given in params}.items()}
+        return [self._marked(copies[id(given)], sample) for sample, given in enumerate(params)]
+
+    def _marked(self, copied: Any, sample: int) -> Any:
+        marked = copy.copy(copied)
+        field = "extra_args" if hasattr(marked, "extra_args") else "extra_kwargs"
+        label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1)
+        setattr(marked, field, {**(getattr(marked, field) or {}), **label})
         marked.skip_reading_prefix_cache = True
+        if hasattr(marked, "skip_clone"):
+            # vLLM copies the parameters of each request deeply, to keep what it writes into them from the caller's.
+            marked.skip_clone = True
         return marked
 
     def counts(self) -> tuple[int, int]:
