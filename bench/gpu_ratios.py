@@ -41,7 +41,7 @@ PLANS: dict[str, Plan] = {
     ],
 }
 
-STEPS = (("steps", 0), ("first_ms", 1), ("step_ms", 3))
+STEPS = (("steps", 0), ("queued_ms", 1), ("first_ms", 1), ("step_ms", 3))
 """What the table says of the steps of an arm, with how many digits."""
 
 
@@ -126,11 +126,13 @@ class Ratios:
 
     @contextmanager
     def _steps(self, arm: str) -> Iterator[list[float]]:
-        """Collect when the outputs of each step arrive in this process; the first entry is the beginning."""
+        """Collect times: the beginning, when all prompts are queued, when the outputs of each step arrive here."""
         core = (self.plain if arm == "plain" else self.tapped).llm_engine.engine_core
         get_output, arrivals = core.get_output, [time.perf_counter()]
 
         def watched() -> Any:
+            if len(arrivals) == 1:
+                arrivals.append(time.perf_counter())
             outputs = get_output()
             if outputs.outputs:
                 arrivals.append(time.perf_counter())
@@ -149,12 +151,14 @@ class Ratios:
         return capture(self.setting, self.tapped, prompts, max_tokens, self.setting.spec(spec), staging=staging)
 
 
-def step_times(arrivals: list[float]) -> dict[str, float]:
-    """Return the number of steps, the time until the first one's outputs, and the median time between two."""
-    between = [b - a for a, b in itertools.pairwise(arrivals[1:])]
+def step_times(times: list[float]) -> dict[str, float]:
+    """Return the number of steps, the times until prompts are queued and the first step is done, a step's median."""
+    begin, queued, *arrivals = times
+    between = [b - a for a, b in itertools.pairwise(arrivals)]
     return {
-        "steps": len(arrivals) - 1,
-        "first_ms": (arrivals[1] - arrivals[0]) * 1e3,
+        "steps": len(arrivals),
+        "queued_ms": (queued - begin) * 1e3,
+        "first_ms": (arrivals[0] - begin) * 1e3,
         "step_ms": statistics.median(between) * 1e3 if between else 0.0,
         "all_ms": sum(between) * 1e3,
     }

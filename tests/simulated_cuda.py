@@ -123,12 +123,14 @@ class Executable:
 
     def __init__(self, nodes: Nodes) -> None:
         nodes.check()
-        self.work = list(nodes.work.values())
+        self.work = dict(nodes.work)
+        self.disabled: set[int] = set()
         self.num_early = sum(kind == EARLY and node not in nodes.taps for (_, node), kind in nodes.edges.items())
 
     def launch(self) -> None:
-        for run in self.work:
-            run()
+        for node, run in self.work.items():
+            if node not in self.disabled:
+                run()
 
 
 class Graph:
@@ -157,7 +159,8 @@ class Graph:
         return self.handle
 
     def raw_cuda_graph_exec(self) -> int:
-        raise AssertionError("not needed")
+        self.device.own_executables[self.handle] = self.executable
+        return self.handle
 
     def replay(self) -> None:
         self.executable.launch()
@@ -185,6 +188,7 @@ class SimulatedCuda:
         self.recording: Graph | None = None
         self.graphs: dict[int, Nodes] = {}
         self.executables: dict[int, Executable] = {}
+        self.own_executables: dict[int, Executable] = {}  # PyTorch's, by the handle of their graph
         self.instances_left = sys.maxsize
         self.edits_left = sys.maxsize
         self.kind_of_work = KERNEL
@@ -366,6 +370,15 @@ class SimulatedCuda:
             return INVALID_VALUE
         executable._obj.value = next(self.handles)
         self.executables[executable._obj.value] = Executable(self.graphs[graph.value])
+        return SUCCESS
+
+    def cuGraphNodeSetEnabled(self, executable: int, node: int, enabled: int) -> int:  # noqa: N802
+        if self._edit():
+            return INVALID_VALUE
+        disabled = self.own_executables[executable].disabled
+        assert node in self.own_executables[executable].work
+        assert (node in disabled) == bool(enabled), "nothing to change"
+        (disabled.discard if enabled else disabled.add)(node)
         return SUCCESS
 
     def cuGraphExecDestroy(self, executable: Any) -> int:  # noqa: N802

@@ -31,6 +31,7 @@ def _driver() -> Any:
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
     library.cuMemFree_v2.argtypes = [ctypes.c_uint64]
+    library.cuGraphNodeSetEnabled.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuGraphLaunch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuStreamGetCaptureInfo_v2.argtypes = [ctypes.c_void_p] * 6
     return library
@@ -185,6 +186,11 @@ def instantiate(graph: int) -> int:
 def launch_graph(executable: int, stream: int) -> None:
     """Queue an executable graph."""
     _check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
+
+
+def set_node_enabled(executable: int, node: int, enabled: bool) -> None:
+    """Switch a kernel node of the graph that was made executable on or off for future launches."""
+    _check(_driver().cuGraphNodeSetEnabled(executable, node, int(enabled)), "cuGraphNodeSetEnabled")
 
 
 def destroy_graph(graph: int) -> None:

@@ -48,7 +48,7 @@ class DeviceRows(Rows):
         self.first_tap = len(REGISTRY)
         self.switch = GraphSwitch(self.fail)
         self.headroom = headroom
-        self.slabs = SlabKeeper(device, headroom, self._is_quiet)
+        self.slabs = SlabKeeper(device, headroom, self._is_quiet, self.switch.forget)
         self.main: torch.cuda.Stream | None = None
         self.sink: DeviceSink | None = None
         self.active = False

@@ -1,9 +1,13 @@
 """Keeps taps out of captured CUDA graphs while nobody captures. Worker process, CUDA engines only.
 
 A tap at 8 rows costs a graph half a microsecond to one and a half, one whose kernel node is disabled still a fifth of
-one (bench/tap_kernel.py, one H200), times the number of layers, each step. So a graph comes in several forms: PyTorch's
-own, from which the taps are taken out before it is instantiated, and for each set of taps that captures want a copy
-that has these, made executable when a capture first replays it.
+one (bench/tap_kernel.py, one H200), times the number of layers, each step. To make a graph executable takes 0.15 ms and
+0.1 MiB of device memory for a piece of one layer, 17 ms and 2 MiB for a whole model (the same). Therefore:
+
+- A graph of a whole model comes in several forms: PyTorch's own, from which the taps are taken out before it is
+  instantiated, and for each set of taps that captures want a copy that has these, made executable when a capture first
+  replays it, and given up some time after the last one.
+- Pieces of a model are many, and a step replays one for each layer: their taps stay, disabled while nobody captures.
 
 Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
 none.
@@ -12,6 +16,8 @@ none.
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -29,6 +35,9 @@ NOTHING: Final[frozenset[int]] = frozenset()
 MOST_FORMS: Final = 4
 """Sets of taps for which a graph is kept executable."""
 
+FEW_TAPS: Final = 4
+"""Most taps of a graph that counts as a piece of a model."""
+
 
 class GraphSwitch:
     """Which taps are on, for all graphs of a worker.
@@ -41,6 +50,8 @@ class GraphSwitch:
         self.on = NOTHING
         self.num_nodes = 0
         self.fail = on_failure
+        self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._noted: list[tuple[int, int, int]] | None = None
 
     def begin(self) -> None:
@@ -64,6 +75,18 @@ class GraphSwitch:
         self.num_nodes += len(nodes)
         return nodes
 
+    def copied(self, graph: int, taps: list[tuple[int, int]]) -> _Copy:
+        """Return a copy of a graph, with the nodes of its taps."""
+        copy = _Copy(graph, taps, self._lock)
+        self._copies.add(copy)
+        return copy
+
+    def forget(self) -> None:
+        """Give up what was made for captures; the next one makes it again. From any thread."""
+        with self._lock:
+            for copy in self._copies:
+                copy.forget()
+
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
@@ -79,26 +102,62 @@ class GraphSwitch:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
 
 
-class _Copy:
-    """A graph with its taps, beside one from which they were taken out."""
+class _Switched:
+    """Taps that stay in an executable graph, disabled while nobody wants them."""
 
-    def __init__(self, graph: int, taps: list[tuple[int, int]]) -> None:
+    def __init__(self, executable: int, taps: list[tuple[int, int]]) -> None:
+        self._executable, self._taps = executable, taps
+        self._enabled = {node for _, node in taps}
+        self._on = NOTHING
+        self._enable(NOTHING)
+
+    def launch(self, on: frozenset[int]) -> bool:
+        """Have the taps that are on and no others; return False, because PyTorch launches the graph."""
+        if on is not self._on:
+            self._on = on
+            self._enable(on)
+        return False
+
+    def _enable(self, on: frozenset[int]) -> None:
+        for index, node in self._taps:
+            if (index in on) != (node in self._enabled):
+                cuda.set_node_enabled(self._executable, node, index in on)
+                self._enabled ^= {node}
+
+
+class _Copy:
+    """A graph with its taps, beside one from which they were taken out.
+
+    Args:
+        lock: Held while it is launched: what it launches may be given up from another thread.
+    """
+
+    def __init__(self, graph: int, taps: list[tuple[int, int]], lock: threading.Lock) -> None:
         self._graph = cuda.clone_graph(graph)
-        self._nodes = [(index, cuda.node_in_clone(node, self._graph)) for index, node in taps]
-        self._taps = frozenset(index for index, _ in taps)
-        # Now, while the engine starts: pieces of layers have one tap each, and a step of a new size needs all of them.
-        self._whole = self._edited(self._taps)
+        self._taps = [(index, cuda.node_in_clone(node, self._graph)) for index, node in taps]
+        self._lock = lock
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
 
-    def follow(self, on: frozenset[int]) -> bool:
-        """Have the taps that are on and no others; return whether there are any."""
-        if on is not self._on:
-            wanted = on & self._taps
-            self._executable = self._form(wanted) if wanted else 0
-            self._on = on
-        return self._executable != 0
+    def forget(self) -> None:
+        """Give up what was made executable; the lock is held."""
+        while self._forms:
+            cuda.destroy_executable(self._forms.popitem()[1])
+        self._on = NOTHING
+
+    def launch(self, on: frozenset[int]) -> bool:
+        """Queue the graph with the taps that are on and no others, unless it has none of them."""
+        if not on:
+            return False
+        with self._lock:
+            if on is not self._on:
+                wanted = frozenset(node for index, node in self._taps if index in on)
+                self._executable = self._form(wanted) if wanted else 0
+                self._on = on
+            if self._executable:
+                cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
+            return self._executable != 0
 
     def _form(self, wanted: frozenset[int]) -> int:
         """Return an executable graph with these taps; when there are many, the one that was made first goes."""
@@ -110,25 +169,20 @@ class _Copy:
         return self._forms[wanted]
 
     def _executable_with(self, wanted: frozenset[int]) -> int:
-        if wanted == self._taps:
-            return cuda.instantiate(self._whole)
-        graph = self._edited(wanted)
+        try:
+            graph = self._clone_with(wanted, early=True)
+        except TransportError as error:
+            logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
+            graph = self._clone_with(wanted, early=False)
         try:
             return cuda.instantiate(graph)
         finally:
             cuda.destroy_graph(graph)
 
-    def _edited(self, wanted: frozenset[int]) -> int:
-        try:
-            return self._clone_with(wanted, early=True)
-        except TransportError as error:
-            logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
-            return self._clone_with(wanted, early=False)
-
     def _clone_with(self, wanted: frozenset[int], early: bool) -> int:
         graph = cuda.clone_graph(self._graph)
         try:
-            nodes = [(index in wanted, cuda.node_in_clone(node, graph)) for index, node in self._nodes]
+            nodes = [(node in wanted, cuda.node_in_clone(node, graph)) for _, node in self._taps]
             for is_wanted, node in nodes:
                 if not is_wanted:
                     cuda.remove_node(graph, node)
@@ -140,9 +194,14 @@ class _Copy:
             raise
         return graph
 
-    def launch(self) -> None:
-        """Queue the graph on the current stream."""
-        cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
+
+@contextmanager
+def _or_left_in() -> Iterator[None]:
+    """Put up with taps that stay in a graph: they are right and only slower, because they find the header idle."""
+    try:
+        yield
+    except TransportError as error:
+        logger.warning("vllm-tap: taps stay in a CUDA graph while nobody captures: %s", error)
 
 
 def _kept(original: Any, switch: GraphSwitch) -> Any:
@@ -154,7 +213,7 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
-            self._with_taps: _Copy | None = None
+            self._taps: _Switched | _Copy | None = None
 
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             switch.begin()
@@ -164,24 +223,23 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             super().capture_end()
             graph = self.raw_cuda_graph()
             taps = switch.take(graph)
-            try:
-                if taps:
-                    self._with_taps = _Copy(graph, taps)
-                for _, node in taps:
-                    cuda.remove_node(graph, node)
-            except TransportError as error:
-                # Left in, a tap is right and only slower: it finds the header idle.
-                logger.warning("vllm-tap: taps stay in a CUDA graph while nobody captures: %s", error)
+            is_piece = len(taps) <= FEW_TAPS
+            with _or_left_in():
+                if not is_piece:
+                    self._taps = switch.copied(graph, taps)
+                    for _, node in taps:
+                        cuda.remove_node(graph, node)
             self.instantiate()
+            with _or_left_in():
+                if is_piece and taps:
+                    self._taps = _Switched(self.raw_cuda_graph_exec(), taps)
 
         def replay(self) -> None:
-            if switch.on and self._with_taps is not None:
-                try:
-                    if self._with_taps.follow(switch.on):
-                        self._with_taps.launch()
-                        return
-                except TransportError as error:
-                    switch.fail(error)
+            try:
+                if self._taps is not None and self._taps.launch(switch.on):
+                    return
+            except TransportError as error:
+                switch.fail(error)
             super().replay()
 
     return KeptGraph

@@ -57,10 +57,17 @@ class SlabKeeper:
         headroom: Bytes of device memory that the engine's steps may still take: a slab never reaches into them.
         is_quiet: Whether the device has nothing to do. The driver waits for all queued work before it frees memory,
             and the engine waits with it; so a slab goes in a pause of the engine.
+        on_idle: Called when a slab has gone because nobody wanted it, from a thread of the keeper's.
     """
 
-    def __init__(self, device: torch.device, headroom: Callable[[], int], is_quiet: Callable[[], bool]) -> None:
-        self._device, self._headroom, self._is_quiet = device, headroom, is_quiet
+    def __init__(
+        self,
+        device: torch.device,
+        headroom: Callable[[], int],
+        is_quiet: Callable[[], bool],
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._device, self._headroom, self._is_quiet, self._on_idle = device, headroom, is_quiet, on_idle
         self._lock = threading.Lock()
         self._idle: Slab | None = None
         self._idle_since = 0.0
@@ -125,6 +132,7 @@ class SlabKeeper:
                 slab = None
         if slab is not None:
             self._free(slab)
+            self._on_idle()
         with self._lock:
             self._has_thread = self._held_bytes > 0
             return self._has_thread

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, Stream, simulated_cuda
-from vllm_tap.engine import device_backend, device_sink, device_tap, kernel
+from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, kernel
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.graphs import MOST_FORMS
 from vllm_tap.engine.ring import Ring
@@ -72,7 +73,7 @@ class Model:
             (place.width, place.dtype): [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
             for place in places
         }
-        self._graphs: dict[int, Any] = {}
+        self._graphs: dict[int, list[Any]] = {}
         self.forward(1)  # the taps learn shapes
 
     def forward(self, num_tokens: int) -> None:
@@ -94,21 +95,26 @@ class Model:
         self.cuda.run(work)
         device_tap._tap_cuda(hidden, residual if place.has_residual else None, tap.control)
 
-    def capture_graphs(self) -> None:
-        """Record a graph for each small number of tokens that is a power of two."""
+    def capture_graphs(self, in_pieces: bool = False) -> None:
+        """Record for each small number of tokens that is a power of two a graph, or one for each layer."""
+        for num_tokens in (1, 2, GRAPH_TOKENS):
+            runs = [functools.partial(self._layer, place) for place in self.places] if in_pieces else [self.forward]
+            self._graphs[num_tokens] = [self._captured(run, num_tokens) for run in runs]
+
+    def _captured(self, run: Callable[[int], None], num_tokens: int) -> Any:
         with self.rows.switch.keeping():
-            for num_tokens in (1, 2, 4, GRAPH_TOKENS):
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin()
-                self.forward(num_tokens)
-                graph.capture_end()
-                self._graphs[num_tokens] = graph
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            run(num_tokens)
+            graph.capture_end()
+            return graph
 
     def run(self, num_tokens: int) -> None:
         """Run a step as vLLM does: a padded graph if it is small, else the layers one by one."""
         padded = next((size for size in self._graphs if size >= num_tokens), 0)
         if padded:
-            self._graphs[padded].replay()
+            for graph in self._graphs[padded]:
+                graph.replay()
         else:
             self.forward(num_tokens)
 
@@ -123,10 +129,10 @@ class Expected(NamedTuple):
 class Engine:
     """Runs steps of a model under a session, and keeps what has to come out."""
 
-    def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
+    def __init__(self, cuda: SimulatedCuda, places: list[Place], in_pieces: bool = False) -> None:
         self.cuda = cuda
         self.model = Model(cuda, places)
-        self.model.capture_graphs()
+        self.model.capture_graphs(in_pieces)
         self.pool = SegmentPool(
             8 << 20,
             shared=False,
@@ -224,6 +230,7 @@ class Engine:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
     """A device whose limits are low, so that small steps go all ways."""
     monkeypatch.setattr(device_sink, "MIN_STAGED_ROWS", GRAPH_TOKENS)
+    monkeypatch.setattr(graphs, "FEW_TAPS", 1)
     monkeypatch.setattr(kernel, "LARGE_ROWS", GRAPH_TOKENS)
     monkeypatch.setattr(kernel, "MOST_ROWS", 8)
     monkeypatch.setattr(SlabKeeper, "_start", lambda _: None)
@@ -253,14 +260,15 @@ STEPS = [
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
 @pytest.mark.parametrize("way", ["staged", "ring", "direct"])
 def test_rows_are_what_the_model_made_whatever_runs_first(
-    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place], way: str
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place], way: str, in_pieces: bool
 ) -> None:
     """Steps in graphs and outside, of few and many rows, and another capture: all bytes right, nothing unordered."""
     if way == "ring":
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
-    engine = Engine(cuda, places)
+    engine = Engine(cuda, places, in_pieces)
     for steps in (STEPS, STEPS[:2]):
         session = engine.start("direct" if way == "direct" else "staged")
         for step in steps:
@@ -318,13 +326,14 @@ def test_a_graph_that_cannot_be_made_ends_the_capture_alone(cuda: SimulatedCuda)
     engine.finish(session)
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
 @pytest.mark.parametrize("edits", [0, 1, 2, 4])
 def test_a_driver_that_refuses_to_edit_graphs_leaves_taps_in_them(
-    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, edits: int
+    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, edits: int, in_pieces: bool
 ) -> None:
     """The engine starts all the same, idle steps write nothing, and captures are right."""
     cuda.edits_left = edits
-    engine = Engine(cuda, LLAMA)
+    engine = Engine(cuda, LLAMA, in_pieces)
     assert "taps stay in a CUDA graph while nobody captures" in caplog.text
     for _ in range(2):
         engine.model.run(3)
@@ -384,6 +393,21 @@ def test_a_graph_is_kept_for_a_few_sets_of_taps(cuda: SimulatedCuda) -> None:
     num_graphs = len(cuda.graphs)
     assert [made_by(leave_out) for leave_out in (4, 3, 0, 0)] == [1, 0, 1, 0]
     assert len(cuda.graphs) == num_graphs
+    engine.model.rows.slabs.tidy(time.monotonic() + LINGER_SECONDS)
+    assert not cuda.executables, "made for captures, and kept when the staging memory has gone"
+    assert [made_by(leave_out) for leave_out in (0, 0)] == [1, 0]
+
+
+def test_pieces_of_a_model_need_no_graphs_of_their_own(cuda: SimulatedCuda) -> None:
+    """A step replays one for each layer: what a capture would have to make first, it would wait for."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    num_graphs = len(cuda.graphs)
+    for leave_out in (0, 2):
+        session = engine.start(leave_out=leave_out)
+        for step in STEPS[:5]:
+            engine.step(session, step)
+        engine.finish(session)
+    assert (len(cuda.executables), len(cuda.graphs)) == (0, num_graphs)
 
 
 def test_a_step_whose_tokens_are_still_being_sampled_is_sent_with_the_next(cuda: SimulatedCuda) -> None:
@@ -408,9 +432,12 @@ def test_only_rows_that_are_asked_for_are_written(cuda: SimulatedCuda) -> None:
     assert cuda.conflicts == []
 
 
-def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(cuda: SimulatedCuda) -> None:
-    """Those of other taps are taken out of the graph, and all of them once it is idle."""
-    engine = Engine(cuda, LLAMA)
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(
+    cuda: SimulatedCuda, in_pieces: bool
+) -> None:
+    """Those of other taps are taken out of a graph or disabled in it, and all of them once it is idle."""
+    engine = Engine(cuda, LLAMA, in_pieces)
 
     def running() -> int:
         before = cuda.num_launches
