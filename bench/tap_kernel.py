@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from vllm_tap.engine import cuda, kernel
+from vllm_tap.engine.expert_kernel import launch_tap_experts
 from vllm_tap.engine.graphs import GraphSwitch
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
@@ -112,7 +113,7 @@ def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: in
     if options.get("package"):
         kernel.launch_tap(state, hidden, residual, index, 0, hidden.dtype, ahead=True)
         if torch.cuda.is_current_stream_capturing():
-            state.switch.note(index, torch.cuda.current_stream().cuda_stream)
+            state.switch.note((index,), torch.cuda.current_stream().cuda_stream)
         return
     block = options.get("block", 1024)
     tap[(hidden.shape[0], WIDTH // block)](
@@ -296,6 +297,102 @@ def following(weights: list[Any]) -> None:
         )
 
 
+EXPERTS, CHOICES, ROUTERS = 128, 8, 48
+
+
+@triton.jit
+def choose(logits, ids, weights, EXPERTS: tl.constexpr, CHOICES: tl.constexpr):
+    row = tl.program_id(0)
+    x = tl.load(logits + row * EXPERTS + tl.arange(0, EXPERTS)).to(tl.float32)
+    x = tl.exp(x - tl.max(x))
+    place = row * CHOICES + tl.arange(0, CHOICES)
+    tl.store(ids + place, tl.argmax(x, 0) + tl.arange(0, CHOICES))
+    tl.store(weights + place, tl.max(x) / tl.sum(x) + tl.arange(0, CHOICES).to(tl.float32))
+
+
+@triton.jit
+def gate(ids, weights, logits, EXPERTS: tl.constexpr, CHOICES: tl.constexpr):
+    row = tl.program_id(0)
+    choice = tl.arange(0, CHOICES)
+    x = tl.sum(tl.load(weights + row * CHOICES + choice) * tl.load(ids + row * CHOICES + choice).to(tl.float32))
+    tl.store(logits + row * EXPERTS + tl.arange(0, EXPERTS), (x * tl.arange(0, EXPERTS) % 7).to(tl.bfloat16))
+
+
+class Routers:
+    """Chains of short kernels that make logits, ids and weights, and taps of all three behind each."""
+
+    streams = (3, 4, 5)
+
+    def __init__(self, rows: int) -> None:
+        torch.manual_seed(0)
+        self.rows = rows
+        self.logits = torch.randn(rows, EXPERTS, device="cuda", dtype=torch.bfloat16)
+        self.ids = torch.zeros(rows, CHOICES, device="cuda", dtype=torch.int32)
+        self.weights = torch.zeros(rows, CHOICES, device="cuda", dtype=torch.float32)
+        self.tensors = self.logits, self.ids, self.weights
+        self.outs = torch.bfloat16, torch.uint8, torch.float32
+        widths = EXPERTS * 2, CHOICES, CHOICES * 4
+        self.staging = [torch.zeros(ROUTERS * rows * width, dtype=torch.uint8, device="cuda") for width in widths]
+        words = [0] * kernel.HEADER_WORDS
+        words[0] = rows
+        for stream, staging, width in zip(self.streams, self.staging, widths, strict=True):
+            words[1 + 2 * stream : 3 + 2 * stream] = staging.data_ptr(), rows * width
+        self.header = torch.tensor(words, device="cuda")
+        self.table = torch.tensor([[i // 3, 0] for i in range(3 * ROUTERS)], dtype=torch.int32, device="cuda")
+        self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.counts = torch.zeros(3 * ROUTERS, dtype=torch.int32, device="cuda")
+        self.anchors = {out: torch.empty(16, dtype=out, device="cuda") for out in self.outs}
+
+    def anchor(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.anchors[dtype]
+
+    def run(self, way: str, nodes: list[int]) -> None:
+        for layer in range(ROUTERS):
+            choose[(self.rows,)](*self.tensors, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
+            if way == "together":
+                launch_tap_experts(self, self.tensors, 3 * layer, self.streams[0], self.outs, ahead=True)
+            if way == "apart":
+                for i, (tensor, stream, out) in enumerate(zip(self.tensors, self.streams, self.outs, strict=True)):
+                    kernel.launch_tap(self, tensor, None, 3 * layer + i, stream, out, ahead=True)
+            found = cuda.last_captured_node(torch.cuda.current_stream().cuda_stream)
+            if found:
+                nodes.append(found[1])
+            gate[(self.rows,)](self.ids, self.weights, self.logits, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
+
+
+def experts(rows: int) -> None:
+    """Print what it costs to tap the experts of a layer between short kernels, with three kernels and with one."""
+    stream = torch.cuda.current_stream().cuda_stream
+    replays, graphs, routers = dict[str, Any](), [], dict[str, Routers]()
+    for name in ("none", "apart", "together"):
+        router, nodes = Routers(rows), list[int]()
+        run = functools.partial(router.run, name, nodes)
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph):
+            run()
+        copy = cuda.clone_graph(graph.raw_cuda_graph())
+        for node in nodes if name != "none" else []:
+            cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
+        graphs.append(graph)
+        routers[name] = router
+        replays[name] = functools.partial(cuda.launch_graph, cuda.instantiate(copy), stream)
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(60):
+        for name, replay in replays.items():
+            times[name].append(time_us(replay, 10, 1))
+    for name, values in times.items():
+        more = statistics.median((a - b) / ROUTERS for a, b in zip(values, times["none"], strict=True))
+        parts = zip(routers[name].staging, routers["apart"].staging, strict=True)
+        same = all(torch.equal(mine, other) for mine, other in parts)
+        print(
+            f"{rows:5d} rows  experts {name:30s} {statistics.median(values):8.1f} us a step, {more:5.2f} a layer; "
+            f"rows {'equal' if same else 'differ'}",
+            flush=True,
+        )
+
+
 def _dependencies(graph: int) -> dict[int, int]:
     """Count the edges of a graph by their data: not 0 where a kernel starts before the one ahead of it has ended."""
     count = ctypes.c_size_t()
@@ -386,6 +483,7 @@ def _write_batch(address: int, words: list[int], stream: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64, 128, 256, 512, 8192])
+    parser.add_argument("--experts", action="store_true", help="stop behind the taps of experts")
     args = parser.parse_args()
     scale = 0.02
     weights = [
@@ -409,6 +507,10 @@ def main() -> None:
                 flush=True,
             )
         del graphs, base
+    for rows in (8, 256):
+        experts(rows)
+    if args.experts:
+        return
     following(weights)
     switching(weights)
     between_steps(weights)

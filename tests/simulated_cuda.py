@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import triton
 from triton.runtime import interpreter
 
-from vllm_tap.engine import cuda, kernel
+from vllm_tap.engine import cuda, expert_kernel, kernel
 
 HOST = "host"
 FULL, EARLY = 0, 1 | 1 << 16  # dependencies in a graph
@@ -442,7 +443,7 @@ class _Launcher:
     """What `kernel[grid](...)` goes to."""
 
     def __init__(self, device: SimulatedCuda, function: Any) -> None:
-        self._device, self._function = device, interpreter.InterpretedFunction(function.fn)
+        self._device, self._function = device, function
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
@@ -479,8 +480,13 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(cuda, "_driver", lambda: device)
         patch.setattr(builder, "create_masked_load", masked_load)
         patch.setattr(builder, "create_masked_store", masked_store)
-        patch.setattr(kernel, "_can_launch_early", lambda _: False)
-        patch.setattr(kernel, "_tap", _Launcher(device, kernel._tap))
+        patch.setattr(kernel, "can_launch_early", lambda _: False)
+        for module in (kernel, expert_kernel):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, triton.JITFunction):
+                    is_launched = name in ("_tap", "_tap_experts")
+                    interpreted = interpreter.InterpretedFunction(function.fn)
+                    patch.setattr(module, name, _Launcher(device, interpreted) if is_launched else interpreted)
         patch.setattr(torch, "empty", ordinary)
         patch.setattr(torch.cuda, "Stream", device.new_stream)
         patch.setattr(torch.cuda, "Event", lambda *_, **__: Event(device))

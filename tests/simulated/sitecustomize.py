@@ -27,6 +27,7 @@ def simulate(backend: Any) -> None:
 
     cuda = _for_ever.enter_context(simulated_cuda())
     LIBRARY.impl("tap", device_tap._tap_cuda, "CPU", allow_override=True)
+    LIBRARY.impl("tap_experts", device_tap._tap_experts_cuda, "CPU", allow_override=True)
     backend.choose = DeviceBackend
     kernel.LARGE_ROWS = 4  # a program of many rows takes the interpreter no longer than one of one row
     finish = Session.finish

@@ -181,7 +181,7 @@ class DeviceSink:
         self._copies = [_Copy(placed.labels + LABEL_BYTES * num_rows, end)]
         copy: _Copy | None = self._copies[0]
         for (name, lane), start in zip(self._lanes.items(), placed.streams, strict=True):
-            if self._goes_by_planes(lane):
+            if self._lane_goes_by_planes(lane):
                 copy = None
                 continue
             if copy is None:
@@ -202,17 +202,21 @@ class DeviceSink:
             copy.source = self._step_staging + place + copy.begin % ALIGNMENT
             place += copy.room
 
-    def _goes_by_planes(self, lane: _Lane) -> bool:
+    def _lane_goes_by_planes(self, lane: _Lane) -> bool:
         return self._slab is not None and lane.wide and self._is_large
 
     def wants(self, tap: Tap) -> bool:
         """Tell whether this capture takes the rows of a tap."""
         return tap.index in self._place_of
 
+    def goes_by_planes(self, tap: Tap) -> bool:
+        """Tell whether the plane of a tap leaves as soon as its layer is through, in this step."""
+        return self._lane_goes_by_planes(self._place_of[tap.index][0])
+
     def address_for(self, tap: Tap) -> int:
         """Return where a tap outside graphs writes its plane, or 0 for where the header says."""
         lane, _ = self._place_of[tap.index]
-        if not self._goes_by_planes(lane):
+        if not self._lane_goes_by_planes(lane):
             return 0
         nbytes = aligned(self._num_rows * lane.row_bytes)
         lane.place = self._planes.take(nbytes, torch.cuda.current_stream(self._device))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from vllm_tap.engine import kernel
 from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows
-from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, flat
+from vllm_tap.engine.expert_kernel import launch_tap_experts, warm_experts
+from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat
 from vllm_tap.errors import CaptureError
 
 _by_pointer: dict[int, Tap] = {}
 
 
 def _tap_cuda(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    _guarded(control, lambda tap, rows: _pass(tap, rows, flat(hidden), flat(residual)))  # type: ignore[arg-type]
+
+
+def _tap_experts_cuda(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
+    _guarded(control, lambda tap, rows: _pass_experts(expert_taps(tap), rows, (logits, ids, weights)))
+
+
+def _guarded(control: torch.Tensor, run: Callable[[Tap, DeviceRows], None]) -> None:
+    """Do something with a tap; the model's forward pass goes on, whatever becomes of the capture."""
     tap = _by_pointer.get(control.data_ptr()) or _find(control)
     rows: DeviceRows = (tap or REGISTRY[-1]).rows  # type: ignore[assignment]
     if rows.refusal:
@@ -20,37 +32,61 @@ def _tap_cuda(hidden: torch.Tensor, residual: torch.Tensor | None, control: torc
     try:
         if tap is None:
             raise CaptureError("a tap's control word was cloned by the compiler: report this model")
-        hidden, residual = flat(hidden), flat(residual)  # type: ignore[assignment]
-        if torch.cuda.is_current_stream_capturing():
-            _record(tap, rows, hidden, residual)
-        else:
-            _pass(tap, rows, hidden, residual)
+        run(tap, rows)
     except Exception as error:
-        # The model's forward pass goes on, whatever becomes of the capture.
         rows.fail(error)
 
 
-def _record(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Put the kernel into the graph that is being captured."""
-    assert tap.dtype is not None
-    kernel.launch_tap(rows, hidden, residual, *_place(tap, rows), tap.dtype, ahead=True)
-    rows.switch.note(tap.index, torch.cuda.current_stream(hidden.device).cuda_stream)
-
-
 def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Learn what the tap sees, and launch the kernel if these rows are wanted now."""
-    if not tap.width or tap.keep_probe:
-        tap.observe(hidden, residual)
+    """Put the kernel into the graph that is being captured; else launch it if these rows are wanted now."""
+    place = _place(tap, rows)
+    if torch.cuda.is_current_stream_capturing():
         assert tap.dtype is not None
-        # Now, because nothing can be compiled or loaded while a stream is captured.
-        kernel.warm(rows, hidden, residual, *_place(tap, rows), tap.dtype)
+        kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, ahead=True)
+        rows.switch.note((tap.index,), torch.cuda.current_stream(hidden.device).cuda_stream)
+        return
+    _learn(tap, rows, hidden, residual)
     if rows.active and rows.sink is not None and rows.sink.wants(tap):
         assert tap.dtype is not None
         address = rows.sink.address_for(tap)
-        place = _place(tap, rows)
         kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, address=address, chosen=rows.chosen)
         if address:
             rows.sink.send_plane(tap)
+
+
+def _learn(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Learn what a tap sees, and compile for it; return whether there was anything to learn."""
+    if tap.width and not tap.keep_probe:
+        return False
+    tap.observe(hidden, residual)
+    assert tap.dtype is not None
+    # Now, because nothing can be compiled or loaded while a stream is captured.
+    kernel.warm(rows, hidden, residual, *_place(tap, rows), tap.dtype)
+    return True
+
+
+def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch.Tensor]) -> None:
+    """Do for the three taps of a layer's experts, with one kernel, what `_pass` does for one."""
+    place = _place(taps[0], rows)
+    if torch.cuda.is_current_stream_capturing():
+        launch_tap_experts(rows, tensors, *place, _dtypes(taps), ahead=True)
+        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+        rows.switch.note([tap.index for tap in taps], stream)
+        return
+    if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
+        warm_experts(rows, tensors, *place, _dtypes(taps))
+    if not rows.active or rows.sink is None:
+        return
+    wanted = [tap for tap in taps if rows.sink.wants(tap)]
+    if any(rows.sink.goes_by_planes(tap) for tap in wanted):
+        for tap, tensor in zip(taps, tensors, strict=True):
+            _pass(tap, rows, tensor, None)
+    elif wanted:
+        launch_tap_experts(rows, tensors, *place, _dtypes(taps), chosen=rows.chosen)
+
+
+def _dtypes(taps: Sequence[Tap]) -> list[torch.dtype]:
+    return [tap.dtype for tap in taps if tap.dtype is not None]
 
 
 def _place(tap: Tap, rows: DeviceRows) -> tuple[int, int]:
@@ -68,6 +104,7 @@ def install() -> None:
     """Register the CUDA implementation of the tap, once per process."""
     if not _by_pointer and not _installed:
         LIBRARY.impl("tap", _tap_cuda, "CUDA")
+        LIBRARY.impl("tap_experts", _tap_experts_cuda, "CUDA")
         _installed.append(True)
 
 

@@ -5,6 +5,7 @@ Runs in the worker process. Imports nothing of vLLM; `assumptions` lists the nam
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ class Experts(NamedTuple):
     """The mixture of experts of a decoder layer.
 
     `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
-    `router` has `select_experts(...)`, which returns weights and ids as chosen, of the rows of the step unless
-    `hides_choice` says what is done instead.
+    `router` has `select_experts(hidden_states, router_logits, ...)`, which returns weights and ids as chosen, of the
+    rows of the step unless `hides_choice` says what is done instead.
     """
 
     runner: Any
@@ -54,6 +55,14 @@ OTHER_WAYS: Final = {
     "eplb_state": "load balancing (EPLB) puts numbers of replicas in the place of experts",
 }
 """Attributes by which a router does something else, and what."""
+
+
+def leaves_logits(experts: Experts) -> bool:
+    """Tell whether the logits of a step still are what the gate made when its experts have been chosen."""
+    router = experts.router
+    if type(router).__name__ not in READABLE_ROUTERS or getattr(router, "custom_routing_function", None) is not None:
+        return False
+    return "router_logits" in inspect.signature(router.select_experts).parameters
 
 
 def read_routing(experts: Experts) -> Routing:

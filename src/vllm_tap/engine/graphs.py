@@ -18,9 +18,9 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -29,6 +29,9 @@ from vllm_tap.errors import TransportError
 
 logger = logging.getLogger("vllm_tap")
 
+
+Node: TypeAlias = tuple[frozenset[int], int]
+"""The taps that a kernel node of a graph serves, and the node."""
 
 NOTHING: Final[frozenset[int]] = frozenset()
 
@@ -52,30 +55,31 @@ class GraphSwitch:
         self.fail = on_failure
         self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._noted: list[tuple[int, int, int]] | None = None
+        self._noted: list[tuple[int, Node]] | None = None
 
     def begin(self) -> None:
         """A graph whose taps are to be taken out is about to be captured."""
         self._noted = []
 
-    def note(self, tap_index: int, stream: int) -> None:
-        """Remember the kernel node that a capturing stream has just recorded for a tap.
+    def note(self, tap_indices: Iterable[int], stream: int) -> None:
+        """Remember the kernel node that a capturing stream has just recorded for one tap or several.
 
         Of graphs that are not kept, nothing: vLLM's V1 runner captures some to see how much memory they take, and the
         driver gives their handles to later ones.
         """
         found = cuda.last_captured_node(stream) if self._noted is not None else None
         if self._noted is not None and found is not None:
-            self._noted.append((*found, tap_index))
+            graph, node = found
+            self._noted.append((graph, (frozenset(tap_indices), node)))
 
-    def take(self, graph: int) -> list[tuple[int, int]]:
-        """Return (tap, node) of the graph whose capture has just ended."""
-        nodes = [(index, node) for other, node, index in self._noted or () if other == graph]
+    def take(self, graph: int) -> list[Node]:
+        """Return the nodes of the graph whose capture has just ended."""
+        nodes = [node for other, node in self._noted or () if other == graph]
         self._noted = None
         self.num_nodes += len(nodes)
         return nodes
 
-    def copied(self, graph: int, taps: list[tuple[int, int]]) -> _Copy:
+    def copied(self, graph: int, taps: list[Node]) -> _Copy:
         """Return a copy of a graph, with the nodes of its taps."""
         copy = _Copy(graph, taps, self._lock)
         self._copies.add(copy)
@@ -105,7 +109,7 @@ class GraphSwitch:
 class _Switched:
     """Taps that stay in an executable graph, disabled while nobody wants them."""
 
-    def __init__(self, executable: int, taps: list[tuple[int, int]]) -> None:
+    def __init__(self, executable: int, taps: list[Node]) -> None:
         self._executable, self._taps = executable, taps
         self._enabled = {node for _, node in taps}
         self._on = NOTHING
@@ -119,9 +123,10 @@ class _Switched:
         return False
 
     def _enable(self, on: frozenset[int]) -> None:
-        for index, node in self._taps:
-            if (index in on) != (node in self._enabled):
-                cuda.set_node_enabled(self._executable, node, index in on)
+        for taps, node in self._taps:
+            wanted = not taps.isdisjoint(on)
+            if wanted != (node in self._enabled):
+                cuda.set_node_enabled(self._executable, node, wanted)
                 self._enabled ^= {node}
 
 
@@ -132,9 +137,9 @@ class _Copy:
         lock: Held while it is launched: what it launches may be given up from another thread.
     """
 
-    def __init__(self, graph: int, taps: list[tuple[int, int]], lock: threading.Lock) -> None:
+    def __init__(self, graph: int, taps: list[Node], lock: threading.Lock) -> None:
         self._graph = cuda.clone_graph(graph)
-        self._taps = [(index, cuda.node_in_clone(node, self._graph)) for index, node in taps]
+        self._taps = [(indices, cuda.node_in_clone(node, self._graph)) for indices, node in taps]
         self._lock = lock
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
@@ -152,7 +157,7 @@ class _Copy:
             return False
         with self._lock:
             if on is not self._on:
-                wanted = frozenset(node for index, node in self._taps if index in on)
+                wanted = frozenset(node for taps, node in self._taps if taps & on)
                 self._executable = self._form(wanted) if wanted else 0
                 self._on = on
             if self._executable:

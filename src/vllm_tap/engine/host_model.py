@@ -93,14 +93,15 @@ def _decoder(model: torch.nn.Module, num_layers: int) -> tuple[torch.nn.Module, 
     return owner, layers
 
 
-def tap_outputs(owner: Any, then: Callable[[Any], None], method: str = "forward") -> None:
-    """Call `then` with what a method returns, inside whatever graph it is compiled into."""
+def tap_outputs(owner: Any, then: Callable[..., None], method: str = "forward", names: tuple[str, ...] = ()) -> None:
+    """Call `then` with what a method returns and these of its arguments, inside whatever graph it is compiled into."""
     function = require(owner, method)
+    places = [_place(function, name) for name in names]
 
     @functools.wraps(function)
     def tapped(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        then(result)
+        then(result, *[_argument(args, kwargs, name, place) for name, place in zip(names, places, strict=True)])
         return result
 
     setattr(owner, method, tapped)

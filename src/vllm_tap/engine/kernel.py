@@ -40,6 +40,65 @@ _LABELS = tl.constexpr(LABELS)
 _LABEL_PLACE = tl.constexpr(LABEL_PLACE)
 
 
+@triton.jit
+def find_rows(row_map, first, row, there, num_tokens, CHOSEN: tl.constexpr):  # noqa: N803
+    """Return the tokens and the destination rows of a program's rows, and which of them are wanted."""
+    if CHOSEN:
+        token = tl.load(row_map + first + row, mask=there, other=0)
+        slot = row
+        live = there & (num_tokens > 0)
+    else:
+        token = row
+        slot = tl.load(row_map + row, mask=there, other=-1)
+        live = (row < num_tokens) & (slot >= 0)
+    return token, slot, live
+
+
+@triton.jit
+def find_plane(header, stream, plane):
+    """Return the address of a plane of a stream."""
+    return tl.load(header + 1 + 2 * stream) + plane * tl.load(header + 2 + 2 * stream)
+
+
+@triton.jit
+def store_rows(
+    anchor,
+    base,
+    slot,
+    column,
+    x,
+    mask,
+    WIDTH: tl.constexpr,  # noqa: N803
+    ALIGN: tl.constexpr,  # noqa: N803
+    ELEMENTS: tl.constexpr,  # noqa: N803
+):
+    """Store rows to a plane, in the dtype of the anchor."""
+    # A pointer made from a number has no known alignment and would be stored to 2 bytes at a time. Counted from a
+    # pointer that is a multiple of 16, in steps of ALIGN bytes, the compiler stores as many as the rows allow.
+    far = (base - anchor.to(tl.int64)) // ALIGN * ELEMENTS
+    target = anchor + far + slot.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(target, x.to(anchor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_labels(header, token, slot, live):
+    """Store the positions and the token ids of rows."""
+    positions = tl.load(header + _LABEL_PLACE).to(tl.pointer_type(tl.int64))
+    token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
+    labels = tl.load(header + _LABEL_PLACE + 2)
+    pitch = tl.load(header + _LABEL_PLACE + 3)
+    position = tl.load(positions + token, mask=live, other=0).to(tl.int32)
+    token_id = tl.load(token_ids + token, mask=live, other=0)
+    tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
+    tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
+
+
+@triton.jit
+def count(counts, index, plane, num_tokens):
+    """Note that a step went through a tap that is on."""
+    tl.atomic_add(counts + index, 1, mask=(plane >= 0) & (num_tokens > 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["index", "address", "stream", "first", "num_rows"])
 def _tap(
     header,
@@ -78,15 +137,9 @@ def _tap(
     if EXPLICIT:  # noqa: SIM108 - decided when the kernel is compiled
         base = address
     else:
-        base = tl.load(header + 1 + 2 * stream) + plane * tl.load(header + 2 + 2 * stream)
-    if CHOSEN:
-        token = tl.load(row_map + first + row, mask=there, other=0)
-        slot = row
-        live = there & (plane >= 0) & (num_tokens > 0)
-    else:
-        token = row
-        slot = tl.load(row_map + row, mask=there, other=-1)
-        live = (plane >= 0) & (row < num_tokens) & (slot >= 0)
+        base = find_plane(header, stream, plane)
+    token, slot, live = find_rows(row_map, first, row, there, num_tokens, CHOSEN)
+    live = live & (plane >= 0)
     wanted = inside if AHEAD else inside & live[:, None]
     source = token.to(tl.int64)[:, None]
     if EARLY:
@@ -98,22 +151,11 @@ def _tap(
         y = tl.load(residual + source * residual_stride + column[None, :], mask=wanted, other=0)
         # In float32 and rounded once, as the model's own add does.
         x = tl.where((mode & _FIRST) == 0, x.to(tl.float32) + y.to(tl.float32), x.to(tl.float32))
-    # A pointer made from a number has no known alignment and would be stored to 2 bytes at a time. Counted from a
-    # pointer that is a multiple of 16, in steps of ALIGN bytes, the compiler stores as many as the rows allow.
-    far = (base - anchor.to(tl.int64)) // ALIGN * ELEMENTS
-    target = anchor + far + slot.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(target, x.to(anchor.dtype.element_ty), mask=inside & live[:, None])
+    store_rows(anchor, base, slot, column, x, inside & live[:, None], WIDTH, ALIGN, ELEMENTS)
     if ((mode & _LABELS) != 0) & (tl.program_id(1) == 0):
-        positions = tl.load(header + _LABEL_PLACE).to(tl.pointer_type(tl.int64))
-        token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
-        labels = tl.load(header + _LABEL_PLACE + 2)
-        pitch = tl.load(header + _LABEL_PLACE + 3)
-        position = tl.load(positions + token, mask=live, other=0).to(tl.int32)
-        token_id = tl.load(token_ids + token, mask=live, other=0)
-        tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
-        tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
+        store_labels(header, token, slot, live)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.atomic_add(counts + index, 1, mask=(plane >= 0) & (num_tokens > 0), sem="relaxed")
+        count(counts, index, plane, num_tokens)
 
 
 def launch_tap(
@@ -151,8 +193,8 @@ def launch_tap(
         first, num_rows = chosen
     other = hidden if residual is None else residual
     large = num_rows > LARGE_ROWS if large is None else large
-    early = ahead and _can_launch_early(hidden.device)
-    align = math.gcd(width * out.itemsize, 16)
+    early = ahead and can_launch_early(hidden.device)
+    align = alignment(width, out)
     most = LARGE_BLOCK if large else BLOCK
     block = min(most, triton.next_power_of_2(width))
     rows = min(most // block, MOST_ROWS) if large else 1
@@ -186,8 +228,13 @@ def launch_tap(
     )
 
 
+def alignment(width: int, dtype: torch.dtype) -> int:
+    """Return of how many bytes every row of a plane starts on a multiple, 16 at most."""
+    return math.gcd(width * dtype.itemsize, 16)
+
+
 @functools.cache
-def _can_launch_early(device: torch.device) -> bool:
+def can_launch_early(device: torch.device) -> bool:
     """Tell whether a kernel may start before the one ahead of it has ended (compute capability 9 and later)."""
     return torch.cuda.get_device_capability(device)[0] >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
 

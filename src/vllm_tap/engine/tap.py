@@ -116,6 +116,7 @@ REGISTRY: Final[list[Tap]] = []
 
 LIBRARY = torch.library.Library("vllm_tap", "FRAGMENT")
 LIBRARY.define("tap(Tensor hidden, Tensor? residual, Tensor(a!) control) -> ()")
+LIBRARY.define("tap_experts(Tensor logits, Tensor ids, Tensor weights, Tensor(a!) control) -> ()")
 
 
 def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -124,21 +125,35 @@ def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
-    tap = REGISTRY[int(control[INDEX])]
-    hidden, residual = flat(hidden), flat(residual)  # type: ignore[assignment]
+def expert_taps(first: Tap) -> list[Tap]:
+    """Return the taps of a layer's logits, expert ids and weights, which were made one after the other."""
+    return REGISTRY[first.index : first.index + 3]
+
+
+def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
     if not tap.width or tap.keep_probe:
         tap.observe(hidden, residual)
     if tap.plane is not None and tap.rows.runs:
         tap.write(hidden, residual)
 
 
-def _tap_fake(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    _pass_cpu(REGISTRY[int(control[INDEX])], flat(hidden), flat(residual))  # type: ignore[arg-type]
+
+
+def _tap_experts_cpu(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
+    for place, rows in zip(expert_taps(REGISTRY[int(control[INDEX])]), (logits, ids, weights), strict=True):
+        _pass_cpu(place, rows, None)
+
+
+def _fake(*_: torch.Tensor | None) -> None:
     return None
 
 
 LIBRARY.impl("tap", _tap_cpu, "CPU")
-torch.library.register_fake("vllm_tap::tap", _tap_fake, lib=LIBRARY)
+LIBRARY.impl("tap_experts", _tap_experts_cpu, "CPU")
+for _name in ("tap", "tap_experts"):
+    torch.library.register_fake(f"vllm_tap::{_name}", _fake, lib=LIBRARY)
 
 
 def tap(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
@@ -150,3 +165,14 @@ def tap(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tens
         control: The tap's control word.
     """
     torch.ops.vllm_tap.tap(hidden, residual, control)
+
+
+def tap_experts(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
+    """Pass the rows of a layer's experts by their three taps at once.
+
+    Args:
+        logits: Tensor [T, E].
+        ids: Tensor [T, K] of integers, `weights` of the same shape.
+        control: The control word of the tap of the logits; those of ids and weights were made next.
+    """
+    torch.ops.vllm_tap.tap_experts(logits, ids, weights, control)

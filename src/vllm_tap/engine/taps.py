@@ -8,9 +8,9 @@ import torch
 
 from vllm_tap.engine import host, host_model
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
-from vllm_tap.engine.experts import Experts, find_experts, read_routing
+from vllm_tap.engine.experts import Experts, find_experts, leaves_logits, read_routing
 from vllm_tap.engine.routing import confirm
-from vllm_tap.engine.tap import Rows, Tap, tap
+from vllm_tap.engine.tap import Rows, Tap, tap, tap_experts
 from vllm_tap.frame.routing import ROUTED, Routing, unknown
 
 SOURCES: Final = {
@@ -59,15 +59,20 @@ class ModelTaps:
         experts = find_experts(layer)
         if experts is None:
             return
-        _tap_logits(experts, self._new("router_logits", index))
+        logits = self._new("router_logits", index)
         self._experts[index] = experts
-        if not experts.hides_choice and hasattr(experts.router, "select_experts"):
-            weights = self._new("expert_weights", index)
-            ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
-            _tap_choice(experts, weights, ids)
-            for stream in ROUTED:
-                place = self.by_place[stream, index]
-                place.keep_probe = place.keep_one_probe = True
+        if experts.hides_choice or not hasattr(experts.router, "select_experts"):
+            _tap_logits(experts, logits)
+            return
+        ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
+        weights = self._new("expert_weights", index)
+        for place in (logits, ids, weights):
+            place.keep_probe = place.keep_one_probe = True
+        if leaves_logits(experts):
+            _tap_logits_and_choice(experts, logits)
+        else:
+            _tap_logits(experts, logits)
+            _tap_choice(experts, ids, weights)
 
     @property
     def seen(self) -> bool:
@@ -172,14 +177,25 @@ def _tap_logits(experts: Experts, place: Tap) -> None:
     host_model.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
 
 
-def _tap_choice(experts: Experts, weights: Tap, ids: Tap) -> None:
-    weights_control, ids_control = weights.control, ids.control
+def _tap_choice(experts: Experts, ids: Tap, weights: Tap) -> None:
+    ids_control, weights_control = ids.control, weights.control
 
     def then(result: Any) -> None:
-        tap(result[0], None, weights_control)
         tap(result[1], None, ids_control)
+        tap(result[0], None, weights_control)
 
     host_model.tap_outputs(experts.router, then, "select_experts")
+
+
+def _tap_logits_and_choice(experts: Experts, logits: Tap) -> None:
+    control, num_experts = logits.control, experts.num_experts
+
+    def then(result: Any, router_logits: torch.Tensor) -> None:
+        # With a fused gate, the columns of the shared experts follow the routed ones.
+        routed = router_logits[:, :num_experts] if experts.has_fused_gate else router_logits
+        tap_experts(routed, result[1], result[0], control)
+
+    host_model.tap_outputs(experts.router, then, "select_experts", ("router_logits",))
 
 
 def smallest_integer(num_values: int) -> torch.dtype:

@@ -31,6 +31,7 @@ from vllm_tap.transport.pool import SegmentPool
 CPU = torch.device("cpu")
 MAX_TOKENS = 20
 GRAPH_TOKENS = 4
+EXPERTS = ("router_logits", "expert_ids", "expert_weights")
 REQUESTS = {"a": 11, "b": 5, "c": 7, "other": 6}
 """Prompt lengths; "other" is not captured."""
 
@@ -61,8 +62,8 @@ ROUTER = [
 class Model:
     """Layers that make random tensors in buffers that all of them share, and pass them by their taps."""
 
-    def __init__(self, cuda: SimulatedCuda, places: list[Place]) -> None:
-        self.cuda, self.places = cuda, places
+    def __init__(self, cuda: SimulatedCuda, places: list[Place], joins_experts: bool = True) -> None:
+        self.cuda, self.places, self.joins_experts = cuda, places, joins_experts
         self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
@@ -70,21 +71,39 @@ class Model:
         self.made: dict[tuple[str, int], torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(0)
         self._buffers = {
-            (place.width, place.dtype): [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
+            (place.width, place.dtype, number): [
+                torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)
+            ]
             for place in places
+            for number in range(len(EXPERTS))
         }
         self._graphs: dict[int, list[Any]] = {}
         self.forward(1)  # the taps learn shapes
 
     def forward(self, num_tokens: int) -> None:
         """Run all layers, and what comes after them."""
-        for place in self.places:
-            self._layer(place, num_tokens)
+        for run in self.parts():
+            run(num_tokens)
         self.cuda.run(lambda: None)
 
-    def _layer(self, place: Place, num_tokens: int) -> None:
-        hidden, residual = (buffer[:num_tokens] for buffer in self._buffers[place.width, place.dtype])
-        tap = self.taps[place.stream, place.layer]
+    def parts(self) -> list[Callable[[int], None]]:
+        """Return what runs one after the other: the experts of a layer are one part, any other place is another."""
+        found: dict[tuple[bool, str, int], list[Place]] = {}
+        for place in self.places:
+            is_expert = self.joins_experts and place.stream in EXPERTS
+            found.setdefault((is_expert, "" if is_expert else place.stream, place.layer), []).append(place)
+        return [functools.partial(self._part, places) for places in found.values()]
+
+    def _part(self, places: list[Place], num_tokens: int) -> None:
+        tensors = [self._make(place, number, num_tokens) for number, place in enumerate(places)]
+        control = self.taps[places[0].stream, places[0].layer].control
+        if len(places) > 1:
+            device_tap._tap_experts_cuda(*[hidden for hidden, _ in tensors], control)
+        else:
+            device_tap._tap_cuda(*tensors[0], control)
+
+    def _make(self, place: Place, number: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, residual = (buffer[:num_tokens] for buffer in self._buffers[place.width, place.dtype, number])
 
         def work() -> None:
             for buffer in (hidden, residual):
@@ -93,12 +112,12 @@ class Model:
             self.made[place.stream, place.layer] = hidden + residual if place.has_residual else hidden.clone()
 
         self.cuda.run(work)
-        device_tap._tap_cuda(hidden, residual if place.has_residual else None, tap.control)
+        return hidden, residual if place.has_residual else None
 
     def capture_graphs(self, in_pieces: bool = False) -> None:
         """Record for each small number of tokens that is a power of two a graph, or one for each layer."""
         for num_tokens in (1, 2, GRAPH_TOKENS):
-            runs = [functools.partial(self._layer, place) for place in self.places] if in_pieces else [self.forward]
+            runs = self.parts() if in_pieces else [self.forward]
             self._graphs[num_tokens] = [self._captured(run, num_tokens) for run in runs]
 
     def _captured(self, run: Callable[[int], None], num_tokens: int) -> Any:
@@ -129,9 +148,11 @@ class Expected(NamedTuple):
 class Engine:
     """Runs steps of a model under a session, and keeps what has to come out."""
 
-    def __init__(self, cuda: SimulatedCuda, places: list[Place], in_pieces: bool = False) -> None:
+    def __init__(
+        self, cuda: SimulatedCuda, places: list[Place], in_pieces: bool = False, joins_experts: bool = True
+    ) -> None:
         self.cuda = cuda
-        self.model = Model(cuda, places)
+        self.model = Model(cuda, places, joins_experts)
         self.model.capture_graphs(in_pieces)
         self.pool = SegmentPool(
             8 << 20,
@@ -276,6 +297,29 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
         engine.finish(session)
     assert cuda.conflicts == []
     assert (cuda.num_copies == 0) == (way == "direct")
+
+
+@pytest.mark.parametrize("leave_out", [1, 2, 3])
+def test_experts_in_part(cuda: SimulatedCuda, leave_out: int) -> None:
+    """One kernel serves logits, ids and weights of a layer; of one layer only some are wanted here."""
+    engine = Engine(cuda, ROUTER)
+    session = engine.start(leave_out=leave_out)
+    before = cuda.num_launches
+    engine.step(session, DECODE)
+    engine.step(session, {"a": 6, "b": 5})
+    assert cuda.num_launches - before == 2 * 3
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_experts_that_are_tapped_one_by_one(cuda: SimulatedCuda) -> None:
+    """As where a router may change the logits that it is given."""
+    engine = Engine(cuda, ROUTER, joins_experts=False)
+    session = engine.start()
+    for step in STEPS[:5]:
+        engine.step(session, step)
+    engine.finish(session)
+    assert cuda.conflicts == []
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_tap.engine import kernel
+from vllm_tap.engine import expert_kernel, kernel
 
 HOPPER = 90
 
@@ -42,6 +42,27 @@ def ptx(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    return [line.strip() for line in compiled.asm["ptx"].splitlines()]
+
+
+def experts_ptx(rows: int, num_warps: int, **options: Any) -> list[str]:
+    """Compile a variant of the kernel of 128 experts, of which 8 are chosen, and return its instructions."""
+    function = expert_kernel._tap_experts
+    constants = {"STREAM": 3, "EXPERTS": 128, "CHOICES": 8, "ROWS": rows, "EXPERTS_BLOCK": 128, "CHOICES_BLOCK": 8}
+    constants |= {"LOGITS_ALIGN": 16, "LOGITS_ELEMENTS": 8, "IDS_ALIGN": 8, "IDS_ELEMENTS": 8, "WEIGHTS_ALIGN": 16}
+    constants |= {"WEIGHTS_ELEMENTS": 4, **options}
+    pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32", "logits": "*bf16"}
+    pointers |= {"ids": "*i32", "weights": "*fp32"}
+    pointers |= {"logits_anchor": "*bf16", "ids_anchor": "*u8", "weights_anchor": "*fp32"}
+    numbers = dict.fromkeys(("index", "first", "num_rows", "ids_stride", "weights_stride", "logits_stride"), "i32")
+    names = function.arg_names
+    source = ASTSource(
+        fn=function,
+        signature=pointers | numbers | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "logits_stride")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": num_warps})
     return [line.strip() for line in compiled.asm["ptx"].splitlines()]
 
 
@@ -106,3 +127,21 @@ def test_the_labels_come_after_the_rows() -> None:
     labels = [number for number in places(lines, "st.global", ".b32") if ".v4" not in lines[number]]
     assert len(labels) == 2
     assert min(labels) > rows
+
+
+def test_one_kernel_waits_once_for_the_experts_of_a_layer() -> None:
+    """In graphs: what does not depend on the layer is loaded before the wait, and all that does at once behind it."""
+    lines = experts_ptx(rows=1, num_warps=4, CHOSEN=False, AHEAD=True, EARLY=True)
+    (wait,) = places(lines, "griddepcontrol.wait")
+    loads = places(lines, "ld.global")
+    stores = places(lines, "st.global")
+    assert sum(load < wait for load in loads) >= 3 * 4 + 2  # of each tap plane, mode, address, pitch; tokens, row
+    assert sum(wait < load < min(stores) for load in loads) >= 3
+    assert not places(lines, ".local")
+
+
+def test_logits_of_many_rows_move_by_sixteen_bytes() -> None:
+    """Outside graphs, several rows a program."""
+    lines = experts_ptx(rows=32, num_warps=8, CHOSEN=True, AHEAD=False, EARLY=False)
+    assert places(lines, "ld.global", ".v4.b32")
+    assert places(lines, "st.global", ".v4.b32")
