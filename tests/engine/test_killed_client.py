@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,17 +37,25 @@ sys.stdin.read()
 
 
 class Client(NamedTuple):
-    """A process that holds rows, and the address at which their worker serves it."""
+    """A process that holds rows, the address at which their worker serves it, and its folder for temporary files."""
 
     process: subprocess.Popen[str]
     address: str
+    folder: Path
 
 
 @pytest.fixture
-def client(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Client]:
+def folder() -> Iterator[Path]:
+    """An empty folder whose path is short: vLLM's sockets are named in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def client(tiny_model: Callable[..., Path], folder: Path) -> Iterator[Client]:
     """A client with an engine of its own; what is left of the engine afterwards is ended."""
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(folder)}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tiny_model("llama"))],
         env=environment,
@@ -58,7 +67,7 @@ def client(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Client]:
     said = next((line.split()[1] for line in process.stdout if line.startswith("holds ")), "")
     assert said, f"the client ended with status {process.wait()} before it held rows"
     family = psutil.Process(process.pid).children(recursive=True)
-    yield Client(process, said)
+    yield Client(process, said, folder)
     for member in family:
         if member.is_running():
             member.kill()
@@ -78,7 +87,7 @@ def names_of_ours(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if "vllm-tap" in path.name or "vllm_tap" in path.name]
 
 
-def test_a_killed_client_leaves_nothing(client, tmp_path):
+def test_a_killed_client_leaves_nothing(client):
     """Within a second its worker has let go of the connection, and with it of all leases; no name is left anywhere.
 
     That the end of a connection frees every block is tested where blocks can be counted, in tests/process.
@@ -86,4 +95,4 @@ def test_a_killed_client_leaves_nothing(client, tmp_path):
     assert CONNECTED in sockets(client.address)
     os.kill(client.process.pid, signal.SIGKILL)
     wait_until(lambda: CONNECTED not in sockets(client.address), "the end of the connection", RELEASE_S)
-    assert names_of_ours(tmp_path) == names_of_ours(Path("/dev/shm")) == []
+    assert names_of_ours(client.folder) == names_of_ours(Path("/dev/shm")) == []
