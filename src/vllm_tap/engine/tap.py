@@ -44,7 +44,7 @@ class Rows:
 
     @property
     def num_graph_nodes(self) -> int:
-        """Taps in captured graphs that are switched off while idle."""
+        """Kernels of taps in captured graphs, where they are switched off while idle."""
         return 0
 
     @property
