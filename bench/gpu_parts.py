@@ -32,7 +32,11 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
     worker = _profile(llm, "dma")[0]
     row["ms"] = {key: statistics.median(part[key] for part in seconds) * 1e3 for key in seconds[0]}
     row["client_ms"] = {label: statistics.median(times) * 1e3 for label, times in client.stop().items()}
-    row["worker_ms"] = {label: statistics.median(times) * 1e3 for label, times in worker.items() if label not in STEP}
+    row["worker_ms"] = {
+        f"{label} x {len(times) / rounds:g}": statistics.median(times) * 1e3
+        for label, times in worker.items()
+        if label not in STEP
+    }
     # The median: prefill steps and the first of a shape are few, and cost more.
     row["step_us"] = {label: statistics.median(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
@@ -60,7 +64,8 @@ def _watch_client() -> Any:
     from vllm_tap.engine.profile import Profile
 
     profile = Profile()
-    profile.watch(connection.Connection, "ask", "start: call")
+    profile.watch(connection.Connection, "ask", "start: send")
+    profile.watch(recording.Recording, "started", "start: wait")
     profile.watch(recording, "Sequences", "finish: sequences")
     profile.watch(recording.Recording, "_finished", "finish: wait and lease")
     profile.watch(connection.Connection, "_memory", "finish: lease")

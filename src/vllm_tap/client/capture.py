@@ -70,11 +70,18 @@ def capture(
         budget_bytes=budget_bytes,
         staging=staging,
         expected_rows=_expected_rows(prompts, params),
+        wait=False,
     )
     try:
         marked = recording.mark_all(params)
         started = time.perf_counter()
-        outputs = engine.generate(llm, prompts, marked, bar(progress, recording.counts), lora_request)
+        show = bar(progress, recording.counts)
+
+        def queued() -> None:
+            recording.started()
+            recording.prompts.add(engine.queued_prompts(llm))
+
+        outputs = engine.generate(llm, prompts, marked, show, lora_request, queued, recording.end)
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:

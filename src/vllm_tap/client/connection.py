@@ -93,18 +93,26 @@ class Connection:
         """Return why a stream is missing, or an empty string."""
         return next((h.reasons[stream] for h in self.hellos if stream in h.reasons), "")
 
-    def ask(self, kind: type[T], call: messages.Call, shared: bool) -> list[T]:
-        """Send a call to all workers and return their replies.
+    def ask(self, kind: type[T], call: messages.Call, shared: bool) -> Callable[[], list[T]]:
+        """Send a call to all workers; return a function that waits for their replies and returns these.
+
+        Workers handle a call before any request that is sent to the engine after it, also when nobody has waited. That
+        function raises a `TapError`, the first failure that came back, or what kept the workers from answering.
 
         Args:
             kind: The reply that is expected.
             call: What is asked for.
-            shared: Whether sockets reach the workers, see `choose_transport`.
+            shared: Whether sockets reach the workers, see `choose_transport`. Where they do not, the call itself takes
+                as long as the workers.
 
         Raises:
-            TapError: The first failure that came back, or what kept the workers from answering.
+            TapError: What kept the call from being sent.
         """
-        return _expect(kind, self._send(call, shared)(), type(call).__name__)
+        wait, name = self._send(call, shared), type(call).__name__
+        if shared:
+            return lambda: _expect(kind, wait(), name)
+        replies = wait()
+        return lambda: _expect(kind, replies, name)
 
     def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
         """Call a method of all workers through vLLM and return their replies.

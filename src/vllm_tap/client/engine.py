@@ -5,7 +5,7 @@ from __future__ import annotations
 import _thread
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -48,20 +48,43 @@ def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
         return list(llm.collective_rpc(method, args=args))
 
 
-def generate(llm: Any, prompts: list[Any], params: list[Any], use_tqdm: Any, lora_request: Any = None) -> list[Any]:
+def generate(
+    llm: Any,
+    prompts: list[Any],
+    params: list[Any],
+    use_tqdm: Any,
+    lora_request: Any = None,
+    queued: Callable[[], None] = lambda: None,
+    computed: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """Run prompts through an engine and return its outputs in the order of the prompts.
+
+    Args:
+        llm: A `vllm.LLM`.
+        prompts: As it takes them.
+        params: Sampling or pooling parameters, one for each prompt.
+        use_tqdm: A progress bar, as `LLM.generate` takes it.
+        lora_request: The same.
+        queued: Called before the wait for outputs, where vLLM allows behind the queueing of the prompts. If it raises,
+            they are aborted.
+        computed: Called when the engine has ended the last of the prompts, before vLLM has made outputs of them; not
+            called where it is vLLM that ends one, such as at a stop string.
 
     Raises:
         EngineDiedError: The engine died on the way.
     """
     others = set(_unfinished(llm))
-    options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
     try:
         with _watched(llm):
             if pools(llm):
+                queued()
+                options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
                 outputs = llm.encode(prompts, pooling_params=params, pooling_task="embed", **options)
             else:
-                outputs = llm.generate(prompts, params, **options)
+                llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
+                queued()
+                with _at_last_output(llm, set(_unfinished(llm)) - others, computed):
+                    outputs = llm.wait_for_completion(use_tqdm=use_tqdm)
     except Exception as error:
         if type(error).__name__ == "EngineDeadError":
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
@@ -104,6 +127,36 @@ def _watched(llm: Any) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+@contextmanager
+def _at_last_output(llm: Any, request_ids: set[str], then: Callable[[], None]) -> Iterator[None]:
+    """Call a function as soon as the engine core says that it has ended these requests."""
+    core = llm.llm_engine.engine_core
+    get_output, of_instance = core.get_output, vars(core).get("get_output")
+
+    def watched() -> Any:
+        outputs = get_output()
+        if request_ids:
+            request_ids.difference_update([output.request_id for output in outputs.outputs if output.finished])
+            if not request_ids:
+                then()
+        return outputs
+
+    core.get_output = watched
+    try:
+        yield
+    finally:
+        if of_instance is None:
+            del core.get_output  # that of the class again
+        else:
+            core.get_output = of_instance
+
+
+def queued_prompts(llm: Any) -> list[list[int]]:
+    """Return the token ids of the prompts in an engine, in the lists that will come back with its outputs."""
+    states = llm.llm_engine.output_processor.request_states.values()
+    return [state.prompt_token_ids for state in states if state.prompt_token_ids is not None]
 
 
 def _unfinished(llm: Any) -> list[str]:

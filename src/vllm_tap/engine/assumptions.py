@@ -215,7 +215,8 @@ PARTS: Final = (
         "The user's process",
         (
             Assumption(
-                "vllm.entrypoints.llm.LLM", ("collective_rpc", "generate", "llm_engine", "model_config"),
+                "vllm.entrypoints.llm.LLM",
+                ("collective_rpc", "enqueue", "wait_for_completion", "llm_engine", "model_config"),
                 "to call the workers and to generate", _NO_CLIENT,
             ),
             Assumption(
@@ -227,8 +228,23 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.v1.engine.core_client.EngineCoreClient", ("get_output",),
+                "to end a capture with the last output", _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.v1.engine.EngineCoreOutput", ("request_id", "finished"), "to end a capture with the last output",
+                _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.v1.engine.EngineCoreOutputs", ("outputs",), "to end a capture with the last output", _NO_CLIENT,
+            ),
+            Assumption(
                 "vllm.v1.engine.output_processor.OutputProcessor", ("request_states",),
                 "to abort what an interrupted call leaves behind", _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.v1.engine.output_processor.RequestState", ("prompt_token_ids",),
+                "to read the prompts while the engine computes", _NO_CLIENT,
             ),
             Assumption(
                 "vllm.v1.engine.core_client.BackgroundResources", ("engine_dead",), "to see an engine die",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,6 +39,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+
+    def expect(self, marks: Sequence[Mark]) -> None:
+        """Captured requests are about to be scheduled for the first time; the lock is not held."""
 
     def scheduled(self, request_id: str) -> None:
         """A request, captured or not, is scheduled for the first time."""
@@ -87,13 +90,18 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
 
     @functools.wraps(execute)
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        with recorder.lock:
-            # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
-            if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
+        # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
+        if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
+            with recorder.lock:
                 recorder.disarm()
                 return execute(scheduler_output, *args, **kwargs)
-            for new in scheduler_output.scheduled_new_reqs:
-                _meet(new, recorder)
+        met = [(new, _read_mark(new)) for new in scheduler_output.scheduled_new_reqs]
+        recorder.expect([mark for _, mark in met if mark is not None])
+        with recorder.lock:
+            for new, mark in met:
+                recorder.scheduled(new.req_id)
+                if mark is not None:
+                    recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()))
             result = execute(scheduler_output, *args, **kwargs)
             recorder.drain()
             return result
@@ -124,14 +132,10 @@ def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callabl
     return wrapper
 
 
-def _meet(new: Any, recorder: Recorder) -> None:
-    recorder.scheduled(new.req_id)
+def _read_mark(new: Any) -> Mark | None:
     sampling = new.sampling_params
     pooling = getattr(new, "pooling_params", None)
-    extra = sampling.extra_args if sampling is not None else getattr(pooling, "extra_kwargs", None)
-    mark = read_mark(extra)
-    if mark is not None:
-        recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()))
+    return read_mark(sampling.extra_args if sampling is not None else getattr(pooling, "extra_kwargs", None))
 
 
 def _batch_v1(runner: Any) -> Batch:

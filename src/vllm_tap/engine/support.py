@@ -80,15 +80,20 @@ def _version(folder: Path) -> str:
 @cache
 def _defined(folder: Path, owner: str) -> frozenset[str]:
     """Return the names that a module or class defines; empty where there is none of that name."""
-    path = folder.joinpath(*owner.split("."))
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.exists():
-            return frozenset(_names(ast.parse(file.read_text()).body))
+    body = _body(folder, owner)
+    if body is not None:
+        return frozenset(_names(body))
     module, _, name = owner.rpartition(".")
-    file = folder.joinpath(*module.split(".")).with_suffix(".py")
-    classes = ast.parse(file.read_text()).body if file.exists() else []
+    classes = _body(folder, module) or []
     found = [node for node in classes if isinstance(node, ast.ClassDef) and node.name == name]
     return frozenset(found_name for node in found for found_name in _class_names(node))
+
+
+def _body(folder: Path, module: str) -> list[ast.stmt] | None:
+    """Return the statements of a module or package, or None if there is none of that name."""
+    path = folder.joinpath(*module.split("."))
+    file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+    return ast.parse(file.read_text()).body if file else None
 
 
 def _names(body: list[ast.stmt]) -> Iterator[str]:

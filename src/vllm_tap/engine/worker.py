@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -32,6 +32,9 @@ from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import SegmentPool
 
 logger = logging.getLogger("vllm_tap")
+
+PATIENCE_SECONDS: Final = 1.0
+"""How long a step with requests of an unknown capture waits for calls that have come and are not handled."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
@@ -109,6 +112,13 @@ class TapWorker(host_runner.Recorder):
         return self
 
     # ------------------------------------------------------------------------------------------ the runner's reports
+
+    def expect(self, marks: Sequence[Mark]) -> None:
+        # A client sends the start of a capture before its requests, and need not have waited for it to be handled.
+        session = self._session
+        known = session.start.capture_id if session is not None else ""
+        if self._calls is not None and any(mark.capture_id != known for mark in marks):
+            self._calls.settle(PATIENCE_SECONDS)
 
     def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
         if self._session is not None:

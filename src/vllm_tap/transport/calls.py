@@ -56,8 +56,10 @@ class CallServer:
         self.address = f"vllm-tap-calls-{secrets.token_hex(8)}"
         self._handle = handle
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._closing = threading.Event()
         self._connections: set[socket.socket] = set()
+        self._busy: set[socket.socket] = set()
         self._listener = _listen(self.address)
         threading.Thread(target=self._accept, name="vllm-tap-calls", daemon=True).start()
 
@@ -70,11 +72,30 @@ class CallServer:
             for open_socket in (self._listener, *self._connections):
                 _shutdown(open_socket)
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until the calls that have reached this process are handled; return whether they are.
+
+        If a client sends a call before something else, and that has been seen here, the call is handled after this. A
+        call that arrives during the wait may be waited for as well.
+
+        Cost: some microseconds for each connection if there is nothing to wait for.
+        """
+        with self._settled:
+            return self._settled.wait_for(lambda: not self._has_calls(), timeout_s)
+
+    def _has_calls(self) -> bool:
+        """Tell whether there are calls that have come and are not handled yet; the lock is held."""
+        # A thread takes nothing out of a socket before it counts as busy: there is no time in between.
+        return bool(self._busy) or any(_is_readable(end) for end in (self._listener, *self._connections))
+
     def _accept(self) -> None:
         with self._listener:
             while not self._closing.is_set():
                 try:
-                    connection, _ = self._listener.accept()
+                    _is_readable(self._listener, wait=True)
+                    with self._lock:
+                        connection, _ = self._listener.accept()
+                        self._connections.add(connection)
                 except OSError as error:
                     if not self._closing.is_set():
                         # The waiting client stays at the head of the queue: trying at once would spin.
@@ -87,14 +108,10 @@ class CallServer:
         uid, allowed = wire.peer_uid(connection), {0, os.geteuid()}
         if uid not in allowed:
             logger.warning("refused calls of user %d, expected %s", uid, wire.describe_uids(allowed))
-            connection.close()
+        if uid not in allowed or self._closing.is_set():
+            self._drop(connection)
             return
         connection.settimeout(None)  # whatever `socket.setdefaulttimeout` says
-        with self._lock:
-            if self._closing.is_set():
-                connection.close()
-                return
-            self._connections.add(connection)
         try:
             threading.Thread(target=self._serve, args=(connection,), name="vllm-tap-calls-client", daemon=True).start()
         except RuntimeError as error:
@@ -114,18 +131,33 @@ class CallServer:
 
     def _answer(self, connection: socket.socket) -> bool:
         """Answer one call; return whether the connection goes on."""
-        number, request = _Incoming().receive(connection)
-        try:
-            reply = self._handle(request)
-        except Exception:
-            logger.exception("a call failed without a reply; the connection that it came on is closed")
-            return False
+        with self._handling(connection):
+            number, request = _Incoming().receive(connection)
+            try:
+                reply = self._handle(request)
+            except Exception:
+                logger.exception("a call failed without a reply; the connection that it came on is closed")
+                return False
         connection.sendall(_encode(number, reply), socket.MSG_NOSIGNAL)
         return True
 
-    def _drop(self, connection: socket.socket) -> None:
+    @contextlib.contextmanager
+    def _handling(self, connection: socket.socket) -> Iterator[None]:
+        """Wait for the next call, which counts as busy inside the block."""
+        _is_readable(connection, wait=True)
         with self._lock:
+            self._busy.add(connection)
+        try:
+            yield
+        finally:
+            with self._settled:
+                self._busy.discard(connection)
+                self._settled.notify_all()
+
+    def _drop(self, connection: socket.socket) -> None:
+        with self._settled:
             self._connections.discard(connection)
+            self._settled.notify_all()
         connection.close()
 
 
@@ -323,6 +355,13 @@ def _fill(connection: socket.socket, pieces: list[bytes], nbytes: int) -> None:
 
 def _encode(number: int, data: bytes) -> bytes:
     return _HEADER.pack(number, len(data)) + data
+
+
+def _is_readable(end: socket.socket, *, wait: bool = False) -> bool:
+    """Tell whether there is something to receive or to accept, or an end to see."""
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(None if wait else 0))
 
 
 def _shutdown(connection: socket.socket) -> None:

@@ -635,6 +635,44 @@ def test_a_worker_without_descriptors_accepts_again_later(server, caller, caplog
     assert call(caller, b"") == b""
 
 
+# -------------------------------------------------------------------------------------------------------- settled calls
+
+
+def test_what_was_sent_before_is_handled_once_the_server_has_settled(server, gate):
+    """Also a call on a connection that the server has not accepted yet, whenever its threads get to run."""
+    for number in range(200):
+        caller = Caller(server.address)
+        caller.send(bytes([number]))
+        assert server.settle(DEADLINE_S)
+        assert gate.seen[-1] == bytes([number])
+        caller.close()
+
+
+def test_a_settling_server_waits_for_a_call_that_is_handled(server, caller, gate):
+    """It says so when its patience ends, and goes on when the call has ended."""
+    caller.send(b"wait")
+    assert gate.reached.wait(DEADLINE_S)
+    assert not server.settle(0.01)
+    thread = Thread(server.settle, DEADLINE_S)
+    gate.opened.set()
+    assert thread.outcome() is True
+
+
+def test_a_client_that_sends_half_a_call_does_not_hold_a_settling_server(server, caller):
+    """Not longer than its patience, and not at all once the client has gone."""
+    with raw_client(server.address) as connection:
+        connection.sendall(struct.pack("<QQ", 1, 100) + bytes(50))
+        assert not server.settle(0.01)
+    assert server.settle(DEADLINE_S)
+    assert call(caller, b"") == b""
+
+
+def test_a_server_without_calls_has_settled(server, caller):
+    """With connections or without."""
+    assert call(caller, b"done") == b"done"
+    assert server.settle(DEADLINE_S)
+
+
 # --------------------------------------------------------------------------------------------------- the other process
 
 

@@ -1,0 +1,61 @@
+"""When a call learns that the engine has ended its requests. Without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_tap.client.engine import _at_last_output
+
+
+class Core:
+    """Hands out what an engine core has sent: in each piece, the requests and whether they have ended."""
+
+    def __init__(self, *pieces: dict[str, bool]) -> None:
+        self.pieces = list(pieces)
+
+    def get_output(self) -> Any:
+        piece = self.pieces.pop(0)
+        outputs = [SimpleNamespace(request_id=name, finished=finished) for name, finished in piece.items()]
+        return SimpleNamespace(outputs=outputs)
+
+
+def calls_after_each(core: Core, request_ids: set[str]) -> list[int]:
+    """Read all pieces; return how often the function had been called after each."""
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    called: list[bool] = []
+    counts = []
+    with _at_last_output(llm, request_ids, lambda: called.append(True)):
+        while core.pieces:
+            assert core.get_output().outputs is not None
+            counts.append(len(called))
+    return counts
+
+
+def test_the_end_of_the_last_request_is_told_once() -> None:
+    """Other requests of the engine do not count, ended or not."""
+    core = Core({"a": False, "b": True, "other": True}, {}, {"a": True, "another": False}, {"another": True})
+    assert calls_after_each(core, {"a", "b"}) == [0, 0, 1, 1]
+
+
+def test_requests_that_the_engine_does_not_end_are_not_told() -> None:
+    """As at a stop string, which vLLM finds in the client."""
+    assert calls_after_each(Core({"a": False}, {"a": False}), {"a"}) == [0, 0]
+    assert calls_after_each(Core({"other": True}), set()) == [0]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_the_client_of_the_core_is_left_as_it_was(is_replaced: bool) -> None:
+    """Also where somebody else has put a method of their own into it, and when the wait fails."""
+    core = Core()
+    if is_replaced:
+        core.get_output = mine = lambda: SimpleNamespace(outputs=[])  # type: ignore[method-assign]
+    before = vars(core).copy()
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    with pytest.raises(KeyError), _at_last_output(llm, {"a"}, lambda: None):
+        raise KeyError
+    assert vars(core) == before
+    if is_replaced:
+        assert core.get_output is mine
