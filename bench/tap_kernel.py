@@ -113,7 +113,7 @@ def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: in
     if options.get("package"):
         kernel.launch_tap(state, hidden, residual, index, 0, hidden.dtype, ahead=True)
         if torch.cuda.is_current_stream_capturing():
-            state.switch.note((index,), torch.cuda.current_stream().cuda_stream)
+            state.switch.note((index,), torch.cuda.current_stream().cuda_stream, len(hidden))
         return
     block = options.get("block", 1024)
     tap[(hidden.shape[0], WIDTH // block)](
@@ -326,10 +326,10 @@ class Routers:
     def __init__(self, rows: int) -> None:
         torch.manual_seed(0)
         self.rows = rows
-        self.logits = torch.randn(rows, EXPERTS, device="cuda", dtype=torch.bfloat16)
-        self.ids = torch.zeros(rows, CHOICES, device="cuda", dtype=torch.int32)
-        self.weights = torch.zeros(rows, CHOICES, device="cuda", dtype=torch.float32)
-        self.tensors = self.logits, self.ids, self.weights
+        # Of their own for each layer: a tap that is set aside may read them while the next layer makes its own.
+        self.logits = torch.randn(ROUTERS + 1, rows, EXPERTS, device="cuda", dtype=torch.bfloat16)
+        self.ids = torch.zeros(ROUTERS, rows, CHOICES, device="cuda", dtype=torch.int32)
+        self.weights = torch.zeros(ROUTERS, rows, CHOICES, device="cuda", dtype=torch.float32)
         self.outs = torch.bfloat16, torch.uint8, torch.float32
         widths = EXPERTS * 2, CHOICES, CHOICES * 4
         self.staging = [torch.zeros(ROUTERS * rows * width, dtype=torch.uint8, device="cuda") for width in widths]
@@ -348,23 +348,24 @@ class Routers:
 
     def run(self, way: str, nodes: list[int]) -> None:
         for layer in range(ROUTERS):
-            choose[(self.rows,)](*self.tensors, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
-            if way == "together":
-                launch_tap_experts(self, self.tensors, 3 * layer, self.streams[0], self.outs, ahead=True)
+            tensors = self.logits[layer], self.ids[layer], self.weights[layer]
+            choose[(self.rows,)](*tensors, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
+            if way not in ("none", "apart"):
+                launch_tap_experts(self, tensors, 3 * layer, self.streams[0], self.outs, ahead=True)
             if way == "apart":
-                for i, (tensor, stream, out) in enumerate(zip(self.tensors, self.streams, self.outs, strict=True)):
+                for i, (tensor, stream, out) in enumerate(zip(tensors, self.streams, self.outs, strict=True)):
                     kernel.launch_tap(self, tensor, None, 3 * layer + i, stream, out, ahead=True)
             found = cuda.last_captured_node(torch.cuda.current_stream().cuda_stream)
             if found:
                 nodes.append(found[1])
-            gate[(self.rows,)](self.ids, self.weights, self.logits, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
+            gate[(self.rows,)](*tensors[1:], self.logits[layer + 1], EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
 
 
 def experts(rows: int) -> None:
-    """Print what it costs to tap the experts of a layer between short kernels, with three kernels and with one."""
+    """Print what it costs to tap the experts of a layer between short kernels: three kernels, one, one set aside."""
     stream = torch.cuda.current_stream().cuda_stream
     replays, graphs, routers = dict[str, Any](), [], dict[str, Routers]()
-    for name in ("none", "apart", "together"):
+    for name in ("none", "apart", "together", "aside until the next layer's", "aside"):
         router, nodes = Routers(rows), list[int]()
         run = functools.partial(router.run, name, nodes)
         run()
@@ -373,8 +374,13 @@ def experts(rows: int) -> None:
         with torch.cuda.graph(graph):
             run()
         copy = cuda.clone_graph(graph.raw_cuda_graph())
-        for node in nodes if name != "none" else []:
-            cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
+        nodes = [cuda.node_in_clone(node, copy) for node in nodes]
+        joins = [cuda.follower(node) if "until" in name else 0 for node in nodes[1:]] + [0]
+        for node, until in zip(nodes, joins, strict=True) if name != "none" else []:
+            if name.startswith("aside"):
+                cuda.set_aside(copy, node, until)
+            else:
+                cuda.let_next_start_early(copy, node)
         graphs.append(graph)
         routers[name] = router
         replays[name] = functools.partial(cuda.launch_graph, cuda.instantiate(copy), stream)
@@ -384,6 +390,9 @@ def experts(rows: int) -> None:
             times[name].append(time_us(replay, 10, 1))
     for name, values in times.items():
         more = statistics.median((a - b) / ROUTERS for a, b in zip(values, times["none"], strict=True))
+        for staging in routers[name].staging:
+            staging.zero_()
+        replays[name]()
         parts = zip(routers[name].staging, routers["apart"].staging, strict=True)
         same = all(torch.equal(mine, other) for mine, other in parts)
         print(

@@ -14,7 +14,7 @@ import ctypes
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,28 +86,37 @@ class Nodes:
     def __init__(self) -> None:
         self.work: dict[int, Callable[[], object]] = {}
         self.taps: set[int] = set()
+        self.touched: dict[int, set[int]] = {}  # storages that a node reads, if it is a tap, or writes
         self.edges: dict[tuple[int, int], int] = {}
         self.originals: dict[int, int] = {}
 
-    def record(self, node: int, work: Callable[[], object], is_tap: bool) -> None:
+    def record(self, node: int, work: Callable[[], object], is_tap: bool, tensors: Iterable[torch.Tensor]) -> None:
         for last in list(self.work)[-1:]:
             self.edges[last, node] = EARLY if is_tap else FULL
         self.work[node] = work
+        self.touched[node] = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         if is_tap:
             self.taps.add(node)
+
+    def followed(self) -> Iterator[tuple[int, int]]:
+        """Yield the pairs of nodes that were recorded one after the other and are still in that order by an edge."""
+        recorded = list(self.work)
+        return ((first, second) for first, second in itertools.pairwise(recorded) if (first, second) in self.edges)
 
     def copy(self, handles: Iterator[int]) -> Nodes:
         copy = Nodes()
         new = copy.originals = {node: next(handles) for node in self.work}
         copy.work = {new[node]: work for node, work in self.work.items()}
         copy.taps = {new[node] for node in self.taps}
+        copy.touched = {new[node]: touched for node, touched in self.touched.items()}
         copy.edges = {(new[first], new[second]): kind for (first, second), kind in self.edges.items()}
         return copy
 
     def check(self) -> None:
-        """Make sure that every node is ordered with all that were recorded before it.
+        """Make sure that every node is ordered with all that were recorded before it, as far as it matters.
 
-        Nothing reads what a tap has written: of a tap that it follows, a node may await the end of its programs alone.
+        Nothing reads what a tap has written. A node waits for a tap before it only if it overwrites what that reads,
+        and then for the end of the tap's programs alone.
         """
         done: dict[int, set[int]] = {}
         for place, node in enumerate(self.work):
@@ -115,8 +124,12 @@ class Nodes:
             early = {first for first in before if self.edges[first, node] == EARLY}
             complete = {first for first in before if first not in early or node in self.taps}
             done[node] = complete.union(*(done[first] for first in complete))
-            missing = set(list(self.work)[:place]) - done[node]
-            assert missing <= early & self.taps, "nodes that nothing orders"
+            ended = done[node] | early
+            for other in list(self.work)[:place]:
+                if other not in self.taps:
+                    assert other in done[node], "nodes that nothing orders"
+                elif node not in self.taps and self.touched[other] & self.touched[node]:
+                    assert other in ended, "a tap that may read what was written after it"
 
 
 class Executable:
@@ -127,6 +140,7 @@ class Executable:
         self.work = dict(nodes.work)
         self.disabled: set[int] = set()
         self.num_early = sum(kind == EARLY and node not in nodes.taps for (_, node), kind in nodes.edges.items())
+        self.num_aside = len(nodes.taps & nodes.work.keys() - {first for first, _ in nodes.followed()})
 
     def launch(self) -> None:
         for node, run in self.work.items():
@@ -224,7 +238,7 @@ class SimulatedCuda:
 
     def access(self, actor: str, begin: int, nbytes: int, writes: bool, what: str) -> None:
         """Note that an actor reads or writes bytes, and what it is not ordered with."""
-        if not any(start <= begin and begin + nbytes <= stop for start, stop in self._watched.items()):
+        if not self._is_watched(begin, nbytes):
             return
         now = self.clocks[actor]
         new = Access(actor, now[actor], begin, begin + nbytes, writes, what)
@@ -234,15 +248,18 @@ class SimulatedCuda:
                 self.conflicts.append(f"{what} on {actor} is not ordered with {old.what} on {old.actor}")
         self._log.append(new)
 
+    def _is_watched(self, begin: int, nbytes: int) -> bool:
+        return any(start <= begin and begin + nbytes <= stop for start, stop in self._watched.items())
+
     def host_access(self, begin: int, nbytes: int, writes: bool, what: str) -> None:
         """Note that the host itself reads or writes bytes."""
         self.clocks[HOST][HOST] += 1
         self.access(HOST, begin, nbytes, writes, what)
 
-    def run(self, work: Callable[[], object], is_tap: bool = False) -> None:
-        """Do work on the main stream, or record it."""
+    def run(self, work: Callable[[], object], is_tap: bool = False, tensors: Iterable[torch.Tensor] = ()) -> None:
+        """Do work on the main stream, or record it, with the tensors that a tap reads or anything else writes."""
         if self.recording is not None:
-            self.recording.nodes.record(next(self.handles), work, is_tap)
+            self.recording.nodes.record(next(self.handles), work, is_tap, tensors)
         else:
             work()
 
@@ -283,7 +300,8 @@ class SimulatedCuda:
             return INVALID_VALUE
         name = self.streams[stream].name
         self.queue(name)
-        self.num_copies += 1
+        # Not those of what the taps have counted.
+        self.num_copies += self._is_watched(source, nbytes)
         self.access(name, source, nbytes, False, f"copy {self.num_copies} from the device")
         self.access(name, target, nbytes, True, f"copy {self.num_copies} to the host")
         ctypes.memmove(target, source, nbytes)
@@ -447,7 +465,8 @@ class _Launcher:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            self._device.run(lambda: self._device.launch(self._function, grid, args, options), is_tap=True)
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            self._device.run(lambda: self._device.launch(self._function, grid, args, options), True, tensors)
 
         return launch
 

@@ -46,6 +46,8 @@ _FAILS: Final = "engines do not start while the plugin is loaded"
 _KEY: Final = "to key the compile cache: a cached graph without taps must never be served"
 _NO_CLIENT: Final = "a call to capture raises; plain generation goes on"
 _NO_ROWS: Final = "there, ids and weights are refused because no forward pass brought any"
+_ASIDE: Final = "to let taps of experts run beside the model in CUDA graphs, where nothing overwrites what they read"
+_IN_LINE: Final = "the model waits for them"
 _SETTINGS: Final = ("top_k", "renormalize", "scoring_func")
 _NOT_READ: Final = '`Capture.routing` says "unknown" and the reason'
 
@@ -297,6 +299,17 @@ PARTS: Final = (
                 "vllm.model_executor.layers.fused_moe.fused_moe_method_base.FusedMoEMethodBase", ("is_monolithic",),
                 "to know where a kernel chooses by itself, and refuse ids and weights with that reason",
                 _NO_ROWS,
+            ),
+            Assumption(
+                "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner", ("gate",), _ASIDE, _IN_LINE,
+            ),
+            Assumption(
+                "vllm.model_executor.layers.fused_moe.fused_moe_method_base.FusedMoEMethodBase", ("moe_kernel",),
+                _ASIDE, _IN_LINE,
+            ),
+            Assumption(
+                "vllm.model_executor.layers.fused_moe.modular_kernel.FusedMoEKernel", ("fused_experts",), _ASIDE,
+                _IN_LINE,
             ),
         ),
     ),

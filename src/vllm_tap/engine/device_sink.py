@@ -93,7 +93,7 @@ class DeviceSink:
         self._device = rows.header.device
         self._small_rows = max(graph_rows, MIN_STAGED_ROWS)
         self._num_steps = 0
-        self._num_rows = 0
+        self._num_rows = self._num_requests = 0
         self._is_large = False
         self._side = rows.side_stream()
         self._last = torch.cuda.Event()
@@ -173,6 +173,7 @@ class DeviceSink:
         self._rows.arm(words, selection, main)
         self._selection = selection
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
+        self._num_requests = len(batch.request_ids)
 
     def _cut(self, placed: Layout[int]) -> dict[str, _Copy]:
         """Cut the block of a step into copies, between planes that go one by one; return the copy of each stream."""
@@ -251,6 +252,10 @@ class DeviceSink:
         self._rows.active = False
         self._unsent = True
         return []
+
+    def prepare(self) -> None:
+        """Make ready the graph that a later step will replay, if there is one to make; takes some milliseconds then."""
+        self._rows.switch.prepare(self._num_requests)
 
     def send(self) -> None:
         """Queue the copies of what is staged on the side stream."""

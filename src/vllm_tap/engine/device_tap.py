@@ -43,7 +43,7 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
     if torch.cuda.is_current_stream_capturing():
         assert tap.dtype is not None
         kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, ahead=True)
-        rows.switch.note((tap.index,), torch.cuda.current_stream(hidden.device).cuda_stream)
+        rows.switch.note((tap.index,), torch.cuda.current_stream(hidden.device).cuda_stream, len(hidden))
         return
     _learn(tap, rows, hidden, residual)
     if rows.active and rows.sink is not None and rows.sink.wants(tap):
@@ -71,7 +71,8 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     if torch.cuda.is_current_stream_capturing():
         launch_tap_experts(rows, tensors, *place, _dtypes(taps), ahead=True)
         stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-        rows.switch.note([tap.index for tap in taps], stream)
+        keep = tensors if taps[0].keeps_tensors else ()
+        rows.switch.note([tap.index for tap in taps], stream, len(tensors[0]), keep)
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
         warm_experts(rows, tensors, *place, _dtypes(taps))

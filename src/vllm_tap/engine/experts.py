@@ -65,6 +65,25 @@ def leaves_logits(experts: Experts) -> bool:
     return "router_logits" in inspect.signature(router.select_experts).parameters
 
 
+READ_ONLY_KERNELS: Final = ("TritonExperts",)
+"""Classes of vLLM's kernels of experts that write to nothing that is given to them, over all of 0.26 to 0.33."""
+
+
+def keeps_tensors(experts: Experts) -> bool:
+    """Tell whether logits, ids and weights of a step stay as they are for as long as somebody holds their tensors.
+
+    The runner has to make the logits itself: memory of a compiled graph may serve again while its tensor is held.
+    """
+    routed = getattr(experts.runner, "routed_experts", None)
+    method = getattr(routed, "quant_method", None)
+    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return (
+        getattr(experts.runner, "gate", None) is not None
+        and type(routed).__name__ == "RoutedExperts"  # that of 0.33 which substitutes experts writes other ids
+        and type(kernel).__name__ in READ_ONLY_KERNELS
+    )
+
+
 def read_routing(experts: Experts) -> Routing:
     """Return what a router states about how it chooses; `routing.confirm` finds out whether it is so."""
     name = type(experts.router).__name__

@@ -5,8 +5,10 @@ one (bench/tap_kernel.py, one H200), times the number of layers, each step. To m
 0.1 MiB of device memory for a piece of one layer, 17 ms and 2 MiB for a whole model (the same). Therefore:
 
 - A graph of a whole model comes in several forms: PyTorch's own, from which the taps are taken out before it is
-  instantiated, and for each set of taps that captures want a copy that has these, made executable when a capture first
-  replays it, and given up some time after the last one.
+  instantiated, and for each set of taps that captures want a copy that has these, made executable before a capture
+  first replays it, and given up some time after the last one.
+- What a tap of experts reads may stay as it is until the next layer's are there: then the copy lets it run beside the
+  model, see `Node`. After any other tap, the next kernel starts early.
 - Pieces of a model are many, and a step replays one for each layer: their taps stay, disabled while nobody captures.
 
 Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
@@ -15,12 +17,14 @@ none.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -30,8 +34,20 @@ from vllm_tap.errors import TransportError
 logger = logging.getLogger("vllm_tap")
 
 
-Node: TypeAlias = tuple[frozenset[int], int]
-"""The taps that a kernel node of a graph serves, and the node."""
+class Node(NamedTuple):
+    """A kernel node of a graph that serves taps.
+
+    `is_kept`: what it reads stays as it is until the next such node has been captured, see `GraphSwitch.note`.
+    """
+
+    taps: frozenset[int]
+    handle: int
+    is_kept: bool
+
+    def in_copy(self, graph: int) -> Node:
+        """Return the same node of a copy of its graph."""
+        return self._replace(handle=cuda.node_in_clone(self.handle, graph))
+
 
 NOTHING: Final[frozenset[int]] = frozenset()
 
@@ -56,38 +72,69 @@ class GraphSwitch:
         self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._noted: list[tuple[int, Node]] | None = None
+        self._kept: Sequence[torch.Tensor] = ()
+        self._num_rows = 0
+        self._prepared = 0, NOTHING
 
     def begin(self) -> None:
         """A graph whose taps are to be taken out is about to be captured."""
         self._noted = []
 
-    def note(self, tap_indices: Iterable[int], stream: int) -> None:
+    def note(self, tap_indices: Iterable[int], stream: int, num_rows: int, keep: Sequence[torch.Tensor] = ()) -> None:
         """Remember the kernel node that a capturing stream has just recorded for one tap or several.
 
         Of graphs that are not kept, nothing: vLLM's V1 runner captures some to see how much memory they take, and the
         driver gives their handles to later ones.
+
+        Args:
+            tap_indices: Of the taps.
+            stream: That captures.
+            num_rows: How many rows pass the taps in this graph.
+            keep: What the kernel reads, if the model does not write to it again. It is held, and with it its memory,
+                until the next such node has been noted, so that the kernel may run beside whatever comes before that.
         """
         found = cuda.last_captured_node(stream) if self._noted is not None else None
         if self._noted is not None and found is not None:
-            graph, node = found
-            self._noted.append((graph, (frozenset(tap_indices), node)))
+            graph, handle = found
+            self._noted.append((graph, Node(frozenset(tap_indices), handle, bool(keep))))
+            self._kept = keep or self._kept
+            self._num_rows = num_rows
 
     def take(self, graph: int) -> list[Node]:
         """Return the nodes of the graph whose capture has just ended."""
         nodes = [node for other, node in self._noted or () if other == graph]
-        self._noted = None
+        self._noted, self._kept = None, ()
         self.num_nodes += len(nodes)
         return nodes
 
     def copied(self, graph: int, taps: list[Node]) -> _Copy:
         """Return a copy of a graph, with the nodes of its taps."""
-        copy = _Copy(graph, taps, self._lock)
+        copy = _Copy(graph, taps, self._num_rows, self._lock)
         self._copies.add(copy)
         return copy
+
+    def prepare(self, num_rows: int) -> None:
+        """Make ready what a step of so many rows will replay, then what comes after it when rows get fewer.
+
+        To be called while the device is busy: a graph of a whole model takes some milliseconds. One graph a call.
+        """
+        if not self.on or self._prepared == (num_rows, self.on):
+            return
+        sizes = sorted({copy.num_rows for copy in self._copies})
+        place = bisect.bisect_left(sizes, num_rows)
+        near = sizes[place : place + 1] + sizes[max(place - 1, 0) : place]
+        try:
+            for copy in sorted(self._copies, key=lambda copy: -copy.num_rows):
+                if copy.num_rows in near and copy.prepare(self.on):
+                    return
+        except TransportError as error:  # the step that needs it will fail with the same
+            logger.debug("vllm-tap: a CUDA graph with taps could not be made ahead: %s", error)
+        self._prepared = num_rows, self.on
 
     def forget(self) -> None:
         """Give up what was made for captures; the next one makes it again. From any thread."""
         with self._lock:
+            self._prepared = 0, NOTHING
             for copy in self._copies:
                 copy.forget()
 
@@ -111,7 +158,7 @@ class _Switched:
 
     def __init__(self, executable: int, taps: list[Node]) -> None:
         self._executable, self._taps = executable, taps
-        self._enabled = {node for _, node in taps}
+        self._enabled = {node.handle for node in taps}
         self._on = NOTHING
         self._enable(NOTHING)
 
@@ -123,23 +170,27 @@ class _Switched:
         return False
 
     def _enable(self, on: frozenset[int]) -> None:
-        for taps, node in self._taps:
+        for taps, handle, _ in self._taps:
             wanted = not taps.isdisjoint(on)
-            if wanted != (node in self._enabled):
-                cuda.set_node_enabled(self._executable, node, wanted)
-                self._enabled ^= {node}
+            if wanted != (handle in self._enabled):
+                cuda.set_node_enabled(self._executable, handle, wanted)
+                self._enabled ^= {handle}
 
 
 class _Copy:
     """A graph with its taps, beside one from which they were taken out.
 
     Args:
+        graph: To be copied.
+        taps: Its nodes that serve taps.
+        num_rows: How many rows pass them.
         lock: Held while it is launched: what it launches may be given up from another thread.
     """
 
-    def __init__(self, graph: int, taps: list[Node], lock: threading.Lock) -> None:
+    def __init__(self, graph: int, taps: list[Node], num_rows: int, lock: threading.Lock) -> None:
+        self.num_rows = num_rows
         self._graph = cuda.clone_graph(graph)
-        self._taps = [(indices, cuda.node_in_clone(node, self._graph)) for indices, node in taps]
+        self._taps = [node.in_copy(self._graph) for node in taps]
         self._lock = lock
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
@@ -157,12 +208,23 @@ class _Copy:
             return False
         with self._lock:
             if on is not self._on:
-                wanted = frozenset(node for taps, node in self._taps if taps & on)
-                self._executable = self._form(wanted) if wanted else 0
-                self._on = on
+                self._take_form(on)
             if self._executable:
                 cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
             return self._executable != 0
+
+    def prepare(self, on: frozenset[int]) -> bool:
+        """Make ready what `launch` will queue; return whether there was anything to do."""
+        with self._lock:
+            return on is not self._on and self._take_form(on)
+
+    def _take_form(self, on: frozenset[int]) -> bool:
+        """Choose what to launch; return whether it had to be made."""
+        wanted = frozenset(node.handle for node in self._taps if node.taps & on)
+        is_new = bool(wanted) and wanted not in self._forms
+        self._executable = self._form(wanted) if wanted else 0
+        self._on = on
+        return is_new
 
     def _form(self, wanted: frozenset[int]) -> int:
         """Return an executable graph with these taps; when there are many, the one that was made first goes."""
@@ -175,29 +237,52 @@ class _Copy:
 
     def _executable_with(self, wanted: frozenset[int]) -> int:
         try:
-            graph = self._clone_with(wanted, early=True)
+            graph = self._clone_with(wanted, out_of_the_way=True)
         except TransportError as error:
             logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
-            graph = self._clone_with(wanted, early=False)
+            graph = self._clone_with(wanted, out_of_the_way=False)
         try:
             return cuda.instantiate(graph)
         finally:
             cuda.destroy_graph(graph)
 
-    def _clone_with(self, wanted: frozenset[int], early: bool) -> int:
+    def _clone_with(self, wanted: frozenset[int], out_of_the_way: bool) -> int:
         graph = cuda.clone_graph(self._graph)
         try:
-            nodes = [(node in wanted, cuda.node_in_clone(node, graph)) for _, node in self._taps]
+            nodes = [(node.handle in wanted, node.in_copy(graph)) for node in self._taps]
+            limits = _limits([node for _, node in nodes])
             for is_wanted, node in nodes:
                 if not is_wanted:
-                    cuda.remove_node(graph, node)
+                    cuda.remove_node(graph, node.handle)
             for is_wanted, node in nodes:
-                if is_wanted and early:
-                    cuda.let_next_start_early(graph, node)
+                if is_wanted and out_of_the_way:
+                    _make_way(graph, node, limits)
         except TransportError:
             cuda.destroy_graph(graph)
             raise
         return graph
+
+
+def _limits(nodes: Sequence[Node]) -> dict[int, int]:
+    """Return for each node whose inputs are kept what must wait for it: the first that may overwrite them.
+
+    That is what comes after the next such node; nothing, where the inputs are kept until the end of the graph.
+    """
+    kept = [node.handle for node in nodes if node.is_kept]
+    taps = {node.handle for node in nodes}
+    limits = dict.fromkeys(kept[-1:], 0)
+    for node, following in itertools.pairwise(kept):
+        limit = cuda.follower(following)
+        if limit and limit not in taps:  # else the order stays as it was captured: that tap may be taken out
+            limits[node] = limit
+    return limits
+
+
+def _make_way(graph: int, node: Node, limits: dict[int, int]) -> None:
+    if node.handle in limits:
+        cuda.set_aside(graph, node.handle, limits[node.handle])
+    else:
+        cuda.let_next_start_early(graph, node.handle)
 
 
 @contextmanager
@@ -232,8 +317,8 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             with _or_left_in():
                 if not is_piece:
                     self._taps = switch.copied(graph, taps)
-                    for _, node in taps:
-                        cuda.remove_node(graph, node)
+                    for node in taps:
+                        cuda.remove_node(graph, node.handle)
             self.instantiate()
             with _or_left_in():
                 if is_piece and taps:

@@ -44,6 +44,9 @@ class Sink(Protocol):
     def send(self) -> None:
         """The step's tokens are on their way: send off what is still on the device."""
 
+    def prepare(self) -> None:
+        """The device is busy with a step: make ready what later steps of generated tokens need."""
+
     def settle(self) -> None:
         """Wait until all rows lie in their blocks."""
 
@@ -69,6 +72,7 @@ class Session:
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []
         self._armed = False
+        self._takes_generated = start.positions in ("all", "generated")
 
     def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
         """Take a request that the engine schedules for the first time.
@@ -152,6 +156,8 @@ class Session:
         """
         try:
             self._sink.send()
+            if self._takes_generated:
+                self._sink.prepare()
         except Exception as error:
             self.fail(error)
 

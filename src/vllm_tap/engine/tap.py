@@ -61,7 +61,8 @@ class Tap:
     """One place in the model where rows can be taken.
 
     `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `plane` is the
-    destination [num_rows, width] of the current step on a CPU engine.
+    destination [num_rows, width] of the current step on a CPU engine. `keeps_tensors`: what it sees in a forward pass
+    stays as it is for as long as somebody holds it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Tap:
         self.mode = ADD
         self.keep_probe = False
         self.keep_one_probe = False
+        self.keeps_tensors = False
         self.probe: Probe | None = None
         self.plane: torch.Tensor | None = None
         self.step = -1

@@ -8,7 +8,7 @@ import torch
 
 from vllm_tap.engine import host, host_model
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
-from vllm_tap.engine.experts import Experts, find_experts, leaves_logits, read_routing
+from vllm_tap.engine.experts import Experts, find_experts, keeps_tensors, leaves_logits, read_routing
 from vllm_tap.engine.routing import confirm
 from vllm_tap.engine.tap import Rows, Tap, tap, tap_experts
 from vllm_tap.frame.routing import ROUTED, Routing, unknown
@@ -69,6 +69,7 @@ class ModelTaps:
         for place in (logits, ids, weights):
             place.keep_probe = place.keep_one_probe = True
         if leaves_logits(experts):
+            logits.keeps_tensors = keeps_tensors(experts)
             _tap_logits_and_choice(experts, logits)
         else:
             _tap_logits(experts, logits)
