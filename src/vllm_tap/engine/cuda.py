@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -62,14 +61,18 @@ def free(address: int) -> None:
     _check(_driver().cuMemFree_v2(address), "cuMemFree")
 
 
-def write_words(target: int, words: Sequence[int], stream: int) -> None:
-    """Queue a copy of a few int64 words to device memory; the driver keeps its own copy of them at once."""
-    data = struct.pack(f"={len(words)}q", *words)
-    _check(_driver().cuMemcpyHtoDAsync_v2(target, data, len(data), stream), "cuMemcpyHtoDAsync")
+def write_words(target: int, words: bytes, stream: int) -> None:
+    """Queue a copy of a few words to device memory; the driver keeps its own copy of them at once."""
+    _check(_driver().cuMemcpyHtoDAsync_v2(target, words, len(words), stream), "cuMemcpyHtoDAsync")
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Queue a copy from device memory to registered host memory."""
+    """Queue a copy of rows from device memory to registered host memory."""
+    read_words(target, source, nbytes, stream)
+
+
+def read_words(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Queue a copy of anything else from device memory to pinned host memory."""
     _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
 
 

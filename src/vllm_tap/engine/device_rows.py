@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_tap.engine import cuda, kernel
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm_tap")
 
+
+_NO_TOKENS: Final = bytes(8)
+
+_pack_header = struct.Struct(f"={kernel.HEADER_WORDS}q").pack
 
 STREAM_NUMBERS: Final = {
     name: number
@@ -57,7 +63,7 @@ class DeviceRows(Rows):
         self._on: frozenset[int] = NOTHING
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
-        self._header_address = self.header.data_ptr()
+        self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
         self._num_identity = 0
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
 
@@ -109,9 +115,12 @@ class DeviceRows(Rows):
         self.clear()
         self.sink = None
 
-    def counted(self) -> list[int]:
-        """Return how many steps went through each tap that is on, and those before it; waits for the device."""
-        return list(self.counts[: max(self._planes, default=self.first_tap) - self.first_tap + 1].tolist())
+    def send_counts(self, stream: torch.cuda.Stream) -> npt.NDArray[np.int32]:
+        """Queue a copy of how many steps went through each tap, up to the last that is on; return where it arrives."""
+        num_taps = max(self._planes, default=self.first_tap) - self.first_tap + 1
+        pinned = torch.empty(num_taps, dtype=torch.int32, pin_memory=True)
+        cuda.read_words(pinned.data_ptr(), self._counts_address, pinned.nbytes, stream.cuda_stream)
+        return pinned.numpy()
 
     def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
         """Send the header of a step to the device, and its row map unless the device has it already."""
@@ -125,12 +134,12 @@ class DeviceRows(Rows):
             self._num_identity = num_tokens if selection.is_everything else 0
         self.chosen = 0 if selection.is_everything else num_tokens, num_rows
         self.switch.on = self._on
-        cuda.write_words(self._header_address, header, stream.cuda_stream)
+        cuda.write_words(self._header_address, _pack_header(*header), stream.cuda_stream)
         self.active = self._dirty = True
 
     def clear(self) -> None:
         self.active = False
         self.switch.on = NOTHING
-        if self._dirty:
-            self.header[:1].zero_()
+        if self._dirty and self.main is not None:
+            cuda.write_words(self._header_address, _NO_TOKENS, self.main.cuda_stream)
             self._dirty = False

@@ -21,7 +21,8 @@ from typing import Final
 import torch
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows
+from vllm_tap.engine.device_plan import Lane, Plan, new_plan, way_of
+from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch, Selection
 from vllm_tap.engine.slab import ALIGNMENT, Slab, aligned
@@ -42,28 +43,6 @@ MIN_STAGED_ROWS: Final = 512
 DEPTHS: Final = ((4, 2), (2, 1))
 """Planes in the staging of planes, and steps in that of blocks. The second pair is for a device that is short of
 memory: a step waits then, on the device, for copies of the one before."""
-
-
-class _Copy:
-    """A run of bytes of a block, `begin` to `end` in its segment, that leaves the device in one copy."""
-
-    def __init__(self, begin: int, end: int) -> None:
-        self.begin, self.end = begin, end
-        self.source = 0  # address of the first byte where the kernels write it
-
-    @property
-    def room(self) -> int:
-        """Bytes that it takes in the staging, where it lies as it does in the segment, modulo the alignment."""
-        return aligned(self.begin % ALIGNMENT + self.end - self.begin)
-
-
-class _Lane:
-    """One stream's way into its block, and where the current step goes."""
-
-    def __init__(self, row_bytes: int, num_planes: int, wide: bool) -> None:
-        self.row_bytes, self.num_planes, self.wide = row_bytes, num_planes, wide
-        self.target = 0  # address of plane 0 in the segment
-        self.place = 0  # of the plane under way in the ring of planes
 
 
 class DeviceSink:
@@ -97,19 +76,19 @@ class DeviceSink:
         self._is_large = False
         self._side = rows.side_stream()
         self._last = torch.cuda.Event()
-        self._selection: Selection | None = None
+        self._plan: Plan | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._forward_done = torch.cuda.Event()
         self._unsent = False
-        self._segment = self._numbers = self._place = 0
-        self._copies: list[_Copy] = []
-        self._lanes: dict[str, _Lane] = {}
-        self._place_of: dict[int, tuple[_Lane, int]] = {}
+        self._block = self._place = 0
+        self._sources: list[int] = []
+        self._lanes: dict[str, Lane] = {}
+        self._place_of: dict[int, tuple[Lane, int]] = {}
         modes: dict[int, tuple[int, int]] = {}
         step_bytes = (NUM_LABELS - 1) * LABEL_BYTES * max_rows + 2 * ALIGNMENT
         for stream in streams:
             wide = max_rows * stream.row_bytes >= WIDE_PLANE_BYTES
-            lane = self._lanes[stream.name] = _Lane(stream.row_bytes, len(stream.layers), wide)
+            lane = self._lanes[stream.name] = Lane(stream.row_bytes, len(stream.layers), wide)
             step_rows = self._small_rows if wide else max_rows
             step_bytes += lane.num_planes * lane.row_bytes * step_rows + stream.alignment + ALIGNMENT
             for plane, layer in enumerate(stream.layers):
@@ -153,57 +132,28 @@ class DeviceSink:
         """
         self.send()
         main = self._rows.main = torch.cuda.current_stream(self._device)
-        num_rows = self._num_rows = selection.num_rows
-        self._is_large = num_rows > self._small_rows
-        self._segment = self._pool.segment(chunk.segment_id).address
-        self._numbers = self._segment + placed.labels
-        words = [0] * kernel.HEADER_WORDS
-        words[0] = len(selection.row_map)
-        copy_of = self._cut(placed)
-        self._stage(main)
-        for (name, lane), start in zip(self._lanes.items(), placed.streams, strict=True):
-            lane.target = self._segment + start
-            copy = copy_of.get(name)
-            if copy is not None:
-                place = 1 + 2 * STREAM_NUMBERS[name]
-                words[place : place + 2] = copy.source + start - copy.begin, num_rows * lane.row_bytes
-        sources = kernel.label_sources(batch.positions, batch.token_ids)
-        # The labels come first, and in them the request numbers, which the host knows.
-        words[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 4] = *sources, self._copies[0].source, LABEL_BYTES * num_rows
-        self._rows.arm(words, selection, main)
-        self._selection = selection
+        plan = self._plan
+        if plan is None or not plan.fits(selection, way_of(placed, batch)):
+            self._num_rows = selection.num_rows
+            self._is_large = selection.num_rows > self._small_rows
+            plan = self._plan = new_plan(selection, placed, batch, self._lanes, self._lane_goes_by_planes)
+        self._block = self._pool.segment(chunk.segment_id).address + placed.labels
+        self._sources = self._stage(plan, main)
+        for lane, begin in plan.by_planes:
+            lane.target = self._block + begin
+        self._rows.arm(plan.header_for(self._sources), selection, main)
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
         self._num_requests = len(batch.request_ids)
 
-    def _cut(self, placed: Layout[int]) -> dict[str, _Copy]:
-        """Cut the block of a step into copies, between planes that go one by one; return the copy of each stream."""
-        num_rows, copy_of = self._num_rows, dict[str, _Copy]()
-        end = placed.labels + NUM_LABELS * LABEL_BYTES * num_rows
-        self._copies = [_Copy(placed.labels + LABEL_BYTES * num_rows, end)]
-        copy: _Copy | None = self._copies[0]
-        for (name, lane), start in zip(self._lanes.items(), placed.streams, strict=True):
-            if self._lane_goes_by_planes(lane):
-                copy = None
-                continue
-            if copy is None:
-                copy = _Copy(start, start)
-                self._copies.append(copy)
-            copy.end = start + lane.num_planes * num_rows * lane.row_bytes
-            copy_of[name] = copy
-        return copy_of
-
-    def _stage(self, main: torch.cuda.Stream) -> None:
-        """Find a place for the copies of a step in the staging; without one, kernels write to the segment."""
+    def _stage(self, plan: Plan, main: torch.cuda.Stream) -> list[int]:
+        """Return where the kernels write each copy of a step: to the staging, or without any to the segment."""
         if self._slab is None:
-            for copy in self._copies:
-                copy.source = self._segment + copy.begin
-            return
-        place = self._place = self._steps.take(sum(copy.room for copy in self._copies), main)
-        for copy in self._copies:
-            copy.source = self._step_staging + place + copy.begin % ALIGNMENT
-            place += copy.room
+            return [self._block + copy.begin for copy in plan.copies]
+        self._place = self._steps.take(plan.room, main)
+        place = self._step_staging + self._place
+        return [place + copy.staged for copy in plan.copies]
 
-    def _lane_goes_by_planes(self, lane: _Lane) -> bool:
+    def _lane_goes_by_planes(self, lane: Lane) -> bool:
         return self._slab is not None and lane.wide and self._is_large
 
     def wants(self, tap: Tap) -> bool:
@@ -238,16 +188,15 @@ class DeviceSink:
         Raises:
             TapError: What went wrong in a tap of this step.
         """
-        self._forward_done.record(torch.cuda.current_stream(self._device))
+        self._forward_done.record(self._rows.main)
         if self.failure is not None:
             # Rows of this step may be on their way: `close` waits for them.
             self._side.wait_event(self._forward_done)
             self._last = self._side.record_event()
             raise self.failure
-        assert self._selection is not None
+        assert self._plan is not None
         # Now that the forward pass has been launched, the host's time is not on the engine's path.
-        ctypes.memmove(self._numbers, self._selection.numbers.tobytes(), LABEL_BYTES * self._num_rows)
-        self._selection = None
+        ctypes.memmove(self._block, self._plan.numbers, len(self._plan.numbers))
         self._num_steps += 1
         self._rows.active = False
         self._unsent = True
@@ -265,14 +214,15 @@ class DeviceSink:
         if self._slab is None:
             self._last = self._forward_done
             return
+        plan, stream = self._plan, self._side.cuda_stream
+        assert plan is not None
         self._side.wait_event(self._forward_done)
         try:
-            for copy in self._copies:
-                nbytes = copy.end - copy.begin
-                cuda.copy_to_host(self._segment + copy.begin, copy.source, nbytes, self._side.cuda_stream)
+            for copy, source in zip(plan.copies, self._sources, strict=True):
+                cuda.copy_to_host(self._block + copy.begin, source, copy.end - copy.begin, stream)
         finally:
             self._last = self._side.record_event()
-        self._steps.busy(self._place, sum(copy.room for copy in self._copies), self._last)
+        self._steps.busy(self._place, plan.room, self._last)
 
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
@@ -281,8 +231,10 @@ class DeviceSink:
             CaptureError: A tap was silent.
         """
         self.send()
+        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
+        seen = self._rows.send_counts(self._side)
+        self._last = self._side.record_event()
         self._last.synchronize()
-        seen = self._rows.counted()
         silent = [place for place in self._place_of if seen[place - self._rows.first_tap] != self._num_steps]
         if silent:
             tap = REGISTRY[silent[0]]

@@ -7,6 +7,7 @@ is kept, rows stop, generation goes on, and the client gets the error when it as
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 import time
@@ -66,6 +67,8 @@ class Session:
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
+        self._layout = functools.lru_cache(functools.partial(layout, streams=self.streams))
+        self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []
@@ -118,10 +121,16 @@ class Session:
             chunk = self._reserve(nbytes)
             self._chunks.append(chunk)
             self._free_offset, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
-        placed = layout(self._free_offset, num_rows, self.streams)
+        placed = self._placed(self._free_offset, num_rows)
         # The next block's labels start on a cache line of their own.
         self._free_offset = -(-placed.end // CACHE_LINE) * CACHE_LINE
         return placed
+
+    def _placed(self, offset: int, num_rows: int) -> Layout[int]:
+        """Return the layout of a block that starts at an offset: that of an earlier one if it differs by the offset."""
+        period = offset - offset % self._period
+        labels, streams, end = self._layout(offset - period, num_rows)
+        return Layout(labels + period, tuple([start + period for start in streams]), end + period)
 
     def _reserve(self, nbytes: int) -> Block:
         roomy = min(STEPS_PER_CHUNK * nbytes, MAX_CHUNK_BYTES)
