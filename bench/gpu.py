@@ -27,7 +27,7 @@ from gpu_bad import run_bad
 from gpu_eager import check_against_eager
 from gpu_extract import measure_extract
 from gpu_parts import measure_parts, show_parts
-from gpu_ratios import PLANS, Ratios, show
+from gpu_ratios import ALL, PLANS, ROUTER, Ratios, show
 from gpu_setting import FAMILIES, Report, Setting, rates, start_engine, stop_engine
 from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
@@ -64,7 +64,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         report.put(parts=parts)
     timeline: list[dict[str, Any]] = []
     if args.timeline:  # last: the profiler stays in the worker's way once it has been started
-        timeline = measure_timeline(setting, plain, tapped)
+        timeline = measure_timeline(setting, plain, tapped, ROUTER if args.plan == "router" else ALL)
         report.put(timeline=timeline)
     num_layers = tapped.llm_engine.model_config.hf_text_config.num_hidden_layers
     del ratios
@@ -82,7 +82,8 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     show_parts(parts)
     show_timeline(timeline)
     same = facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
-    return same and facts.get("eager", {"fine": True})["fine"]
+    fit = facts["sample-layers of experts"] == facts["experts of the largest logits"]
+    return same and fit and facts.get("eager", {"fine": True})["fine"]
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ Plan = list[tuple[str, list[str], int]]
 
 ALL = "all layers"
 FEW = ["3 layers", "last position, all layers"]
+ROUTER = "router logits and experts"
+LAYERED = "hidden_states", "router_logits", "expert_ids", "expert_weights"
 
 PLANS: dict[str, Plan] = {
     "least": [("decode 8 x (64 + 128)", [ALL], 1)],
@@ -26,7 +28,7 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
     ],
-    "decode": [("decode 8 x (64 + 128)", [ALL, *FEW], 15)],
+    "decode": [("decode 8 x (64 + 128)", [ALL, *FEW], 9), ("decode 64 x (64 + 128)", [ALL, *FEW], 9)],
     "profile": [
         ("decode 8 x (64 + 128)", [ALL, f"{ALL} / direct", *FEW], 7),
         ("decode 256 x (64 + 128)", [ALL], 5),
@@ -35,9 +37,9 @@ PLANS: dict[str, Plan] = {
     ],
     "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
     "router": [
-        ("decode 8 x (64 + 128)", ["router logits and experts"], 7),
-        ("decode 256 x (64 + 128)", ["router logits and experts"], 5),
-        ("prefill 64 x 1000", ["router logits and experts"], 5),
+        ("decode 8 x (64 + 128)", [ROUTER], 7),
+        ("decode 256 x (64 + 128)", [ROUTER], 5),
+        ("prefill 64 x 1000", [ROUTER], 5),
     ],
 }
 
@@ -52,7 +54,10 @@ class Ratios:
         self.setting, self.plain, self.tapped = setting, plain, tapped
 
     def check(self) -> dict[str, Any]:
-        """Check rows before timing: equal prompts give equal rows, staged and direct captures the same bytes."""
+        """Check rows before timing: equal prompts give equal rows, staged and direct captures the same bytes.
+
+        Of experts, also that the chosen ones are those of the largest logits: bytes of another layer's would not be.
+        """
         import torch
 
         setting = self.setting
@@ -61,35 +66,43 @@ class Ratios:
         prompts = setting.prompts((2, long, 1)) + setting.prompts((2, 64 if not setting.smoke else 8, 1))
         prompts = [*prompts, *prompts]
         spec = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+        if setting.has_experts:
+            spec |= {"router_logits": "all", "routed_experts": "all"}
         staged = capture(setting, self.tapped, prompts, 16, spec, staging="staged")[1]
         free.append(setting.free_bytes())
         direct = capture(setting, self.tapped, prompts, 16, spec, staging="direct")[1]
-        layers = staged.layers["hidden_states"]
-        equal = staged_direct = finite = 0
+        places = [(stream, layer) for stream in LAYERED for layer in staged.layers.get(stream, ())]
+        equal = staged_direct = finite = chosen = 0
         for i, sample in enumerate(staged):
             twin, other = staged[(i + 4) % 8], direct[i]
-            for layer in layers:
-                rows = sample.hidden_states[layer]
+            for stream, layer in places:
+                rows = getattr(sample, stream)[layer]
                 prompt = slice(0, len(prompts[i]["prompt_token_ids"]))
-                equal += torch.equal(rows[prompt], twin.hidden_states[layer][prompt])
-                staged_direct += torch.equal(rows, other.hidden_states[layer])
+                equal += torch.equal(rows[prompt], getattr(twin, stream)[layer][prompt])
+                staged_direct += torch.equal(rows, getattr(other, stream)[layer])
                 finite += bool(rows.isfinite().all() and rows.abs().amax(-1).min() > 0)
+            chosen += sum(fits(sample, layer) for layer in staged.layers.get("expert_ids", ()))
         begin = [time.perf_counter()]
         for _ in range(21):
             held = status(self.tapped)
             begin.append(time.perf_counter())
         linger = wait_idle(self.tapped)
         free.append(setting.free_bytes())
+        workload = setting.workload("decode 8 x (64 + 128)")
+        cold = [capture(setting, self.tapped, setting.prompts(workload), workload[2], spec)[0] for _ in range(3)]
         return {
-            "sample-layers": 8 * len(layers),
+            "sample-layers": 8 * len(places),
             "equal prompts, equal rows": equal,
             "staged equals direct": staged_direct,
             "finite and not zero": finite,
+            "sample-layers of experts": 8 * len(staged.layers.get("expert_ids", ())),
+            "experts of the largest logits": chosen,
             "conventions": staged.conventions,
             "call_ms": statistics.median(b - a for a, b in itertools.pairwise(begin)) * 1e3,
             "staging_mib": (free[0] - free[1]) / 2**20,
             "held_idle_mib": (free[0] - free[2]) / 2**20,
             "staging_lingers_s": linger,
+            "first_captures_ms": [seconds * 1e3 for seconds in cold],
             "status": held,
         }
 
@@ -149,6 +162,12 @@ class Ratios:
             return generate(self.plain if arm == "plain" else self.tapped, prompts, max_tokens)[0], None
         spec, staging = arm.split(" / ")
         return capture(self.setting, self.tapped, prompts, max_tokens, self.setting.spec(spec), staging=staging)
+
+
+def fits(sample: Any, layer: int) -> bool:
+    """Tell whether no expert has a larger logit than one that was chosen, in any row."""
+    logits, ids = sample.router_logits[layer].float(), sample.expert_ids[layer].long()
+    return bool((logits.gather(1, ids).amin(1) >= logits.topk(ids.shape[1]).values.amin(1)).all())
 
 
 def step_times(times: list[float]) -> dict[str, float]:

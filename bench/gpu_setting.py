@@ -61,6 +61,11 @@ class Setting:
         return 64 if self.smoke else 8192
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return self.shape == "qwen3-30b-a3b"
+
+    @property
     def cuda(self) -> bool:
         """Whether there is a device to ask for its memory."""
         return not self.smoke

@@ -22,8 +22,6 @@ WORKLOADS = {"decode 8 x (64 + 128)": 24, "decode 64 x (64 + 128)": 24, "prefill
 HOST_GAP_US = 40.0
 """A gap longer than this is the host's, which the profiler slows down, and no cost of the device."""
 
-CAPTURING = "all layers"
-
 KEPT, SHOWN = 24, 12
 """Operations of a workload in the results file, and in the table."""
 
@@ -44,23 +42,23 @@ def arguments() -> dict[str, Any]:
     return {"profiler_config": {"profiler": "torch", "torch_profiler_dir": folder, **options}}
 
 
-def measure_timeline(setting: Setting, plain: Any, tapped: Any) -> list[dict[str, Any]]:
+def measure_timeline(setting: Setting, plain: Any, tapped: Any, spec: str) -> list[dict[str, Any]]:
     """Return what the operations of a step cost, for each workload: plain if there is such an engine, idle, busy."""
-    return [_compare(setting, plain, tapped, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
+    return [_compare(setting, plain, tapped, spec, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
 
 
-def _compare(setting: Setting, plain: Any, tapped: Any, name: str, max_tokens: int) -> dict[str, Any]:
+def _compare(setting: Setting, plain: Any, tapped: Any, spec: str, name: str, max_tokens: int) -> dict[str, Any]:
     workload = setting.workload(name)
     prompts = setting.prompts(workload)
     steps = max_tokens if max_tokens > 1 else -(-workload[0] * workload[1] // setting.step_tokens)
     arms: dict[str, tuple[Any, Callable[[], object]]] = {
         "plain": (plain, lambda: generate(plain, prompts, max_tokens)),
         "idle": (tapped, lambda: generate(tapped, prompts, max_tokens)),
-        CAPTURING: (tapped, lambda: capture(setting, tapped, prompts, max_tokens, setting.spec("all layers"))),
+        spec: (tapped, lambda: capture(setting, tapped, prompts, max_tokens, setting.spec(spec))),
     }
     found = {arm: _costs(_trace(llm, run), steps) for arm, (llm, run) in arms.items() if llm is not None}
     names = {name for costs in found.values() for name in costs}
-    more = {name: _us(found[CAPTURING], name) - _us(found["idle"], name) for name in names}
+    more = {name: _us(found[spec], name) - _us(found["idle"], name) for name in names}
     chosen = sorted(names, key=lambda name: -abs(more[name]))[:KEPT]
     return {
         "workload": name,
@@ -125,4 +123,4 @@ def show_timeline(rows: list[dict[str, Any]]) -> None:
         print(f"\na step of {row['workload']}, us on the device (profiled): {totals}")
         for name, arms in list(row["operations"].items())[:SHOWN]:
             cells = "".join(f"{times:8.1f} x {us:9.1f}" for times, us in arms.values())
-            print(f"    {name:70s}{cells}{arms[CAPTURING][1] - arms['idle'][1]:+11.1f}")
+            print(f"    {name:70s}{cells}{list(arms.values())[-1][1] - arms['idle'][1]:+11.1f}")

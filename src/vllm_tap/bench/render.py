@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ def render_codecs(results_dir: Path) -> str:
     return _table(rows) + "\n\n" + origin
 
 
+FEW_STEPS = 20
+"""Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
+
 RENDERERS: dict[str, Callable[[Path], str]] = {
     "codecs": render_codecs,
     "gpu": render_gpu,
@@ -158,10 +162,11 @@ def _ratio(value: float) -> str:
 
 
 def _gpu_table(results: dict[str, Any], source: Path) -> str:
-    head = ["workload", "arm", "ratio to plain", "rows GB", "GB/s"]
+    head = ["workload", "arm", "ratio to plain", "in pairs", "ms a step", "rows GB", "GB/s"]
     machine, rates = results["machine"], results["rates_gb_per_s"]
     origin = (
-        f"Shape `{results['shape']}`, medians; ratio: time of the plain engine over time of the arm. {machine['gpu']}, "
+        f"Shape `{results['shape']}`{_ranks(results)}, medians; ratio: time of the plain engine over time of the arm; "
+        f"in pairs: the median of the ratios within a round. {machine['gpu']}, "
         f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
@@ -173,7 +178,15 @@ def _gpu_row(row: dict[str, Any]) -> list[str]:
     """Return the cells of an arm; plain and idle engines ship no rows."""
     gigabytes = row["bytes"] / 1e9
     moved = [_three_digits(gigabytes), _three_digits(gigabytes / row["seconds"])] if row["bytes"] else ["", ""]
-    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", *moved]
+    steps = [step["step_ms"] for step in row.get("steps", ()) if step["steps"] > FEW_STEPS]
+    step = f"{statistics.median(steps):.3f}" if steps else ""
+    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", f"{row['paired']:.3f}", step, *moved]
+
+
+def _ranks(results: dict[str, Any]) -> str:
+    """Return how tensor-parallel ranks shared the bytes, if there were several."""
+    shares = [f"{share:.2f}" for share in results.get("tp2_shares", ())]
+    return f", {len(shares)} ranks which copied {' and '.join(shares)} of one rank's bytes" if shares else ""
 
 
 def _three_digits(value: float) -> str:

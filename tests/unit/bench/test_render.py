@@ -15,9 +15,12 @@ RESULTS = {
     "shape": "tiny",
     "rates_gb_per_s": {"d2h": 55.34, "device_copy": 4301.0},
     "rows": [
-        {"workload": "prefill 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "bytes": 0, "parts": {}},
-        {"workload": "prefill 1 x 10", "arm": "all / auto", "seconds": 0.52, "ratio": 0.96154, "bytes": 13 * 10**9,
-         "parts": {"start": 0.1}},
+        {"workload": "prefill 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "paired": 1.0, "bytes": 0,
+         "parts": {}, "steps": [{"steps": 2, "step_ms": 250.0}]},
+        {"workload": "prefill 1 x 10", "arm": "all / auto", "seconds": 0.52, "ratio": 0.96154, "paired": 0.9666,
+         "bytes": 13 * 10**9, "parts": {"start": 0.1}},
+        {"workload": "decode 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "paired": 1.0, "bytes": 0,
+         "parts": {}, "steps": [{"steps": 100, "step_ms": step} for step in (4.0, 5.0, 9.0)]},
     ],
 }  # fmt: skip
 
@@ -29,15 +32,22 @@ def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
     for name in ("gpu-a.json", "gpu-b.json", "other.json"):
         (tmp_path / name).write_text(json.dumps(RESULTS))
     text = render(MARKED, tmp_path)
-    assert text.count("| workload | arm | ratio to plain | rows GB | GB/s |") == 2
-    assert "| prefill 1 x 10 | plain | 1.000 |  |  |" in text
-    assert "| prefill 1 x 10 | all / auto | 0.962 | 13 | 25 |" in text
+    assert text.count("| workload | arm | ratio to plain | in pairs | ms a step | rows GB | GB/s |") == 2
+    assert "| prefill 1 x 10 | plain | 1.000 | 1.000 |  |  |  |" in text
+    assert "| prefill 1 x 10 | all / auto | 0.962 | 0.967 |  | 13 | 25 |" in text
+    assert "| decode 1 x 10 | plain | 1.000 | 1.000 | 5.000 |  |  |" in text
     assert "Some GPU, 8 processors" in text
     assert "55.3 GB/s" in text
     assert "[gpu-b.json](bench/results/gpu-b.json)" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+
+
+def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
+    """Results of several tensor-parallel ranks."""
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"tp2_shares": [0.5, 0.498]}))
+    assert "Shape `tiny`, 2 ranks which copied 0.50 and 0.50 of one rank's bytes, medians" in render(MARKED, tmp_path)
 
 
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
