@@ -57,7 +57,7 @@ class SlabKeeper:
         headroom: Bytes of device memory that the engine's steps may still take: a slab never reaches into them.
         is_quiet: Whether the device has nothing to do. The driver waits for all queued work before it frees memory,
             and the engine waits with it; so a slab goes in a pause of the engine.
-        on_idle: Called when a slab has gone because nobody wanted it, from a thread of the keeper's.
+        on_idle: Called before a slab goes because nobody wants it, from a thread of the keeper's: for what else goes.
     """
 
     def __init__(
@@ -131,8 +131,10 @@ class SlabKeeper:
             else:
                 slab = None
         if slab is not None:
-            self._free(slab)
-            self._on_idle()
+            try:
+                self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
+            finally:
+                self._free(slab)
         with self._lock:
             self._has_thread = self._held_bytes > 0
             return self._has_thread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -99,6 +100,25 @@ def test_idle_memory_is_zero_after_a_while(keeper: Keeper, device: Device) -> No
     assert keeper.held_bytes == 0
     keeper.give(take(keeper, 500))
     assert keeper.threads == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_goes_with_a_slab_goes_first(device: Device, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Who sees that no staging memory is held can count on it; the memory goes whatever becomes of the rest."""
+    held = []
+
+    def on_idle() -> None:
+        held.append(keeper.held_bytes)
+        if fails:
+            raise RuntimeError
+
+    monkeypatch.setattr("vllm_tap.engine.slab.time.monotonic", lambda: 0.0)
+    keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, on_idle)
+    keeper.give(take(keeper, 500))
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        keeper.tidy(LINGER_SECONDS + 0.1)
+    assert held == [500]
+    assert device.held == {}
 
 
 def test_memory_goes_back_in_a_pause_of_the_engine(keeper: Keeper, device: Device) -> None:
