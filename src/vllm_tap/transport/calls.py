@@ -69,6 +69,7 @@ class CallServer:
             if self._closing.is_set():
                 return
             self._closing.set()
+            self._settled.notify_all()
             for open_socket in (self._listener, *self._connections):
                 _shutdown(open_socket)
 
@@ -81,7 +82,7 @@ class CallServer:
         Cost: some microseconds for each connection if there is nothing to wait for.
         """
         with self._settled:
-            return self._settled.wait_for(lambda: not self._has_calls(), timeout_s)
+            return self._settled.wait_for(lambda: self._closing.is_set() or not self._has_calls(), timeout_s)
 
     def _has_calls(self) -> bool:
         """Tell whether there are calls that have come and are not handled yet; the lock is held."""

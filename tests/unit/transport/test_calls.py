@@ -668,8 +668,11 @@ def test_a_client_that_sends_half_a_call_does_not_hold_a_settling_server(server,
 
 
 def test_a_server_without_calls_has_settled(server, caller):
-    """With connections or without."""
+    """With connections or without, and when it has been closed."""
     assert call(caller, b"done") == b"done"
+    assert server.settle(DEADLINE_S)
+    server.close()
+    wait_until(lambda: not caller.alive, "the end of the connection")
     assert server.settle(DEADLINE_S)
 
 
