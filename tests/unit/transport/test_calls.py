@@ -483,7 +483,8 @@ def test_closing_a_caller_ends_its_calls(caller, gate):
     assert gate.reached.wait(DEADLINE_S)
     caller.close()
     caller.close()
-    with pytest.raises(TransportError, match="closed during a call"):
+    # The call has reached the server; whether its thread waits for the reply yet is another matter.
+    with pytest.raises(TransportError, match=r"closed during a call|is closed: connect again"):
         waiting.outcome()
     assert not caller.alive
     for late in (lambda: caller.send(b""), lambda: caller.receive(1), lambda: Thread(caller.send, b"").outcome()):
