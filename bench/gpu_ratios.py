@@ -43,7 +43,7 @@ PLANS: dict[str, Plan] = {
     ],
 }
 
-STEPS = (("steps", 0), ("queued_ms", 1), ("first_ms", 1), ("step_ms", 3))
+STEPS = (("steps", 0), ("queued_ms", 1), ("first_ms", 1), ("step_ms", 3), ("longest_ms", 1))
 """What the table says of the steps of an arm, with how many digits."""
 
 
@@ -171,7 +171,10 @@ def fits(sample: Any, layer: int) -> bool:
 
 
 def step_times(times: list[float]) -> dict[str, float]:
-    """Return the number of steps, the times until prompts are queued and the first step is done, a step's median."""
+    """Return the number of steps, the times until prompts are queued and the first step is done, and a step's.
+
+    `longest_ms` is of the second half, in which no prompts are read: longer than the median, the machine paused there.
+    """
     begin, queued, *arrivals = times
     between = [b - a for a, b in itertools.pairwise(arrivals)]
     return {
@@ -179,6 +182,7 @@ def step_times(times: list[float]) -> dict[str, float]:
         "queued_ms": (queued - begin) * 1e3,
         "first_ms": (arrivals[0] - begin) * 1e3,
         "step_ms": statistics.median(between) * 1e3 if between else 0.0,
+        "longest_ms": max(between[len(between) // 2 :], default=0.0) * 1e3,
         "all_ms": sum(between) * 1e3,
     }
 
