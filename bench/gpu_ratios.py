@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gpu_setting import WORKLOADS, Setting, capture, generate, status, wait_idle
+from gpu_setting import WORKLOADS, Setting, asking_ms, capture, generate, status, wait_idle
 
 Plan = list[tuple[str, list[str], int]]
 """(workload, specs, rounds), one after another on the same engines; a spec may name its own staging."""
@@ -101,6 +101,7 @@ class Ratios:
             "call_ms": statistics.median(b - a for a, b in itertools.pairwise(begin)) * 1e3,
             "staging_mib": (free[0] - free[1]) / 2**20,
             "held_idle_mib": (free[0] - free[2]) / 2**20,
+            "asking_for_free_memory_ms": asking_ms(setting),
             "staging_lingers_s": linger,
             "first_captures_ms": [seconds * 1e3 for seconds in cold],
             "status": held,
