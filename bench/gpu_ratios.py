@@ -174,7 +174,7 @@ def fits(sample: Any, layer: int) -> bool:
 def step_times(times: list[float]) -> dict[str, float]:
     """Return the number of steps, the times until prompts are queued and the first step is done, and a step's.
 
-    `longest_ms` is of the second half, in which no prompts are read: longer than the median, the machine paused there.
+    `longest_ms` is of the second half, in which no prompts are read: far above the median, something paused there.
     """
     begin, queued, *arrivals = times
     between = [b - a for a, b in itertools.pairwise(arrivals)]

@@ -42,6 +42,11 @@ class PromptArrays:
 class Sequences:
     """All sequences of a capture behind one another, as flat arrays over token positions.
 
+    Args:
+        outputs: vLLM's, by sample; None for a sample without one.
+        positions: Which rows are asked for.
+        prompts: Those that were read ahead.
+
     Attributes:
         slots: {(sample, completion): number of the sequence}.
         starts: int64 [S + 1], first flat index of each sequence; the rows that exist are the prompt and all generated

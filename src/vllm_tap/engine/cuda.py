@@ -67,12 +67,12 @@ def write_words(target: int, words: bytes, stream: int) -> None:
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Queue a copy of rows from device memory to registered host memory."""
+    """Queue a copy of rows from device memory to registered host memory; a profile of copies times these alone."""
     read_words(target, source, nbytes, stream)
 
 
 def read_words(target: int, source: int, nbytes: int, stream: int) -> None:
-    """Queue a copy of anything else from device memory to pinned host memory."""
+    """Queue a copy of what is no rows from device memory to pinned host memory."""
     _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
 
 

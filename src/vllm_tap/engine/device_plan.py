@@ -97,19 +97,20 @@ def new_plan(
     header[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 2] = kernel.label_sources(batch.positions, batch.token_ids)
     header[kernel.LABEL_PLACE + 3] = LABEL_BYTES * num_rows
     # The labels come first, and in them the request numbers, which the host knows.
-    spans = [(LABEL_BYTES * num_rows, NUM_LABELS * LABEL_BYTES * num_rows)]
+    spans = [[LABEL_BYTES * num_rows, NUM_LABELS * LABEL_BYTES * num_rows]]
     addresses = [(kernel.LABEL_PLACE + 2, 0, 0)]
     by_planes: list[tuple[Lane, int]] = []
-    goes_on = True  # the next stream leaves with what lies before it
+    is_cut = False  # what lies before the next stream leaves by planes
     for (name, lane), start in zip(lanes.items(), placed.streams, strict=True):
         begin = start - placed.labels
-        end = begin + lane.num_planes * num_rows * lane.row_bytes
         if goes_by_planes(lane):
             by_planes.append((lane, begin))
-            goes_on = False
+            is_cut = True
             continue
-        spans[len(spans) - goes_on :] = [(spans[-1][0] if goes_on else begin, end)]
-        goes_on = True
+        if is_cut:
+            spans.append([begin, begin])
+            is_cut = False
+        spans[-1][1] = begin + lane.num_planes * num_rows * lane.row_bytes
         place = 1 + 2 * STREAM_NUMBERS[name]
         addresses.append((place, len(spans) - 1, begin - spans[-1][0]))
         header[place + 1] = num_rows * lane.row_bytes
