@@ -14,7 +14,11 @@ WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1
 
 def measure_parts(setting: Setting, llm: Any, d2h: float, rounds: int = 5) -> list[dict[str, Any]]:
     """Return the parts of captures of all layers, a row for each workload, measured with profiling on."""
-    return [_parts(setting, llm, name, d2h, setting.rounds(rounds)) for name in WORKLOADS]
+    rows = []
+    for name in WORKLOADS:
+        few = min(rounds, 3) if name.startswith("prefill") else rounds
+        rows.append(_parts(setting, llm, name, d2h, setting.rounds(few)))
+    return rows
 
 
 def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> dict[str, Any]:
@@ -37,13 +41,17 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
         for label, times in worker.items()
         if label not in STEP
     }
-    # The median: prefill steps and the first of a shape are few, and cost more.
-    row["step_us"] = {label: statistics.median(worker[label]) * 1e6 for label in STEP}
+    row["step_us"] = {label: _usual(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
     for _ in range(min(rounds, 3)):
         once()
     row["dma"] = [_copies(rank, d2h) for rank in _profile(llm, "") if rank.get("copy_seconds")]
     return row
+
+
+def _usual(times: list[float]) -> float:
+    """Return the mean without the longest twentieth: prefill steps and the first of a shape are few, and cost more."""
+    return statistics.mean(sorted(times)[: len(times) - len(times) // 20])
 
 
 def _call_ms(setting: Setting, llm: Any, workload: Any, rounds: int) -> dict[str, float]:

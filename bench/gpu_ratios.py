@@ -22,8 +22,8 @@ LAYERED = "hidden_states", "router_logits", "expert_ids", "expert_weights"
 PLANS: dict[str, Plan] = {
     "least": [("decode 8 x (64 + 128)", [ALL], 1)],
     "short": [
-        ("decode 8 x (64 + 128)", [ALL, *FEW], 9),
-        ("decode 64 x (64 + 128)", [ALL, *FEW], 7),
+        ("decode 8 x (64 + 128)", [ALL, *FEW], 15),
+        ("decode 64 x (64 + 128)", [ALL, *FEW], 9),
         ("decode 256 x (64 + 128)", [ALL], 7),
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
@@ -37,7 +37,7 @@ PLANS: dict[str, Plan] = {
     ],
     "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
     "router": [
-        ("decode 8 x (64 + 128)", [ROUTER], 7),
+        ("decode 8 x (64 + 128)", [ROUTER], 11),
         ("decode 256 x (64 + 128)", [ROUTER], 5),
         ("prefill 64 x 1000", [ROUTER], 5),
     ],

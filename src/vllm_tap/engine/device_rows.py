@@ -49,6 +49,7 @@ class DeviceRows(Rows):
         self._buffer = torch.zeros(kernel.HEADER_WORDS + max_tokens, dtype=torch.int64, device=device)
         self.header = self._buffer[: kernel.HEADER_WORDS]
         self.row_map = self._buffer[kernel.HEADER_WORDS :].view(torch.int32)
+        self.numbers = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.table = torch.full((max_taps, 2), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self.first_tap = len(REGISTRY)
@@ -65,6 +66,7 @@ class DeviceRows(Rows):
         self._dirty = False
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
         self._num_identity = 0
+        self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
 
     @property
@@ -123,19 +125,25 @@ class DeviceRows(Rows):
         return pinned.numpy()
 
     def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
-        """Send the header of a step to the device, and its row map unless the device has it already."""
-        num_tokens, num_rows = header[0], selection.num_rows
-        if not (selection.is_everything and num_tokens <= self._num_identity):
-            pieces = [selection.row_map] if selection.is_everything else [selection.row_map, selection.sources]
-            pinned = torch.empty(sum(map(len, pieces)), dtype=torch.int32, pin_memory=True)
-            np.concatenate(pieces, out=pinned.numpy())
-            # PyTorch keeps pinned memory until the copies out of it are done.
-            self.row_map[: len(pinned)].copy_(pinned, non_blocking=True)
-            self._num_identity = num_tokens if selection.is_everything else 0
-        self.chosen = 0 if selection.is_everything else num_tokens, num_rows
+        """Send the header of a step to the device, and its selection unless the device has it already."""
+        if selection is not self._selection:
+            self._send_selection(selection)
         self.switch.on = self._on
         cuda.write_words(self._header_address, _pack_header(*header), stream.cuda_stream)
         self.active = self._dirty = True
+
+    def _send_selection(self, selection: Selection) -> None:
+        num_tokens = len(selection.row_map)
+        self._selection = None
+        if not selection.is_everything:
+            _send(self.row_map, selection.row_map, selection.sources)
+            self._num_identity = 0
+        elif num_tokens > self._num_identity:
+            _send(self.row_map, selection.row_map)
+            self._num_identity = num_tokens
+        _send(self.numbers, selection.numbers)
+        self.chosen = 0 if selection.is_everything else num_tokens, selection.num_rows
+        self._selection = selection
 
     def clear(self) -> None:
         self.active = False
@@ -143,3 +151,11 @@ class DeviceRows(Rows):
         if self._dirty and self.main is not None:
             cuda.write_words(self._header_address, _NO_TOKENS, self.main.cuda_stream)
             self._dirty = False
+
+
+def _send(target: torch.Tensor, *pieces: npt.NDArray[np.int32]) -> None:
+    """Queue a copy of pieces, one behind the other, to the start of a tensor on the device."""
+    pinned = torch.empty(sum(map(len, pieces)), dtype=torch.int32, pin_memory=True)
+    np.concatenate(pieces, out=pinned.numpy())
+    # PyTorch keeps pinned memory until the copies out of it are done.
+    target[: len(pinned)].copy_(pinned, non_blocking=True)

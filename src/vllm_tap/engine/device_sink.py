@@ -2,8 +2,8 @@
 
 Runs in the worker process. Three ways lead from a tap into the block of the step, chosen per stream and step:
 
-- staged: the whole block of the step, as it will lie in the segment, one copy after the forward pass; the way of decode
-  steps, whose taps run inside captured graphs.
+- staged: the whole block of the step, as it will lie in the segment, in one copy after the forward pass, which small
+  steps share (see `burst`); the way of decode steps, whose taps run inside captured graphs.
 - by planes: each plane copied as soon as its layer is through; the way of large prefill steps, which run outside
   graphs: the copies hide behind the layers that follow, and little memory is needed.
 - direct: the tap stores into pinned host memory; no device memory at all.
@@ -13,7 +13,6 @@ Every reuse of staging is ordered between streams; the host never waits in a ste
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -21,7 +20,8 @@ from typing import Final
 import torch
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.device_plan import Lane, Plan, new_plan, way_of
+from vllm_tap.engine.burst import Burst, Transfer
+from vllm_tap.engine.device_plan import Copy, Lane, Plan, new_plan
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch, Selection
@@ -39,6 +39,9 @@ WIDE_PLANE_BYTES: Final = 16 << 20
 and every copy costs the host about 20 microseconds."""
 
 MIN_STAGED_ROWS: Final = 512
+
+BURST_BYTES: Final = 16 << 20
+"""Most bytes of steps that leave together; `burst` says what is gained."""
 
 DEPTHS: Final = ((4, 2), (2, 1))
 """Planes in the staging of planes, and steps in that of blocks. The second pair is for a device that is short of
@@ -78,14 +81,15 @@ class DeviceSink:
         self._last = torch.cuda.Event()
         self._plan: Plan | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
-        self._forward_done = torch.cuda.Event()
+        self._passed = torch.cuda.Event()
         self._unsent = False
-        self._block = self._place = 0
-        self._sources: list[int] = []
+        self._burst: Burst | None = None
+        self._chunk: Block | None = None
+        self._segment = 0  # address of the one that has the chunk
         self._lanes: dict[str, Lane] = {}
         self._place_of: dict[int, tuple[Lane, int]] = {}
         modes: dict[int, tuple[int, int]] = {}
-        step_bytes = (NUM_LABELS - 1) * LABEL_BYTES * max_rows + 2 * ALIGNMENT
+        step_bytes = NUM_LABELS * LABEL_BYTES * max_rows + 2 * ALIGNMENT
         for stream in streams:
             wide = max_rows * stream.row_bytes >= WIDE_PLANE_BYTES
             lane = self._lanes[stream.name] = Lane(stream.row_bytes, len(stream.layers), wide)
@@ -122,36 +126,62 @@ class DeviceSink:
         logger.warning("vllm-tap: %s Going on with direct writes, which are slower for many rows.", text)
         return None
 
-    def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Tell the kernels where the rows and the labels of this step go.
 
-        Cost: one copy of 144 bytes to the device; of the row map too when it changes.
+        Cost: one copy of 144 bytes to the device; of the selection too when it changes.
 
         Raises:
             CaptureError: The runner's positions or token ids are of another dtype than the kernel reads.
         """
-        self.send()
-        main = self._rows.main = torch.cuda.current_stream(self._device)
         plan = self._plan
-        if plan is None or not plan.fits(selection, way_of(placed, batch)):
+        if plan is None or not plan.fits(selection, form, batch):
             self._num_rows = selection.num_rows
             self._is_large = selection.num_rows > self._small_rows
-            plan = self._plan = new_plan(selection, placed, batch, self._lanes, self._lane_goes_by_planes)
-        self._block = self._pool.segment(chunk.segment_id).address + placed.labels
-        self._sources = self._stage(plan, main)
+            numbers = self._rows.numbers.data_ptr()
+            plan = self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
+        if chunk is not self._chunk:
+            self._chunk, self._segment = chunk, self._pool.segment(chunk.segment_id).address
+        block = self._segment + start
+        staged = self._burst.join(block, form.end) if self._burst is not None and plan.is_whole else 0
+        sources = [staged] if staged else self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
         for lane, begin in plan.by_planes:
-            lane.target = self._block + begin
-        self._rows.arm(plan.header_for(self._sources), selection, main)
+            lane.target = block + begin
+        main = self._rows.main
+        assert main is not None
+        self._rows.arm(plan.header_for(sources), selection, main)
+        self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
         self._num_requests = len(batch.request_ids)
 
-    def _stage(self, plan: Plan, main: torch.cuda.Stream) -> list[int]:
-        """Return where the kernels write each copy of a step: to the staging, or without any to the segment."""
+    def _open(self, plan: Plan, block: int, chunk_end: int) -> list[int]:
+        """Return where the kernels write each copy of a step that joins no burst: to the staging, or to the segment."""
+        if self._burst is not None:
+            self._flush()
+        main = self._rows.main = torch.cuda.current_stream(self._device)
         if self._slab is None:
-            return [self._block + copy.begin for copy in plan.copies]
-        self._place = self._steps.take(plan.room, main)
-        place = self._step_staging + self._place
-        return [place + copy.staged for copy in plan.copies]
+            return [block + copy.begin for copy in plan.copies]
+        copies, limit = plan.copies, 0
+        if plan.is_whole:
+            (only,) = copies
+            # Half of the ring: another burst fills while this one is on its way.
+            room = min(BURST_BYTES, chunk_end - block, self._steps.capacity // 2 - ALIGNMENT)
+            limit = block + max(room, only.end)
+            copies = [Copy(0, limit - block)]
+        size, places = 0, []
+        for copy in copies:
+            # As in the segment, modulo the alignment.
+            place = size + (block + copy.begin) % ALIGNMENT
+            places.append(place)
+            size = aligned(place + copy.end - copy.begin)
+        start = self._steps.take(size, main)
+        sources = [self._step_staging + start + place for place in places]
+        transfers = [
+            Transfer(block + copy.begin, source, copy.end - copy.begin)
+            for copy, source in zip(plan.copies, sources, strict=True)
+        ]
+        self._burst = Burst(transfers, start, size, limit)
+        return sources
 
     def _lane_goes_by_planes(self, lane: Lane) -> bool:
         return self._slab is not None and lane.wide and self._is_large
@@ -183,23 +213,15 @@ class DeviceSink:
         self._planes.busy(lane.place, aligned(nbytes), self._side.record_event())
 
     def end(self) -> list[Tap]:
-        """Write the request numbers; which taps were silent is known when all is settled.
+        """Take note of a step; which taps were silent is known when all is settled.
 
         Raises:
             TapError: What went wrong in a tap of this step.
         """
-        self._forward_done.record(self._rows.main)
         if self.failure is not None:
-            # Rows of this step may be on their way: `close` waits for them.
-            self._side.wait_event(self._forward_done)
-            self._last = self._side.record_event()
-            raise self.failure
-        assert self._plan is not None
-        # Now that the forward pass has been launched, the host's time is not on the engine's path.
-        ctypes.memmove(self._block, self._plan.numbers, len(self._plan.numbers))
+            raise self.failure  # rows of this step may be on their way: `close` waits for them
         self._num_steps += 1
         self._rows.active = False
-        self._unsent = True
         return []
 
     def prepare(self) -> None:
@@ -207,22 +229,25 @@ class DeviceSink:
         self._rows.switch.prepare(self._num_requests)
 
     def send(self) -> None:
-        """Queue the copies of what is staged on the side stream."""
+        """Queue the copies of what is staged on the side stream, unless later steps may still join them."""
+        if self._burst is not None and self._burst.is_full:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Queue the copies of what is staged, behind all that the engine has queued."""
         if not self._unsent:
             return
         self._unsent = False
-        if self._slab is None:
-            self._last = self._forward_done
-            return
-        plan, stream = self._plan, self._side.cuda_stream
-        assert plan is not None
-        self._side.wait_event(self._forward_done)
+        burst, self._burst = self._burst, None
+        self._passed.record(self._rows.main)
+        self._side.wait_event(self._passed)
         try:
-            for copy, source in zip(plan.copies, self._sources, strict=True):
-                cuda.copy_to_host(self._block + copy.begin, source, copy.end - copy.begin, stream)
+            for target, source, nbytes in burst.copies if burst is not None else ():
+                cuda.copy_to_host(target, source, nbytes, self._side.cuda_stream)
         finally:
             self._last = self._side.record_event()
-        self._steps.busy(self._place, plan.room, self._last)
+        if burst is not None:
+            self._steps.busy(burst.place, burst.size, self._last)
 
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
@@ -230,7 +255,7 @@ class DeviceSink:
         Raises:
             CaptureError: A tap was silent.
         """
-        self.send()
+        self._flush()
         self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
         seen = self._rows.send_counts(self._side)
         self._last = self._side.record_event()
@@ -248,7 +273,7 @@ class DeviceSink:
         """Switch the taps off and give the staging memory back."""
         self._rows.switch_off()
         # Blocks may be freed and segments unmapped after this: nothing may be on its way into them.
-        self.send()
+        self._flush()
         self._last.synchronize()
         if self._slab is not None:
             self._rows.slabs.give(self._slab)

@@ -4,11 +4,12 @@ Runs in the worker process. What changes from step to step lies in a small devic
 captured graph serves idle, staged and direct capture alike:
 
     header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); per stream, address of plane 0 and bytes per plane;
-              addresses of the step's positions and token ids, address of plane 0 of the labels and bytes per plane
+              addresses of the step's positions and token ids, address of plane 0 of the labels, bytes per plane, and
+              address of the request numbers of the destination rows, int32 [rows]
     row_map   int32 [tokens]: destination row of each token, -1 = skip; behind it, where that is not the same, the token
               of each destination row, by which a kernel outside graphs goes
     table     int32 [taps, 2]: plane of each tap in its stream (-1 = off), and its mode: ADD or FIRST, with LABELS for
-              the tap that writes the labels as well (int32; plane 0 the positions, plane 1 the token ids)
+              the tap that writes the labels as well (int32 planes: request numbers, positions, token ids)
     counts    int32 [taps]: steps that went through each tap
 """
 
@@ -27,7 +28,7 @@ from vllm_tap.errors import CaptureError
 
 MAX_STREAMS: Final = 6
 LABEL_PLACE: Final = 1 + 2 * MAX_STREAMS
-HEADER_WORDS: Final = LABEL_PLACE + 4 + 1  # even: the row map behind it starts on a multiple of 16 bytes
+HEADER_WORDS: Final = LABEL_PLACE + 5  # even: the row map behind it starts on a multiple of 16 bytes
 LABELS: Final = 2
 BLOCK: Final = 1024  # elements a program moves: one 16-byte access per thread of 4 warps in bfloat16
 LARGE_BLOCK: Final = 4096  # in steps of many rows; of several rows where they are short
@@ -82,15 +83,18 @@ def store_rows(
 
 @triton.jit
 def store_labels(header, token, slot, live):
-    """Store the positions and the token ids of rows."""
+    """Store the request numbers, the positions and the token ids of rows."""
     positions = tl.load(header + _LABEL_PLACE).to(tl.pointer_type(tl.int64))
     token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
     labels = tl.load(header + _LABEL_PLACE + 2)
     pitch = tl.load(header + _LABEL_PLACE + 3)
+    numbers = tl.load(header + _LABEL_PLACE + 4).to(tl.pointer_type(tl.int32))
+    number = tl.load(numbers + slot, mask=live, other=0)
     position = tl.load(positions + token, mask=live, other=0).to(tl.int32)
     token_id = tl.load(token_ids + token, mask=live, other=0)
-    tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
-    tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
+    tl.store(labels.to(tl.pointer_type(tl.int32)) + slot, number, mask=live)
+    tl.store((labels + pitch).to(tl.pointer_type(tl.int32)) + slot, position, mask=live)
+    tl.store((labels + 2 * pitch).to(tl.pointer_type(tl.int32)) + slot, token_id, mask=live)
 
 
 @triton.jit

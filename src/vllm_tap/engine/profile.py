@@ -61,8 +61,8 @@ class DmaProfile(Profile):
     """Times every copy to the host by CUDA events on its own stream, and what follows the last forward pass.
 
     Figures: `copy_seconds` and `copy_bytes` of each copy. Per capture, at the moment when its rows are settled,
-    `after_forward` (from the end of the last forward pass to the end of the last copy) and `copying_after_forward` (how
-    much of that a copy was running), both of the device's clock.
+    `after_forward` (from the end of the last forward pass, or from when the rows are asked for if that is later, to the
+    end of the last copy) and `copying_after_forward` (how much of that a copy was running), both of the device's clock.
     """
 
     def __init__(self) -> None:
@@ -75,6 +75,7 @@ class DmaProfile(Profile):
         self._torch = torch
         self._copies: list[tuple[Any, Any, int]] = []
         self._forward_end: Any = None
+        self._idle = torch.cuda.Stream()  # whose events pass at once
         self._base = self._event()
         self.wrap(cuda, "copy_to_host", self._copy)
         self.wrap(DeviceSink, "end", self._end)
@@ -97,13 +98,14 @@ class DmaProfile(Profile):
         return silent
 
     def _settle(self, function: Any, sink: Any) -> None:
+        asked = self._event(self._idle)
         function(sink)
         copies, self._copies = self._copies, []
         if self._forward_end is None or not copies:
             return
         self._torch.cuda.synchronize()
         # Counted from an event before all others: the time between two events may not be asked for backwards.
-        end = self._since_base(self._forward_end)
+        end = max(self._since_base(self._forward_end), self._since_base(asked))
         spans = [(self._since_base(before), self._since_base(after)) for before, after, _ in copies]
         for (begin, done), (_, _, nbytes) in zip(spans, copies, strict=True):
             self.add("copy_seconds", done - begin)

@@ -24,9 +24,10 @@ from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layou
 from vllm_tap.labels import Mark
 from vllm_tap.transport.pool import Block, SegmentPool
 
-STEPS_PER_CHUNK: Final = 16
+STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
-"""Small steps share a reservation: each costs the worker and the client some microseconds."""
+"""Small steps share a reservation: each costs the worker and the client some microseconds, and where they lie together
+they leave a device together."""
 
 # vLLM names the children of a request with n > 1 "{index}_{parent id}" (v1/engine/parallel_sampling.py).
 _CHILD: Final = re.compile(r"(\d+)_")
@@ -35,15 +36,15 @@ _CHILD: Final = re.compile(r"(\d+)_")
 class Sink(Protocol):
     """Where the rows of a step go; see `sink` and `device`."""
 
-    def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
-        """Let the rows of a step through."""
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
 
     def end(self) -> list[Tap]:
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
 
     def send(self) -> None:
-        """The step's tokens are on their way: send off what is still on the device."""
+        """The step's tokens are on their way: send off what is worth it by now."""
 
     def prepare(self) -> None:
         """The device is busy with a step: make ready what later steps of generated tokens need."""
@@ -67,7 +68,7 @@ class Session:
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
-        self._layout = functools.lru_cache(functools.partial(layout, streams=self.streams))
+        self._form = functools.lru_cache(self._new_form)
         self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
@@ -103,37 +104,42 @@ class Session:
             self.fail(error)
 
     def _begin(self, batch: Batch, selection: Selection) -> None:
-        placed = self._place(selection.num_rows)
+        num_rows = selection.num_rows
+        start, form = self._place(num_rows)
         self._rows.step += 1
-        self._sink.begin(self._chunks[-1], placed, selection, batch)
+        self._sink.begin(self._chunks[-1], start, form, selection, batch)
         self._armed = True
-        self._blocks.append((len(self._chunks) - 1, placed.labels, selection.num_rows))
-        self.num_rows += selection.num_rows
+        self._blocks.append((len(self._chunks) - 1, start, num_rows))
+        self.num_rows += num_rows
 
-    def _place(self, num_rows: int) -> Layout[int]:
-        """Find room for a block in the current chunk, or reserve the next one.
+    def _place(self, num_rows: int) -> tuple[int, Layout[int]]:
+        """Find room for a block in the current chunk, or reserve the next one; return its start and its layout.
 
         Raises:
             BudgetError: There is none.
         """
-        nbytes = self._block_bytes(num_rows)
-        if self._free_end - self._free_offset < nbytes:
-            chunk = self._reserve(nbytes)
+        start = self._free_offset
+        form = self._form(start % self._period, num_rows)
+        if start + form.end > self._free_end:
+            chunk = self._reserve(num_rows)
             self._chunks.append(chunk)
-            self._free_offset, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
-        placed = self._placed(self._free_offset, num_rows)
+            start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
+            form = self._form(start % self._period, num_rows)
         # The next block's labels start on a cache line of their own.
-        self._free_offset = -(-placed.end // CACHE_LINE) * CACHE_LINE
-        return placed
+        self._free_offset = start + -(-form.end // CACHE_LINE) * CACHE_LINE
+        return start, form
 
-    def _placed(self, offset: int, num_rows: int) -> Layout[int]:
-        """Return the layout of a block that starts at an offset: that of an earlier one if it differs by the offset."""
-        period = offset - offset % self._period
-        labels, streams, end = self._layout(offset - period, num_rows)
-        return Layout(labels + period, tuple([start + period for start in streams]), end + period)
+    def _new_form(self, phase: int, num_rows: int) -> Layout[int]:
+        """Return the layout of a block, counted from its start: the same for all that start in the same phase."""
+        labels, streams, end = layout(phase, num_rows, self.streams)
+        return Layout(labels - phase, tuple([start - phase for start in streams]), end - phase)
 
-    def _reserve(self, nbytes: int) -> Block:
-        roomy = min(STEPS_PER_CHUNK * nbytes, MAX_CHUNK_BYTES)
+    def _reserve(self, num_rows: int) -> Block:
+        nbytes = self._block_bytes(num_rows)
+        num_steps = STEPS_PER_CHUNK
+        if self.start.expected_rows > self.num_rows:
+            num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
+        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES)
         if roomy <= nbytes:
             return self._pool.reserve(nbytes)
         try:

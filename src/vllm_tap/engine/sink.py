@@ -27,21 +27,21 @@ class HostSink:
         self._pool, self._rows = pool, rows
         self._streams = [(stream, [taps[stream.name, layer] for layer in stream.layers]) for stream in streams]
 
-    def begin(self, chunk: Block, placed: Layout[int], selection: Selection, batch: Batch) -> None:
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Point every tap at its plane, write the labels, and let rows through.
 
         Cost: one tensor view per tap; the labels are written once, [3, R] int32.
         """
         memory = self._pool.segment(chunk.segment_id).view
         num_rows = selection.num_rows
-        labels = np.frombuffer(memory, np.int32, NUM_LABELS * num_rows, placed.labels).reshape(NUM_LABELS, num_rows)
+        labels = np.frombuffer(memory, np.int32, NUM_LABELS * num_rows, start).reshape(NUM_LABELS, num_rows)
         labels[0] = selection.numbers
         labels[1] = batch.positions.numpy()[selection.sources]
         labels[2] = batch.token_ids.numpy()[selection.sources]
-        for (stream, taps), start in zip(self._streams, placed.streams, strict=True):
+        for (stream, taps), place in zip(self._streams, form.streams, strict=True):
             shape = (len(taps), num_rows, stream.width)
             planes = torch.frombuffer(
-                memory, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=start
+                memory, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=start + place
             ).view(shape)
             for tap, plane in zip(taps, planes.unbind(), strict=True):
                 tap.plane = plane

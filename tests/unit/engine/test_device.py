@@ -15,6 +15,7 @@ import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, Stream, simulated_cuda
 from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, kernel
+from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.graphs import MOST_FORMS
 from vllm_tap.engine.ring import Ring
@@ -290,13 +291,15 @@ STEPS = [
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
-@pytest.mark.parametrize("way", ["staged", "ring", "direct"])
+@pytest.mark.parametrize("way", ["staged", "step by step", "ring", "direct"])
 def test_rows_are_what_the_model_made_whatever_runs_first(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place], way: str, in_pieces: bool
 ) -> None:
     """Steps in graphs and outside, of few and many rows, and another capture: all bytes right, nothing unordered."""
     if way == "ring":
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
+    if way == "step by step":
+        monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
     engine = Engine(cuda, places, in_pieces)
     for steps in (STEPS, STEPS[:2]):
         session = engine.start("direct" if way == "direct" else "staged")
@@ -355,14 +358,52 @@ def test_experts_that_are_tapped_one_by_one(cuda: SimulatedCuda) -> None:
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
-def test_a_step_leaves_the_device_in_one_copy(cuda: SimulatedCuda, places: list[Place]) -> None:
+def test_a_step_leaves_the_device_in_one_copy(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place]
+) -> None:
     """Labels and all planes of all streams lie in the staging as they will in the segment."""
+    monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
     engine = Engine(cuda, places)
     session = engine.start()
-    for step in STEPS[:5]:
+    for number, step in enumerate(STEPS[:5], 1):
         engine.step(session, step)
-    assert cuda.num_copies == 5
+        assert cuda.num_copies == number
     engine.finish(session)
+
+
+@pytest.mark.parametrize(
+    ("places", "burst_steps", "chunk_steps", "sent"),
+    [
+        (LLAMA, 3, 64, [3, 6, 9, 12]),
+        (LLAMA, 64, 5, [5, 10]),
+        (LLAMA, 64, 64, []),
+        (ROUTER, 64, 64, []),
+    ],
+)
+def test_small_steps_leave_the_device_together(
+    cuda: SimulatedCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    places: list[Place],
+    burst_steps: int,
+    chunk_steps: int,
+    sent: list[int],
+) -> None:
+    """As many as a burst or their piece of the segment has room for; the last ones when the capture ends."""
+    monkeypatch.setattr(session_module, "STEPS_PER_CHUNK", chunk_steps)
+    monkeypatch.setattr(device_sink, "DEPTHS", ((2, 16),))
+    engine = Engine(cuda, places)
+    session = engine.start()
+    step_bytes = blocks.block_bytes(len(DECODE), session.streams)
+    monkeypatch.setattr(device_sink, "BURST_BYTES", burst_steps * step_bytes)
+    found = []
+    for number in range(1, 14):
+        before = cuda.num_copies
+        engine.step(session, DECODE)
+        found += [number] * (cuda.num_copies - before)
+    assert found == sent
+    engine.finish(session)
+    assert cuda.num_copies == len(sent) + 1
+    assert cuda.conflicts == []
 
 
 def test_few_rows_of_a_large_step_take_few_programs(cuda: SimulatedCuda) -> None:
@@ -628,7 +669,7 @@ def test_a_full_device_refuses_staging_or_goes_without(cuda: SimulatedCuda, capl
     assert cuda.conflicts == []
 
 
-@pytest.mark.parametrize("way", ["staged", "ring"])
+@pytest.mark.parametrize("way", ["step by step", "ring"])
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, way: str, copies: int
@@ -636,6 +677,8 @@ def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     """In a forward pass or behind it: the model goes on, the client is told, the next capture is right."""
     if way == "ring":
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
+    else:
+        monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
     engine = Engine(cuda, LLAMA)
     session = engine.start()
     cuda.copies_left = copies
@@ -651,6 +694,26 @@ def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     for step in STEPS[:3]:
         engine.step(session, step)
     engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_a_last_copy_that_fails_ends_the_capture(cuda: SimulatedCuda) -> None:
+    """One that leaves when the client asks for the rows: it gets none of them, and the next capture is right."""
+    engine = Engine(cuda, LLAMA)
+    for copies in (0, sys.maxsize):
+        session = engine.start()
+        engine.step(session, DECODE)
+        engine.step(session, DECODE)
+        cuda.copies_left = copies
+        if copies:
+            engine.finish(session)
+        else:
+            with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
+                session.finish()
+            cuda.copies_left = sys.maxsize
+            session.close()
+            for block_id in session.block_ids:
+                engine.pool.release(block_id)
     assert cuda.conflicts == []
 
 
