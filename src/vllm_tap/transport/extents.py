@@ -45,6 +45,11 @@ class FreeExtents:
                 return segment_id, offset
         return None
 
+    def room_for(self, nbytes: int) -> int:
+        """Return how many bytes blocks of `nbytes` find room for, all of them taken together."""
+        first = bisect_left(self._by_size, (nbytes,))
+        return sum(size // nbytes * nbytes for size, _, _ in self._by_size[first:])
+
     def is_free(self, segment_id: int, nbytes: int) -> bool:
         """Tell whether a segment of `nbytes` is free from its first byte to its last."""
         return self._nbytes_at_start.get((segment_id, 0)) == nbytes

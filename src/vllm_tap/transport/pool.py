@@ -185,13 +185,15 @@ class SegmentPool:
         """Have a thread of its own see to it that `nbytes` are free, as far as the budget allows.
 
         It makes segments one after the other, so that the first blocks need not wait for the last page; of the usual
-        size, or as large as the `largest` block that is expected, which would not fit into those. What goes wrong there
-        is raised by the next `reserve` that finds no room.
+        size, or as large as the `largest` block that is expected, which would not fit into those. Nor does it fit into
+        what is left of others: only free runs that hold such blocks count. What goes wrong there is raised by the next
+        `reserve` that finds no room.
         """
         with self._changed:
             plans = []
             usual = max(self._segment_bytes, _whole(largest))
-            missing = nbytes - self._free.total_bytes - sum(self._pending.values())
+            free = self._free.room_for(_footprint(largest)) if largest else self._free.total_bytes
+            missing = nbytes - free - sum(self._pending.values())
             while missing > 0 and not self._closed:
                 size = min(usual, self._spare_bytes())
                 if size <= 0:

@@ -224,6 +224,26 @@ def test_growing_ahead_makes_room_for_the_largest_block():
     pool.close()
 
 
+def test_growing_ahead_counts_only_room_that_large_blocks_fit_into():
+    """Segments of a capture of small blocks are no room for large ones; large segments are for small ones."""
+    made = []
+    pool = SegmentPool(
+        64 * MIB, shared=False, segment_bytes=2 * MIB, on_create=lambda _: made.append(threading.current_thread().name)
+    )
+
+    def capture(nbytes: int, num_blocks: int) -> int:
+        before = len(made)
+        pool.grow_ahead(num_blocks * nbytes, nbytes)
+        for block in [pool.reserve(nbytes) for _ in range(num_blocks)]:
+            pool.release(block.block_id)
+        return len(made) - before
+
+    captures = [(MIB, 4), (5 * MIB, 3), (5 * MIB, 3), (MIB, 19), (4 * MIB, 3)]
+    assert [capture(*blocks) for blocks in captures] == [2, 3, 0, 0, 0]
+    assert set(made) == {"vllm-tap-grow"}
+    pool.close()
+
+
 def test_a_lower_budget_counts_where_a_segment_has_room(pool):
     """A segment that must stay for one block grants no more than the budget does."""
     kept = pool.reserve(PAGE)
