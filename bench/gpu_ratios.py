@@ -28,6 +28,11 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
     ],
+    "prefill": [
+        ("prefill 64 x 1000", [ALL, *FEW], 7),
+        ("decode 256 x (64 + 128)", [ALL], 5),
+        ("prefill 16 x 8000", [ALL], 3),
+    ],
     "decode": [("decode 8 x (64 + 128)", [ALL, *FEW], 9), ("decode 64 x (64 + 128)", [ALL, *FEW], 9)],
     "profile": [
         ("decode 8 x (64 + 128)", [ALL, f"{ALL} / direct", *FEW], 7),
@@ -37,7 +42,7 @@ PLANS: dict[str, Plan] = {
     ],
     "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
     "router": [
-        ("decode 8 x (64 + 128)", [ROUTER], 11),
+        ("decode 8 x (64 + 128)", [ROUTER], 9),
         ("decode 256 x (64 + 128)", [ROUTER], 5),
         ("prefill 64 x 1000", [ROUTER], 5),
     ],

@@ -31,21 +31,25 @@ class Burst:
     """
 
     def __init__(self, copies: Sequence[Transfer], place: int, size: int, limit: int = 0) -> None:
-        self.copies, self.place, self.size = list(copies), place, size
-        self._limit = limit
-        self._last_bytes = self.copies[-1].nbytes
+        self.place, self.size = place, size
+        *self._whole, (self._begin, source, self._last_bytes) = copies
+        self._end, self._limit = self._begin + self._last_bytes, limit
+        self._shift = source - self._begin
 
     def join(self, target: int, nbytes: int) -> int:
         """Take a block in that comes next in the segment; return where it is to be staged, or 0 if it has to wait."""
-        first, source, length = self.copies[-1]
-        if not 0 <= target - first - length < CACHE_LINE or target + nbytes > self._limit:
+        end = target + nbytes
+        if not 0 <= target - self._end < CACHE_LINE or end > self._limit:
             return 0
-        self.copies[-1] = Transfer(first, source, target + nbytes - first)
-        self._last_bytes = nbytes
-        return source + target - first
+        self._end, self._last_bytes = end, nbytes
+        return target + self._shift
+
+    @property
+    def copies(self) -> list[Transfer]:
+        """What is to be copied by now."""
+        return [*self._whole, Transfer(self._begin, self._begin + self._shift, self._end - self._begin)]
 
     @property
     def is_full(self) -> bool:
         """Whether it has no room for another block as large as the last."""
-        target, _, nbytes = self.copies[-1]
-        return target + nbytes + CACHE_LINE + self._last_bytes > self._limit
+        return self._end + CACHE_LINE + self._last_bytes > self._limit

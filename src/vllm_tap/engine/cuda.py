@@ -23,9 +23,15 @@ _EARLY: Final = 1 | 1 << 16  # from CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, CU_G
 @functools.cache
 def _driver() -> Any:
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        library: Any = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise EngineUnsupportedError(f"the CUDA driver's library cannot be loaded: {error}") from None
+    # With the interpreter's lock held: these wait for nothing, and who lets go of the lock in a step waits until some
+    # other thread of the engine has had its turn.
+    brief = ctypes.PyDLL("libcuda.so.1")
+    library.cuMemcpyDtoHAsync_v2 = brief.cuMemcpyDtoHAsync_v2
+    library.cuMemcpyHtoDAsync_v2 = brief.cuMemcpyHtoDAsync_v2
+    library.cuGraphNodeSetEnabled = brief.cuGraphNodeSetEnabled
     library.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]

@@ -76,6 +76,8 @@ class DeviceBackend:
         profile.watch(self.rows, "switch_on", "start: switch on")
         profile.watch(self.rows.slabs, "take", "start: take slab")
         profile.watch(self.rows.slabs, "give", "finish: give slab")
+        profile.watch(device_tap, "_pass", "tap outside graphs")
+        profile.watch(device_tap, "_pass_experts", "taps of experts outside graphs")
         profile.watch(cuda, "instantiate", "graph: instantiate")
         profile.watch(cuda, "allocate")
         profile.watch(cuda, "free")

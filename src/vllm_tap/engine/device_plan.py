@@ -21,7 +21,6 @@ class Lane:
     def __init__(self, row_bytes: int, num_planes: int, wide: bool) -> None:
         self.row_bytes, self.num_planes, self.wide = row_bytes, num_planes, wide
         self.target = 0  # address of plane 0 in the segment, where planes go one by one
-        self.place = 0  # of the plane under way in the ring of planes
 
 
 class Copy(NamedTuple):
@@ -42,6 +41,7 @@ class Plan(NamedTuple):
         header: What the kernels read, but for addresses in the staging.
         addresses: (place in the header, number of a copy, distance from its start) of each of those.
         by_planes: Lanes whose planes leave one by one, and where they begin in the block.
+        is_whole: Whether all of the block leaves in one copy.
     """
 
     selection: Selection
@@ -51,16 +51,11 @@ class Plan(NamedTuple):
     header: Sequence[int]
     addresses: Sequence[tuple[int, int, int]]
     by_planes: Sequence[tuple[Lane, int]]
+    is_whole: bool
 
-    def fits(self, selection: Selection, form: Layout[int], batch: Batch) -> bool:
-        """Tell whether another step does the same."""
-        same = self.selection is selection and self.form is form
-        return same and self.inputs == (batch.positions.data_ptr(), batch.token_ids.data_ptr())
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of the block leaves in one copy."""
-        return len(self.copies) == 1 and not self.by_planes
+    def reads(self, batch: Batch) -> bool:
+        """Tell whether the positions and the token ids of another step lie in the same places."""
+        return self.inputs == (batch.positions.data_ptr(), batch.token_ids.data_ptr())
 
     def header_for(self, sources: Sequence[int]) -> list[int]:
         """Return what the kernels read, when they write each copy to one of these addresses."""
@@ -106,4 +101,5 @@ def new_plan(
         addresses.append((place, len(spans) - 1, begin - spans[-1][0]))
         header[place + 1] = num_rows * lane.row_bytes
     copies = [Copy(*span) for span in spans]
-    return Plan(selection, form, inputs, copies, header, addresses, by_planes)
+    is_whole = len(copies) == 1 and not by_planes
+    return Plan(selection, form, inputs, copies, header, addresses, by_planes, is_whole)

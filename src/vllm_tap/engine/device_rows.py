@@ -124,12 +124,13 @@ class DeviceRows(Rows):
         cuda.read_words(pinned.data_ptr(), self._counts_address, pinned.nbytes, stream.cuda_stream)
         return pinned.numpy()
 
-    def arm(self, header: Sequence[int], selection: Selection, stream: torch.cuda.Stream) -> None:
+    def arm(self, header: Sequence[int], selection: Selection) -> None:
         """Send the header of a step to the device, and its selection unless the device has it already."""
+        assert self.main is not None
         if selection is not self._selection:
             self._send_selection(selection)
         self.switch.on = self._on
-        cuda.write_words(self._header_address, _pack_header(*header), stream.cuda_stream)
+        cuda.write_words(self._header_address, _pack_header(*header), self.main.cuda_stream)
         self.active = self._dirty = True
 
     def _send_selection(self, selection: Selection) -> None:

@@ -14,7 +14,7 @@ Every reuse of staging is ordered between streams; the host never waits in a ste
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -134,25 +134,32 @@ class DeviceSink:
         Raises:
             CaptureError: The runner's positions or token ids are of another dtype than the kernel reads.
         """
-        plan = self._plan
-        if plan is None or not plan.fits(selection, form, batch):
-            self._num_rows = selection.num_rows
-            self._is_large = selection.num_rows > self._small_rows
-            numbers = self._rows.numbers.data_ptr()
-            plan = self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
         if chunk is not self._chunk:
             self._chunk, self._segment = chunk, self._pool.segment(chunk.segment_id).address
-        block = self._segment + start
-        staged = self._burst.join(block, form.end) if self._burst is not None and plan.is_whole else 0
-        sources = [staged] if staged else self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
-        for lane, begin in plan.by_planes:
-            lane.target = block + begin
-        main = self._rows.main
-        assert main is not None
-        self._rows.arm(plan.header_for(sources), selection, main)
+        block, burst, plan = self._segment + start, self._burst, self._plan
+        if plan is None or plan.selection is not selection or plan.form is not form:
+            plan = self._new_plan(selection, form, batch)
+        staged = burst.join(block, form.end) if burst is not None and plan.is_whole else 0
+        if staged:
+            sources = [staged]
+        else:
+            # In the steps that join a burst, the runner's buffers and its stream are those of the first.
+            if not plan.reads(batch):
+                plan = self._new_plan(selection, form, batch)
+            sources = self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
+            for lane, begin in plan.by_planes:
+                lane.target = block + begin
+        self._rows.arm(plan.header_for(sources), selection)
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
         self._num_requests = len(batch.request_ids)
+
+    def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
+        self._num_rows = selection.num_rows
+        self._is_large = selection.num_rows > self._small_rows
+        numbers = self._rows.numbers.data_ptr()
+        self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
+        return self._plan
 
     def _open(self, plan: Plan, block: int, chunk_end: int) -> list[int]:
         """Return where the kernels write each copy of a step that joins no burst: to the staging, or to the segment."""
@@ -194,23 +201,18 @@ class DeviceSink:
         """Tell whether the plane of a tap leaves as soon as its layer is through, in this step."""
         return self._lane_goes_by_planes(self._place_of[tap.index][0])
 
-    def address_for(self, tap: Tap) -> int:
-        """Return where a tap outside graphs writes its plane, or 0 for where the header says."""
-        lane, _ = self._place_of[tap.index]
-        if not self._lane_goes_by_planes(lane):
-            return 0
-        nbytes = aligned(self._num_rows * lane.row_bytes)
-        lane.place = self._planes.take(nbytes, torch.cuda.current_stream(self._device))
-        return self._plane_staging + lane.place
-
-    def send_plane(self, tap: Tap) -> None:
-        """Queue the copy of a plane that has just been written to the ring."""
+    def send_plane(self, tap: Tap, write: Callable[[int], None]) -> None:
+        """Have the plane of a tap written to an address in the ring, and queue the copy of it."""
         lane, plane = self._place_of[tap.index]
         nbytes = self._num_rows * lane.row_bytes
-        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
-        target = lane.target + plane * nbytes
-        cuda.copy_to_host(target, self._plane_staging + lane.place, nbytes, self._side.cuda_stream)
-        self._planes.busy(lane.place, aligned(nbytes), self._side.record_event())
+        stream = torch.cuda.current_stream(self._device)
+        place = self._planes.take(aligned(nbytes), stream)
+        source = self._plane_staging + place
+        write(source)
+        self._passed.record(stream)
+        self._side.wait_event(self._passed)
+        cuda.copy_to_host(lane.target + plane * nbytes, source, nbytes, self._side.cuda_stream)
+        self._planes.busy(place, aligned(nbytes), self._side.record_event())
 
     def end(self) -> list[Tap]:
         """Take note of a step; which taps were silent is known when all is settled.

@@ -46,12 +46,17 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
         rows.switch.note((tap.index,), torch.cuda.current_stream(hidden.device).cuda_stream, len(hidden))
         return
     _learn(tap, rows, hidden, residual)
-    if rows.active and rows.sink is not None and rows.sink.wants(tap):
+    if not rows.active or rows.sink is None or not rows.sink.wants(tap):
+        return
+
+    def write(address: int) -> None:
         assert tap.dtype is not None
-        address = rows.sink.address_for(tap)
         kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, address=address, chosen=rows.chosen)
-        if address:
-            rows.sink.send_plane(tap)
+
+    if rows.sink.goes_by_planes(tap):
+        rows.sink.send_plane(tap, write)
+    else:
+        write(0)
 
 
 def _learn(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:

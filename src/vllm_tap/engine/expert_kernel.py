@@ -142,41 +142,36 @@ def launch_tap_experts(
     if chosen is not None:
         first, num_rows = chosen
     large = num_rows > kernel.LARGE_ROWS if large is None else large
-    early = ahead and kernel.can_launch_early(rows[0].device)
     block = triton.next_power_of_2(num_experts)
     rows_each = max(min(kernel.LARGE_BLOCK // block, kernel.MOST_ROWS), 1) if large else 1
     aligns = [
         kernel.alignment(width, out) for width, out in zip((num_experts, num_choices, num_choices), outs, strict=True)
     ]
     elements = [align // out.itemsize for align, out in zip(aligns, outs, strict=True)]
-    _tap_experts[(triton.cdiv(num_rows, rows_each),)](
-        state.header,
-        state.table,
-        state.row_map,
-        state.counts,
-        *[state.anchor(out) for out in outs],
-        *rows,
-        index,
-        first,
-        num_rows,
-        *[tensor.stride(0) for tensor in rows],
-        STREAM=stream,
-        EXPERTS=num_experts,
-        CHOICES=num_choices,
-        LOGITS_ALIGN=aligns[0],
-        LOGITS_ELEMENTS=elements[0],
-        IDS_ALIGN=aligns[1],
-        IDS_ELEMENTS=elements[1],
-        WEIGHTS_ALIGN=aligns[2],
-        WEIGHTS_ELEMENTS=elements[2],
-        CHOSEN=chosen is not None,
-        AHEAD=ahead,
-        EARLY=early,
-        ROWS=rows_each,
-        EXPERTS_BLOCK=block,
-        CHOICES_BLOCK=triton.next_power_of_2(num_choices),
-        num_warps=8 if large else 4,
-        **({"launch_pdl": True} if early else {}),
+    kernel.launch(
+        _tap_experts,
+        (triton.cdiv(num_rows, rows_each), 1, 1),
+        (state.header, state.table, state.row_map, state.counts, *[state.anchor(out) for out in outs]),
+        rows,
+        (index, first, num_rows),
+        {
+            "STREAM": stream,
+            "EXPERTS": num_experts,
+            "CHOICES": num_choices,
+            "LOGITS_ALIGN": aligns[0],
+            "LOGITS_ELEMENTS": elements[0],
+            "IDS_ALIGN": aligns[1],
+            "IDS_ELEMENTS": elements[1],
+            "WEIGHTS_ALIGN": aligns[2],
+            "WEIGHTS_ELEMENTS": elements[2],
+            "CHOSEN": chosen is not None,
+            "AHEAD": ahead,
+            "EARLY": ahead and kernel.can_launch_early(rows[0].device),
+            "ROWS": rows_each,
+            "EXPERTS_BLOCK": block,
+            "CHOICES_BLOCK": triton.next_power_of_2(num_choices),
+        },
+        8 if large else 4,
     )
 
 

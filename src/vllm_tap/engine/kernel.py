@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -197,39 +198,69 @@ def launch_tap(
         first, num_rows = chosen
     other = hidden if residual is None else residual
     large = num_rows > LARGE_ROWS if large is None else large
-    early = ahead and can_launch_early(hidden.device)
     align = alignment(width, out)
     most = LARGE_BLOCK if large else BLOCK
     block = min(most, triton.next_power_of_2(width))
     rows = min(most // block, MOST_ROWS) if large else 1
-    _tap[(triton.cdiv(num_rows, rows), triton.cdiv(width, block))](
-        state.header,
-        state.table,
-        state.row_map,
-        state.counts,
-        state.anchor(out),
-        hidden,
-        other,
-        index,
-        stream,
-        address,
-        first,
-        num_rows,
-        hidden.stride(0),
-        other.stride(0),
-        WIDTH=width,
-        ALIGN=align,
-        ELEMENTS=align // out.itemsize,
-        HAS_RESIDUAL=residual is not None,
-        EXPLICIT=address != 0,
-        CHOSEN=chosen is not None,
-        AHEAD=ahead,
-        EARLY=early,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=8 if large else 4,
-        **({"launch_pdl": True} if early else {}),
+    launch(
+        _tap,
+        (triton.cdiv(num_rows, rows), triton.cdiv(width, block), 1),
+        (state.header, state.table, state.row_map, state.counts, state.anchor(out)),
+        (hidden, other),
+        (index, stream, address, first, num_rows),
+        {
+            "WIDTH": width,
+            "ALIGN": align,
+            "ELEMENTS": align // out.itemsize,
+            "HAS_RESIDUAL": residual is not None,
+            "EXPLICIT": address != 0,
+            "CHOSEN": chosen is not None,
+            "AHEAD": ahead,
+            "EARLY": ahead and can_launch_early(hidden.device),
+            "ROWS": rows,
+            "BLOCK": block,
+        },
+        8 if large else 4,
     )
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, int, int],
+    fixed: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    constants: Mapping[str, int],
+    num_warps: int,
+) -> None:
+    """Launch a tap's kernel on the current stream, with all of its arguments in order.
+
+    What has been compiled is kept by all that Triton compiles for, and launched past its look-ups: those take more time
+    than everything else that a tap costs the host, and the first step of a capture waits for it.
+
+    Args:
+        function: The kernel.
+        grid: Of programs.
+        fixed: Tensors whose place and dtype follow from the device and from the constants and dtypes of `rows`.
+        rows: Tensors [T, D] that pass the tap; their strides come behind the numbers.
+        numbers: That the kernel is not specialised on, each always as large as an int32 or always larger.
+        constants: Known when the kernel is compiled.
+        num_warps: Of a program.
+    """
+    strides = [tensor.stride(0) for tensor in rows]
+    facts = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in rows]
+    outs = [tensor.dtype for tensor in fixed]
+    key = (function, rows[0].device, num_warps, *constants.values(), *strides, *facts, *outs)
+    kernel = _compiled.get(key)
+    if kernel is not None:
+        kernel[grid](*fixed, *rows, *numbers, *strides, *constants.values())
+        return
+    early = {"launch_pdl": True} if constants["EARLY"] else {}
+    arguments = *fixed, *rows, *numbers, *strides
+    _compiled[key] = function[grid](*arguments, **constants, num_warps=num_warps, **early)
 
 
 def alignment(width: int, dtype: torch.dtype) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_tap.engine import expert_kernel, kernel
+from vllm_tap.engine.device_rows import DeviceRows
 
 HOPPER = 90
 
@@ -145,3 +147,74 @@ def test_logits_of_many_rows_move_by_sixteen_bytes() -> None:
     lines = experts_ptx(rows=32, num_warps=8, CHOSEN=True, AHEAD=False, EARLY=False)
     assert places(lines, "ld.global", ".v4.b32")
     assert places(lines, "st.global", ".v4.b32")
+
+
+class Compiled:
+    """What Triton compiled for one set of arguments."""
+
+    def __init__(self, names: list[str], launches: list[dict[str, Any]]) -> None:
+        self._names, self._launches = names, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self._launches.append(dict(zip(self._names, args, strict=True)))
+
+
+class Function(Compiled):
+    """Takes arguments as Triton's functions do: some by position, the rest by name, with options."""
+
+    def __init__(self, names: list[str], launches: list[dict[str, Any]]) -> None:
+        super().__init__(names, launches)
+        self.num_compiled = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert len(grid) == 3
+
+        def launch(*args: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> Compiled:
+            given = dict(zip(self._names, args, strict=False)) | constants
+            assert list(given) == self._names
+            self.num_compiled += 1
+            self._launches.append(given)
+            return Compiled(self._names, self._launches)
+
+        return launch
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("experts", [False, True])
+def test_what_is_compiled_is_launched_with_the_same_arguments(
+    monkeypatch: pytest.MonkeyPatch, experts: bool, early: bool
+) -> None:
+    """Past Triton's own look-ups, unless there is anything that it compiles for anew."""
+    module, name = (expert_kernel, "_tap_experts") if experts else (kernel, "_tap")
+    launches: list[dict[str, Any]] = []
+    function = Function(getattr(module, name).arg_names, launches)
+    monkeypatch.setattr(module, name, function)
+    monkeypatch.setattr(kernel, "_compiled", {})
+    monkeypatch.setattr(kernel, "can_launch_early", lambda _: early)
+    state = DeviceRows(64, 8, torch.device("cpu"), lambda: 0)
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+
+    def launch(first: int = 0, stride: int = 32, **options: Any) -> int:
+        before = function.num_compiled
+        rows = memory[first:].as_strided((4, 32), (stride, 1))
+        if experts:
+            ids, weights = rows[:, :2].int(), rows[:, :2].float()
+            expert_kernel.launch_tap_experts(state, [rows, ids, weights], 3, 3, OUTS, **options)
+        else:
+            kernel.launch_tap(state, rows, None, 3, 0, torch.bfloat16, **options)
+        return function.num_compiled - before
+
+    assert [launch(), launch(), launch(chosen=(2, 3)), launch(chosen=(2, 3))] == [1, 0, 1, 0]
+    for once, again in zip(launches[::2], launches[1::2], strict=True):
+        assert list(once) == list(again)
+        assert [told(value) for value in once.values()] == [told(value) for value in again.values()]
+    assert [launch(stride=40), launch(stride=40), launch(first=1), launch(first=8)] == [1, 0, 1, 0]
+    assert [launch(ahead=True), launch(ahead=True), launch(large=True), launch(large=True)] == [1, 0, 1, 0]
+
+
+OUTS = [torch.bfloat16, torch.uint8, torch.float32]
+
+
+def told(value: Any) -> Any:
+    """Return what a kernel learns of an argument."""
+    return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
