@@ -59,8 +59,8 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         rows += new
         report.put(rows=rows)
     parts: list[dict[str, Any]] = []
-    if args.parts:
-        parts = measure_parts(setting, tapped, measured["d2h"])
+    if args.parts is not None:
+        parts = measure_parts(setting, tapped, measured["d2h"], args.parts)
         report.put(parts=parts)
     timeline: list[dict[str, Any]] = []
     if args.timeline:  # last: the profiler stays in the worker's way once it has been started
@@ -93,7 +93,13 @@ def main() -> None:
     parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad"])
     parser.add_argument("--stagings", nargs="+", default=["auto"])
     parser.add_argument("--eager", action="store_true", help="compare rows with those of an eager engine")
-    parser.add_argument("--parts", action="store_true", help="say where the time of a capture goes")
+    parser.add_argument(
+        "--parts",
+        nargs="?",
+        const="",
+        metavar="WORKLOAD",
+        help="say where the time of a capture goes, in all or in one",
+    )
     parser.add_argument("--timeline", action="store_true", help="say where the device's time goes in a step")
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")

@@ -12,10 +12,10 @@ STEP = ("arm", "drain", "sampled")
 WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
 
 
-def measure_parts(setting: Setting, llm: Any, d2h: float, rounds: int = 5) -> list[dict[str, Any]]:
-    """Return the parts of captures of all layers, a row for each workload, measured with profiling on."""
+def measure_parts(setting: Setting, llm: Any, d2h: float, begin: str, rounds: int = 5) -> list[dict[str, Any]]:
+    """Return the parts of captures of all layers, measured with profiling on: a row for each workload that so begins."""
     rows = []
-    for name in WORKLOADS:
+    for name in [name for name in WORKLOADS if name.startswith(begin)]:
         few = min(rounds, 3) if name.startswith("prefill") else rounds
         rows.append(_parts(setting, llm, name, d2h, setting.rounds(few)))
     return rows

@@ -31,7 +31,6 @@ PLANS: dict[str, Plan] = {
     "prefill": [
         ("prefill 64 x 1000", [ALL, *FEW], 7),
         ("decode 256 x (64 + 128)", [ALL], 5),
-        ("prefill 16 x 8000", [ALL], 3),
     ],
     "decode": [("decode 8 x (64 + 128)", [ALL, *FEW], 9), ("decode 64 x (64 + 128)", [ALL, *FEW], 9)],
     "profile": [
@@ -119,7 +118,7 @@ class Ratios:
         parts: dict[str, list[dict[str, float]]] = {}
         sizes: dict[str, int] = {}
         capacities: dict[str, list[float]] = {}
-        arms = ["plain", "idle"]
+        arms = ["plain"] if self.plain is self.tapped else ["plain", "idle"]
         for spec in specs:
             arms += [spec] if " / " in spec else [f"{spec} / {staging}" for staging in stagings]
         for round_number in range(-1, self.setting.rounds(rounds)):
