@@ -14,6 +14,7 @@ import ctypes
 import itertools
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,9 +27,10 @@ from triton.runtime import interpreter
 from vllm_tap.engine import cuda, expert_kernel, kernel
 
 HOST = "host"
+CONTEXT = 1
 FULL, EARLY = 0, 1 | 1 << 16  # dependencies in a graph
 KERNEL, HOST_CALL = 0, 3  # nodes of a graph
-SUCCESS, OUT_OF_MEMORY, INVALID_VALUE = 0, 2, 1
+SUCCESS, OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONTEXT = 0, 2, 1, 201
 
 
 class Access(NamedTuple):
@@ -69,6 +71,7 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         # vLLM for CPUs has streams of its own that stand for none.
+        self.device.bind()
         name = (stream if isinstance(stream, Stream) else self.device.main).name
         self.clock = dict(self.device.queue(name))
 
@@ -207,6 +210,7 @@ class SimulatedCuda:
         self.instances_left = sys.maxsize
         self.edits_left = sys.maxsize
         self.kind_of_work = KERNEL
+        self._bound = {threading.get_ident()}  # threads that have a context
         self._log: list[Access] = []
         self._watched: dict[int, int] = {}
         self._buffers: dict[int, tuple[Any, int]] = {}
@@ -263,9 +267,24 @@ class SimulatedCuda:
         else:
             work()
 
+    def bind(self) -> None:
+        """Give the calling thread the context, as every call of the runtime does that needs one."""
+        self._bound.add(threading.get_ident())
+
     # -------------------------------------------------------------------------------------------------------- driver
 
+    def cuCtxGetCurrent(self, context: Any) -> int:  # noqa: N802
+        context._obj.value = CONTEXT if threading.get_ident() in self._bound else 0
+        return SUCCESS
+
+    def cuCtxSetCurrent(self, context: Any) -> int:  # noqa: N802
+        assert context.value == CONTEXT
+        self.bind()
+        return SUCCESS
+
     def cuMemAlloc_v2(self, address: Any, nbytes: int) -> int:  # noqa: N802
+        if threading.get_ident() not in self._bound:
+            return INVALID_CONTEXT
         if nbytes > self.free_bytes:
             return OUT_OF_MEMORY
         buffer = (ctypes.c_byte * (nbytes + 512))()
@@ -277,6 +296,8 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuMemFree_v2(self, address: int) -> int:  # noqa: N802
+        if threading.get_ident() not in self._bound:
+            return INVALID_CONTEXT
         for clock in self.clocks.values():  # it waits for everything that is queued
             self.learn(HOST, clock)
         _, nbytes = self._buffers.pop(address)
@@ -290,11 +311,15 @@ class SimulatedCuda:
         self._log = [access for access in self._log if access.end <= begin or access.begin >= end]
 
     def cuMemcpyHtoDAsync_v2(self, target: int, data: Any, nbytes: int, stream: int) -> int:  # noqa: N802
+        if threading.get_ident() not in self._bound:
+            return INVALID_CONTEXT
         self.queue(self.streams[stream].name)
         ctypes.memmove(target, data, nbytes)
         return SUCCESS
 
     def cuMemcpyDtoHAsync_v2(self, target: int, source: int, nbytes: int, stream: int) -> int:  # noqa: N802
+        if threading.get_ident() not in self._bound:
+            return INVALID_CONTEXT
         self.copies_left -= 1
         if self.copies_left < 0:
             return INVALID_VALUE
@@ -308,7 +333,9 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
-        name._obj.value = {INVALID_VALUE: b"CUDA_ERROR_INVALID_VALUE"}[code]
+        name._obj.value = {INVALID_VALUE: b"CUDA_ERROR_INVALID_VALUE", INVALID_CONTEXT: b"CUDA_ERROR_INVALID_CONTEXT"}[
+            code
+        ]
         return SUCCESS
 
     def cuStreamGetCaptureInfo_v2(  # noqa: N802
@@ -410,6 +437,10 @@ class SimulatedCuda:
         return SUCCESS
 
     # ------------------------------------------------------------------------------------------------------- runtime
+
+    def mem_get_info(self, *_: Any) -> tuple[int, int]:
+        self.bind()
+        return self.free_bytes, self.capacity
 
     def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:  # noqa: N802
         self.pins_left -= 1
@@ -514,7 +545,7 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda *_: device.main)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.recording is not None)
-        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (device.free_bytes, device.capacity))
+        patch.setattr(torch.cuda, "mem_get_info", device.mem_get_info)
         patch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
         patch.setattr(torch.cuda, "set_device", lambda *_: None)

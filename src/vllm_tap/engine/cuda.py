@@ -49,6 +49,18 @@ def _check(code: int, what: str) -> None:
         raise TransportError(f"{what} failed: {(name.value or b'error').decode()} ({code})", code=code)
 
 
+def current_context() -> int:
+    """Return the context of the calling thread, 0 if it has none."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    return int(context.value or 0)
+
+
+def use_context(context: int) -> None:
+    """Make a context that of the calling thread: without one the calls of this module fail, PyTorch's get one."""
+    _check(_driver().cuCtxSetCurrent(ctypes.c_void_p(context)), "cuCtxSetCurrent")
+
+
 def allocate(nbytes: int) -> int:
     """Return the address of fresh device memory, or 0 if there is none.
 

@@ -68,7 +68,7 @@ class DeviceBackend:
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         """Queue what another thread does on the engine's stream."""
-        with torch.cuda.device(self._device), torch.cuda.stream(self.rows.main):
+        with self.rows.on_stream():
             yield
 
     def watch(self, profile: Profile) -> None:

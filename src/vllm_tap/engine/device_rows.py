@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -65,6 +66,7 @@ class DeviceRows(Rows):
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
+        self._context = cuda.current_context()
         self._num_identity = 0
         self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
@@ -91,6 +93,13 @@ class DeviceRows(Rows):
         if self._side is None:
             self._side = torch.cuda.Stream(self.header.device)
         return self._side
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Queue what another thread does on the engine's stream."""
+        cuda.use_context(self._context)
+        with torch.cuda.device(self.header.device), torch.cuda.stream(self.main):
+            yield
 
     def fail(self, error: Exception) -> None:
         """Take note of what went wrong in a tap: the end of the capture under way; of all, if there is none."""

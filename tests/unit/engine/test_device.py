@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -635,6 +636,32 @@ def test_a_capture_that_is_dropped_leaves_nothing_on_its_way(cuda: SimulatedCuda
             engine.pool.release(block_id)
     session = engine.start()
     engine.step(session, STEPS[0])
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
+def test_a_thread_that_has_not_used_the_device_drops_a_capture(cuda: SimulatedCuda) -> None:
+    """As when the socket of a client that was killed closes: the driver asks for a context that the thread lacks."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    engine.step(session, DECODE)
+    errors = []
+
+    def drop() -> None:
+        try:
+            with engine.model.rows.on_stream():
+                session.close()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    thread.join()
+    assert errors == []
+    for block_id in session.block_ids:
+        engine.pool.release(block_id)
+    session = engine.start()
+    engine.step(session, DECODE)
     engine.finish(session)
     assert cuda.conflicts == []
 
