@@ -82,7 +82,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     show_parts(parts)
     show_timeline(timeline)
     same = facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
-    fit = facts["sample-layers of experts"] == facts["experts of the largest logits"]
+    fit = facts["sample-layers of experts"] == facts["experts of the highest scores"]
     return same and fit and facts.get("eager", {"fine": True})["fine"]
 
 

@@ -13,7 +13,7 @@ WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1
 
 
 def measure_parts(setting: Setting, llm: Any, d2h: float, begin: str, rounds: int = 5) -> list[dict[str, Any]]:
-    """Return the parts of captures of all layers, measured with profiling on: a row for each workload that so begins."""
+    """Return the parts of captures of all layers, profiled, for each workload whose name begins like this."""
     rows = []
     for name in [name for name in WORKLOADS if name.startswith(begin)]:
         few = min(rounds, 3) if name.startswith("prefill") else rounds
