@@ -67,7 +67,7 @@ def tap(
     mode = tl.load(table + 2 * index + 1)
     num_tokens = tl.load(header)
     slot = tl.load(row_map + row)
-    base = tl.load(header + 1) + plane * tl.load(header + 2)
+    base = tl.load(header + 2) + plane * tl.load(header + 3)
     live = (plane >= 0) & (row < num_tokens) & (slot >= 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -96,7 +96,7 @@ class State:
     def __init__(self, rows: int) -> None:
         self.staging = torch.zeros(LAYERS, rows, WIDTH, dtype=torch.bfloat16, device="cuda")
         self.header = torch.zeros(16, dtype=torch.int64, device="cuda")
-        self.header[:3] = torch.tensor([rows, self.staging.data_ptr(), rows * WIDTH * 2])
+        self.header[:4] = torch.tensor([rows, 0, self.staging.data_ptr(), rows * WIDTH * 2])
         self.table = torch.tensor([[i, 0] for i in range(LAYERS)], dtype=torch.int32, device="cuda")
         self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
@@ -336,7 +336,8 @@ class Routers:
         words = [0] * kernel.HEADER_WORDS
         words[0] = rows
         for stream, staging, width in zip(self.streams, self.staging, widths, strict=True):
-            words[1 + 2 * stream : 3 + 2 * stream] = staging.data_ptr(), rows * width
+            place = kernel.STREAM_PLACE + 2 * stream
+            words[place : place + 2] = staging.data_ptr(), rows * width
         self.header = torch.tensor(words, device="cuda")
         self.table = torch.tensor([[i // 3, 0] for i in range(3 * ROUTERS)], dtype=torch.int32, device="cuda")
         self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")

@@ -83,7 +83,7 @@ def new_plan(
     header[0] = len(selection.row_map)
     inputs = kernel.label_sources(batch.positions, batch.token_ids)
     header[kernel.LABEL_PLACE : kernel.LABEL_PLACE + 2] = inputs
-    header[kernel.LABEL_PLACE + 3 :] = LABEL_BYTES * num_rows, numbers
+    header[kernel.LABEL_PLACE + 3 : kernel.LABEL_PLACE + 5] = LABEL_BYTES * num_rows, numbers
     spans = [[0, NUM_LABELS * LABEL_BYTES * num_rows]]
     addresses = [(kernel.LABEL_PLACE + 2, 0, 0)]
     by_planes: list[tuple[Lane, int]] = []
@@ -97,7 +97,7 @@ def new_plan(
             spans.append([begin, begin])
             is_cut = False
         spans[-1][1] = begin + lane.num_planes * num_rows * lane.row_bytes
-        place = 1 + 2 * STREAM_NUMBERS[name]
+        place = kernel.STREAM_PLACE + 2 * STREAM_NUMBERS[name]
         addresses.append((place, len(spans) - 1, begin - spans[-1][0]))
         header[place + 1] = num_rows * lane.row_bytes
     copies = [Copy(*span) for span in spans]

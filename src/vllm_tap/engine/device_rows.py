@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm_tap")
 _NO_TOKENS: Final = bytes(8)
 
 _pack_header = struct.Struct(f"={kernel.HEADER_WORDS}q").pack
+_pack_start = struct.Struct("=2q").pack
 
 STREAM_NUMBERS: Final = {
     name: number
@@ -67,6 +68,7 @@ class DeviceRows(Rows):
         self._dirty = False
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
         self._context = cuda.current_context()
+        self._num_tokens = 0
         self._num_identity = 0
         self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
@@ -139,7 +141,15 @@ class DeviceRows(Rows):
         if selection is not self._selection:
             self._send_selection(selection)
         self.switch.on = self._on
+        self._num_tokens = header[0]
         cuda.write_words(self._header_address, _pack_header(*header), self.main.cuda_stream)
+        self.active = self._dirty = True
+
+    def arm_again(self, distance: int) -> None:
+        """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
+        assert self.main is not None
+        self.switch.on = self._on
+        cuda.write_words(self._header_address, _pack_start(self._num_tokens, distance), self.main.cuda_stream)
         self.active = self._dirty = True
 
     def _send_selection(self, selection: Selection) -> None:

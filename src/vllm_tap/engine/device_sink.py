@@ -86,6 +86,7 @@ class DeviceSink:
         self._burst: Burst | None = None
         self._chunk: Block | None = None
         self._segment = 0  # address of the one that has the chunk
+        self._armed = 0  # where the kernels were last told to stage a block
         self._lanes: dict[str, Lane] = {}
         self._place_of: dict[int, tuple[Lane, int]] = {}
         modes: dict[int, tuple[int, int]] = {}
@@ -129,7 +130,7 @@ class DeviceSink:
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Tell the kernels where the rows and the labels of this step go.
 
-        Cost: one copy of 144 bytes to the device; of the selection too when it changes.
+        Cost: one copy of 160 bytes to the device; of the selection too when it changes.
 
         Raises:
             CaptureError: The runner's positions or token ids are of another dtype than the kernel reads.
@@ -150,9 +151,23 @@ class DeviceSink:
             for lane, begin in plan.by_planes:
                 lane.target = block + begin
         self._rows.arm(plan.header_for(sources), selection)
+        self._armed = sources[0]
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
         self._num_requests = len(batch.request_ids)
+
+    def repeat(self, start: int) -> bool:
+        """Do the step before once more at another place of its chunk, if it can join the burst of that.
+
+        Cost: one copy of 16 bytes to the device.
+        """
+        burst, plan = self._burst, self._plan
+        if burst is None or plan is None:
+            return False
+        staged = burst.join(self._segment + start, plan.form.end)
+        if staged:
+            self._rows.arm_again(staged - self._armed)
+        return staged > 0
 
     def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
         self._num_rows = selection.num_rows

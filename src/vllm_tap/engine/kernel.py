@@ -3,9 +3,9 @@
 Runs in the worker process. What changes from step to step lies in a small device buffer, read by address, so that a
 captured graph serves idle, staged and direct capture alike:
 
-    header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); per stream, address of plane 0 and bytes per plane;
-              addresses of the step's positions and token ids, address of plane 0 of the labels, bytes per plane, and
-              address of the request numbers of the destination rows, int32 [rows]
+    header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); what is added to the addresses of planes; per stream,
+              address of plane 0 and bytes per plane; addresses of the step's positions and token ids, of plane 0 of the
+              labels, bytes per plane, and address of the request numbers of the destination rows, int32 [rows]
     row_map   int32 [tokens]: destination row of each token, -1 = skip; behind it, where that is not the same, the token
               of each destination row, by which a kernel outside graphs goes
     table     int32 [taps, 2]: plane of each tap in its stream (-1 = off), and its mode: ADD or FIRST, with LABELS for
@@ -28,8 +28,9 @@ from vllm_tap.engine.tap import FIRST
 from vllm_tap.errors import CaptureError
 
 MAX_STREAMS: Final = 6
-LABEL_PLACE: Final = 1 + 2 * MAX_STREAMS
-HEADER_WORDS: Final = LABEL_PLACE + 5  # even: the row map behind it starts on a multiple of 16 bytes
+STREAM_PLACE: Final = 2
+LABEL_PLACE: Final = STREAM_PLACE + 2 * MAX_STREAMS
+HEADER_WORDS: Final = LABEL_PLACE + 5 + 1  # even: the row map behind it starts on a multiple of 16 bytes
 LABELS: Final = 2
 BLOCK: Final = 1024  # elements a program moves: one 16-byte access per thread of 4 warps in bfloat16
 LARGE_BLOCK: Final = 4096  # in steps of many rows; of several rows where they are short
@@ -39,6 +40,7 @@ LARGE_ROWS: Final = 512  # above this many rows a kernel is bound by bandwidth, 
 
 _FIRST = tl.constexpr(FIRST)
 _LABELS = tl.constexpr(LABELS)
+_STREAM_PLACE = tl.constexpr(STREAM_PLACE)
 _LABEL_PLACE = tl.constexpr(LABEL_PLACE)
 
 
@@ -59,7 +61,8 @@ def find_rows(row_map, first, row, there, num_tokens, CHOSEN: tl.constexpr):  # 
 @triton.jit
 def find_plane(header, stream, plane):
     """Return the address of a plane of a stream."""
-    return tl.load(header + 1 + 2 * stream) + plane * tl.load(header + 2 + 2 * stream)
+    place = header + _STREAM_PLACE + 2 * stream
+    return tl.load(place) + plane * tl.load(place + 1) + tl.load(header + 1)
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def store_labels(header, token, slot, live):
     """Store the request numbers, the positions and the token ids of rows."""
     positions = tl.load(header + _LABEL_PLACE).to(tl.pointer_type(tl.int64))
     token_ids = tl.load(header + _LABEL_PLACE + 1).to(tl.pointer_type(tl.int32))
-    labels = tl.load(header + _LABEL_PLACE + 2)
+    labels = tl.load(header + _LABEL_PLACE + 2) + tl.load(header + 1)
     pitch = tl.load(header + _LABEL_PLACE + 3)
     numbers = tl.load(header + _LABEL_PLACE + 4).to(tl.pointer_type(tl.int32))
     number = tl.load(numbers + slot, mask=live, other=0)

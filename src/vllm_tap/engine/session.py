@@ -39,6 +39,10 @@ class Sink(Protocol):
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
 
+    def repeat(self, start: int) -> bool:
+        """Let rows through as in the step before, into a block that starts here; tell whether that is so."""
+        ...
+
     def end(self) -> list[Tap]:
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
@@ -75,6 +79,8 @@ class Session:
         self._chunks: list[Block] = []
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []
+        self._last: Selection | None = None
+        self._stride = 0  # from the start of its block to the next
         self._armed = False
         self._takes_generated = start.positions in ("all", "generated")
 
@@ -98,16 +104,30 @@ class Session:
             selection = self._selector.select(batch)
             if selection is None:
                 self._rows.clear()
-            else:
+            elif selection is not self._last or not self._repeat(selection):
                 self._begin(batch, selection)
         except Exception as error:
             self.fail(error)
 
     def _begin(self, batch: Batch, selection: Selection) -> None:
-        num_rows = selection.num_rows
-        start, form = self._place(num_rows)
+        start, form = self._place(selection.num_rows)
         self._rows.step += 1
         self._sink.begin(self._chunks[-1], start, form, selection, batch)
+        self._stride = self._free_offset - start
+        # Blocks that are so far apart lie alike.
+        self._last = selection if self._stride % self._period == 0 else None
+        self._note(start, selection.num_rows)
+
+    def _repeat(self, selection: Selection) -> bool:
+        """Begin a step like the one before, right behind it in its chunk, if there is room: less than `_begin` does."""
+        start = self._free_offset
+        if start + self._stride > self._free_end or not self._sink.repeat(start):
+            return False
+        self._free_offset = start + self._stride
+        self._note(start, selection.num_rows)
+        return True
+
+    def _note(self, start: int, num_rows: int) -> None:
         self._armed = True
         self._blocks.append((len(self._chunks) - 1, start, num_rows))
         self.num_rows += num_rows

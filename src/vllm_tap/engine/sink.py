@@ -1,7 +1,7 @@
 """Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
 
-A sink has six verbs: `begin` a step, `end` it, `send` its rows, `prepare` for later ones, `settle` (all rows lie in
-their blocks), `close`.
+A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `prepare` for later ones,
+`settle` (all rows lie in their blocks), `close`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class HostSink:
                 tap.plane = plane
         self._rows.runs = selection.runs
         self._rows.sources = torch.from_numpy(selection.sources) if len(selection.runs) > GATHER_ABOVE else None
+
+    def repeat(self, start: int) -> bool:
+        """Begin a step like the one before: nothing is saved here, so it is to be begun as any other."""
+        return False
 
     def end(self) -> list[Tap]:
         """Stop letting rows through. Returns the taps that no row passed in this step."""

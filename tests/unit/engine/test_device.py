@@ -407,6 +407,21 @@ def test_small_steps_leave_the_device_together(
     assert cuda.conflicts == []
 
 
+def test_a_dummy_run_between_steps_of_the_same_requests_writes_nothing(cuda: SimulatedCuda) -> None:
+    """What the device was told of the step before is told again, also after it was told that nothing is wanted."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    for _ in range(3):
+        engine.step(session, DECODE)
+        engine.model.rows.clear()
+        before = cuda.num_launches
+        engine.model.run(len(DECODE))
+        assert cuda.num_launches == before
+        engine.step(session, DECODE)
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
 def test_few_rows_of_a_large_step_take_few_programs(cuda: SimulatedCuda) -> None:
     """Outside graphs, kernels look at the chosen rows alone."""
     engine = Engine(cuda, LLAMA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_tap.engine import expert_kernel, kernel
-from vllm_tap.engine.device_rows import DeviceRows
 
 HOPPER = 90
 
@@ -191,7 +191,9 @@ def test_what_is_compiled_is_launched_with_the_same_arguments(
     monkeypatch.setattr(module, name, function)
     monkeypatch.setattr(kernel, "_compiled", {})
     monkeypatch.setattr(kernel, "can_launch_early", lambda _: early)
-    state = DeviceRows(64, 8, torch.device("cpu"), lambda: 0)
+    anchors = {out: torch.zeros(16, dtype=out) for out in OUTS}
+    tables = {name: torch.zeros(64, dtype=torch.int32) for name in ("header", "table", "row_map", "counts")}
+    state = SimpleNamespace(anchor=anchors.get, **tables)
     memory = torch.zeros(4096, dtype=torch.bfloat16)
 
     def launch(first: int = 0, stride: int = 32, **options: Any) -> int:
