@@ -86,7 +86,7 @@ class DeviceSink:
         self._burst: Burst | None = None
         self._chunk: Block | None = None
         self._segment = 0  # address of the one that has the chunk
-        self._armed = 0  # where the kernels were last told to stage a block
+        self._told = 0  # where the header that the device has says that a block begins
         self._lanes: dict[str, Lane] = {}
         self._place_of: dict[int, tuple[Lane, int]] = {}
         modes: dict[int, tuple[int, int]] = {}
@@ -151,7 +151,7 @@ class DeviceSink:
             for lane, begin in plan.by_planes:
                 lane.target = block + begin
         self._rows.arm(plan.header_for(sources), selection)
-        self._armed = sources[0]
+        self._told = sources[0]
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
         self._num_requests = len(batch.request_ids)
@@ -166,7 +166,7 @@ class DeviceSink:
             return False
         staged = burst.join(self._segment + start, plan.form.end)
         if staged:
-            self._rows.arm_again(staged - self._armed)
+            self._rows.arm_again(staged - self._told)
         return staged > 0
 
     def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
