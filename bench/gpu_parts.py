@@ -9,6 +9,7 @@ from typing import Any
 from gpu_setting import Setting, capture, generate
 
 STEP = ("arm", "drain", "sampled")
+TIMES = ("arm at", "drain at")
 WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
 
 
@@ -39,14 +40,33 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
     row["worker_ms"] = {
         f"{label} x {len(times) / rounds:g}": statistics.median(times) * 1e3
         for label, times in worker.items()
-        if label not in STEP
+        if label not in (*STEP, *TIMES)
     }
     row["step_us"] = {label: _usual(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
     for _ in range(min(rounds, 3)):
         once()
     row["dma"] = [_copies(rank, d2h) for rank in _profile(llm, "") if rank.get("copy_seconds")]
+    row["first_step_ms"] = _first_steps(setting, llm, workload, spec, rounds)
     return row
+
+
+def _first_steps(setting: Setting, llm: Any, workload: Any, spec: Any, rounds: int) -> dict[str, float]:
+    """Return when the engine has the inputs of the first step of new prompts, and until when it launches that."""
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for arm in ("idle", "capturing"):
+            prompts = setting.prompts(workload)
+            _profile(llm, "host")
+            begin = time.perf_counter()
+            if arm == "idle":
+                generate(llm, prompts, 1)
+            else:
+                capture(setting, llm, prompts, 1, spec)
+            figures = _profile(llm, "")[0]
+            for label in TIMES:
+                times.setdefault(f"{arm}, {label}", []).append(figures[label][0] - begin)
+    return {label: statistics.median(values) * 1e3 for label, values in times.items()}
 
 
 def _usual(times: list[float]) -> float:
@@ -109,8 +129,9 @@ def show_parts(rows: list[dict[str, Any]]) -> None:
         print(f"{row['workload']}")
         for title, unit in (("ms", "capture"), ("client_ms", "in the client"), ("worker_ms", "in worker 0")):
             print(f"    {unit:16s}" + "  ".join(f"{label} {value:.3f}" for label, value in row[title].items()))
-        calls, step = row["call_ms"], row["step_us"]
+        calls, step, first = row["call_ms"], row["step_us"], row["first_step_ms"]
         print(f"    {'bare call':16s}" + "  ".join(f"{label} {value:.3f}" for label, value in calls.items()))
         print(f"    {'host, us a step':16s}" + "  ".join(f"{label} {value:.1f}" for label, value in step.items()))
+        print(f"    {'first step, ms':16s}" + "  ".join(f"{label} {value:.2f}" for label, value in first.items()))
         for rank, copies in enumerate(row["dma"]):
             print(f"    {f'copies, rank {rank}':16s}" + "  ".join(f"{label} {v:.3f}" for label, v in copies.items()))

@@ -39,6 +39,15 @@ class Profile:
 
         self.wrap(owner, name, around)
 
+    def stamp(self, owner: Any, name: str, label: str) -> None:
+        """Keep when each call of a method began, by `time.perf_counter`, a clock that processes of Linux share."""
+
+        def around(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.add(label, time.perf_counter())
+            return function(*args, **kwargs)
+
+        self.wrap(owner, name, around)
+
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Send every call of `owner.name(...)` through `around(function, ...)`."""
         function, was_own = getattr(owner, name), name in vars(owner)

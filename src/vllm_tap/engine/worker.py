@@ -296,6 +296,8 @@ class TapWorker(host_runner.Recorder):
         profile = Profile()
         for name in ("start", "finish", "arm", "drain", "sampled"):
             profile.watch(self, name)
+        for name in ("arm", "drain"):
+            profile.stamp(self, name, f"{name} at")
         profile.watch(self, "_sink", "start: sink")
         profile.watch(Session, "finish", "finish: settle")
         profile.watch(Session, "close", "finish: close")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from vllm_tap.engine.profile import Profile
@@ -28,6 +30,20 @@ def test_calls_are_timed_and_answered():
         part.work(-1)
     assert {label: len(times) for label, times in profile.stop().items()} == {"mine": 2, "all": 1}
     assert min(profile.figures["mine"]) >= 0
+
+
+def test_beginnings_are_kept():
+    """One time for each call, of the clock that the caller reads too, beside how long it took."""
+    part, profile = Part(), Profile()
+    profile.watch(part, "work", "mine")
+    profile.stamp(part, "work", "mine at")
+    before = time.perf_counter()
+    assert [part.work(number) for number in (1, 2)] == [1, 2]
+    assert len(profile.figures["mine"]) == 2
+    first, second = profile.figures["mine at"]
+    assert before <= first <= second <= time.perf_counter()
+    profile.stop()
+    assert vars(part) == {}
 
 
 def test_everything_is_put_back():
