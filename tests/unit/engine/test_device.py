@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 import sys
 import threading
 import time
@@ -404,6 +405,28 @@ def test_small_steps_leave_the_device_together(
     assert found == sent
     engine.finish(session)
     assert cuda.num_copies == len(sent) + 1
+    assert cuda.conflicts == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bursts_of_any_steps_carry_what_the_model_made(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Runs of the same requests and changes of them, in bursts and pieces of segments of any length."""
+    choose = random.Random(seed)
+    monkeypatch.setattr(session_module, "STEPS_PER_CHUNK", choose.randint(1, 9))
+    monkeypatch.setattr(device_sink, "BURST_BYTES", choose.choice([1, 1000, 4000, 1 << 20]))
+    monkeypatch.setattr(device_sink, "DEPTHS", ((2, choose.randint(1, 4)),))
+    engine = Engine(cuda, choose.choice([LLAMA, ROUTER]))
+    session = engine.start()
+    for _ in range(8):
+        requests = choose.sample(sorted(REQUESTS), choose.randint(1, 4))
+        step = {request_id: choose.choice([1, 1, 1, 4]) for request_id in requests}
+        for _ in range(choose.randint(1, 4)):
+            engine.step(session, step, sends=choose.random() < 0.9)
+            if choose.random() < 0.1:
+                engine.model.rows.clear()
+    engine.finish(session)
     assert cuda.conflicts == []
 
 
