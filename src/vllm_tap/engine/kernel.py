@@ -241,15 +241,16 @@ def launch(
 ) -> None:
     """Launch a tap's kernel on the current stream, with all of its arguments in order.
 
-    What has been compiled is kept by all that Triton compiles for, and launched past its look-ups: those take more time
-    than everything else that a tap costs the host, and the first step of a capture waits for it.
+    What has been compiled is kept by all that Triton compiles for, and launched past its look-ups: those took more than
+    half of the host's time for a tap outside graphs.
 
     Args:
         function: The kernel.
         grid: Of programs.
         fixed: Tensors whose place and dtype follow from the device and from the constants and dtypes of `rows`.
         rows: Tensors [T, D] that pass the tap; their strides come behind the numbers.
-        numbers: That the kernel is not specialised on, each always as large as an int32 or always larger.
+        numbers: That the kernel is not specialised on. With the same constants, a number fits into an int32 at every
+            launch or at none.
         constants: Known when the kernel is compiled.
         num_warps: Of a program.
     """

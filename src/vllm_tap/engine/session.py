@@ -34,7 +34,7 @@ _CHILD: Final = re.compile(r"(\d+)_")
 
 
 class Sink(Protocol):
-    """Where the rows of a step go; see `sink` and `device`."""
+    """Where the rows of a step go; see `sink` and `device_sink`."""
 
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
