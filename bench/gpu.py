@@ -8,8 +8,8 @@
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
 Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios; `tp2` two tensor-parallel ranks, on two
 GPUs; `bad` what a capture does when budgets, memory or clients fail. `--eager` compares rows with those of an eager
-engine, `--parts` adds where a capture's time goes, `--timeline` where that of a step goes on the device, `--extract`
-vLLM's own extraction.
+engine, `--parts` adds where a capture's time goes, `--forwards` when its forward passes run, `--timeline` where the
+device's time goes in a step, `--extract` vLLM's own extraction.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_bad import run_bad
 from gpu_eager import check_against_eager
 from gpu_extract import measure_extract
+from gpu_forwards import measure_forwards, show_forwards
 from gpu_parts import measure_parts, show_parts
-from gpu_ratios import ALL, PLANS, ROUTER, Ratios, show
+from gpu_ratios import ALL, FEW, PLANS, ROUTER, Ratios, show
 from gpu_setting import FAMILIES, Report, Setting, rates, start_engine, stop_engine
 from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
@@ -42,7 +43,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     """Run a plan of ratios, and what was asked for beside it."""
     measured = rates(setting)
     # The engine with taps first: the second takes its memory share beside it.
-    more = arguments() if args.timeline else {}
+    more = arguments() if args.timeline is not None else {}
     tapped = start_engine(setting, True, **more)
     plain = None if args.no_plain else start_engine(setting, False, **more)
     ratios = Ratios(setting, plain or tapped, tapped)
@@ -62,9 +63,15 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     if args.parts is not None:
         parts = measure_parts(setting, tapped, measured["d2h"], args.parts)
         report.put(parts=parts)
+    forwards: list[dict[str, Any]] = []
+    if args.forwards is not None:
+        forwards = measure_forwards(setting, tapped, args.forwards)
+        report.put(forwards=forwards)
     timeline: list[dict[str, Any]] = []
-    if args.timeline:  # last: the profiler stays in the worker's way once it has been started
-        timeline = measure_timeline(setting, plain, tapped, ROUTER if args.plan == "router" else ALL)
+    if args.timeline is not None:  # last: the profiler stays in the worker's way once it has been started
+        timeline = measure_timeline(
+            setting, plain, tapped, [ROUTER] if args.plan == "router" else [ALL, *FEW], args.timeline
+        )
         report.put(timeline=timeline)
     num_layers = tapped.llm_engine.model_config.hf_text_config.num_hidden_layers
     del ratios
@@ -80,6 +87,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     print()
     show(rows)
     show_parts(parts)
+    show_forwards(forwards)
     show_timeline(timeline)
     same = facts["sample-layers"] == facts["equal prompts, equal rows"] == facts["staged equals direct"]
     fit = facts["sample-layers of experts"] == facts["experts of the highest scores"]
@@ -100,7 +108,16 @@ def main() -> None:
         metavar="WORKLOAD",
         help="say where the time of a capture goes, in all or in one",
     )
-    parser.add_argument("--timeline", action="store_true", help="say where the device's time goes in a step")
+    parser.add_argument(
+        "--forwards",
+        nargs="?",
+        const="prefill 64",
+        metavar="WORKLOAD",
+        help="say when forward passes run, plain and captured",
+    )
+    parser.add_argument(
+        "--timeline", nargs="?", const="", metavar="WORKLOAD", help="say where the device's time goes in a step"
+    )
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
     parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other")

@@ -6,10 +6,9 @@ import statistics
 import time
 from typing import Any
 
-from gpu_setting import Setting, capture, generate
+from gpu_setting import Setting, capture, generate, profile
 
 STEP = ("arm", "drain", "sampled")
-TIMES = ("arm at", "drain at")
 WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
 
 
@@ -32,41 +31,22 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
     once()
     row: dict[str, Any] = {"workload": name, "call_ms": _call_ms(setting, llm, workload, rounds)}
     client = _watch_client()
-    _profile(llm, "host")
+    profile(llm, "host")
     seconds = [dict(once().seconds) for _ in range(rounds)]
-    worker = _profile(llm, "dma")[0]
+    worker = profile(llm, "dma")[0]
     row["ms"] = {key: statistics.median(part[key] for part in seconds) * 1e3 for key in seconds[0]}
     row["client_ms"] = {label: statistics.median(times) * 1e3 for label, times in client.stop().items()}
     row["worker_ms"] = {
         f"{label} x {len(times) / rounds:g}": statistics.median(times) * 1e3
         for label, times in worker.items()
-        if label not in (*STEP, *TIMES)
+        if label not in STEP
     }
     row["step_us"] = {label: _usual(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
     for _ in range(min(rounds, 3)):
         once()
-    row["dma"] = [_copies(rank, d2h) for rank in _profile(llm, "") if rank.get("copy_seconds")]
-    row["first_step_ms"] = _first_steps(setting, llm, workload, spec, rounds)
+    row["dma"] = [_copies(rank, d2h) for rank in profile(llm, "") if rank.get("copy_seconds")]
     return row
-
-
-def _first_steps(setting: Setting, llm: Any, workload: Any, spec: Any, rounds: int) -> dict[str, float]:
-    """Return when the engine has the inputs of the first step of new prompts, and until when it launches that."""
-    times: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for arm in ("idle", "capturing"):
-            prompts = setting.prompts(workload)
-            _profile(llm, "host")
-            begin = time.perf_counter()
-            if arm == "idle":
-                generate(llm, prompts, 1)
-            else:
-                capture(setting, llm, prompts, 1, spec)
-            figures = _profile(llm, "")[0]
-            for label in TIMES:
-                times.setdefault(f"{arm}, {label}", []).append(figures[label][0] - begin)
-    return {label: statistics.median(values) * 1e3 for label, values in times.items()}
 
 
 def _usual(times: list[float]) -> float:
@@ -91,19 +71,14 @@ def _watch_client() -> Any:
     from vllm_tap.client import connection, recording
     from vllm_tap.engine.profile import Profile
 
-    profile = Profile()
-    profile.watch(connection.Connection, "ask", "start: send")
-    profile.watch(recording.Recording, "started", "start: wait")
-    profile.watch(recording, "Sequences", "finish: sequences")
-    profile.watch(recording.Recording, "_finished", "finish: wait and lease")
-    profile.watch(connection.Connection, "_memory", "finish: lease")
-    profile.watch(recording, "RankRows", "check: rows")
-    return profile
-
-
-def _profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
-    """Switch the workers' profile, and return what the one before collected."""
-    return list(llm.collective_rpc("vllm_tap_profile", args=(kind,)))
+    watched = Profile()
+    watched.watch(connection.Connection, "ask", "start: send")
+    watched.watch(recording.Recording, "started", "start: wait")
+    watched.watch(recording, "Sequences", "finish: sequences")
+    watched.watch(recording.Recording, "_finished", "finish: wait and lease")
+    watched.watch(connection.Connection, "_memory", "finish: lease")
+    watched.watch(recording, "RankRows", "check: rows")
+    return watched
 
 
 def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, float]:
@@ -124,14 +99,14 @@ def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, float]:
 
 def show_parts(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print("\nparts of a capture of all layers, ms (medians, profiled)")
+    if rows:
+        print("\nparts of a capture of all layers, ms (medians, profiled)")
     for row in rows:
         print(f"{row['workload']}")
         for title, unit in (("ms", "capture"), ("client_ms", "in the client"), ("worker_ms", "in worker 0")):
             print(f"    {unit:16s}" + "  ".join(f"{label} {value:.3f}" for label, value in row[title].items()))
-        calls, step, first = row["call_ms"], row["step_us"], row["first_step_ms"]
+        calls, step = row["call_ms"], row["step_us"]
         print(f"    {'bare call':16s}" + "  ".join(f"{label} {value:.3f}" for label, value in calls.items()))
         print(f"    {'host, us a step':16s}" + "  ".join(f"{label} {value:.1f}" for label, value in step.items()))
-        print(f"    {'first step, ms':16s}" + "  ".join(f"{label} {value:.2f}" for label, value in first.items()))
         for rank, copies in enumerate(row["dma"]):
             print(f"    {f'copies, rank {rank}':16s}" + "  ".join(f"{label} {v:.3f}" for label, v in copies.items()))

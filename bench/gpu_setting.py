@@ -29,6 +29,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "all layers": {"hidden_states": "all"},
     "3 layers": {"hidden_states": [0, 15, -1]},
     "last position, all layers": {"hidden_states": "all", "positions": "last"},
+    "last position, embeddings": {"embeddings": True, "positions": "last"},
     "router logits and experts": {"router_logits": "all", "routed_experts": "all"},
 }
 FAMILIES = {"llama-8b": "llama", "qwen3-30b-a3b": "qwen3_moe"}
@@ -188,6 +189,11 @@ def capture(
 def status(llm: Any) -> list[dict[str, Any]]:
     """Return what every worker holds, by rank."""
     return sorted(llm.collective_rpc("vllm_tap_status"), key=lambda state: state["rank"])
+
+
+def profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
+    """Switch the workers' profile, and return what the one before collected."""
+    return list(llm.collective_rpc("vllm_tap_profile", args=(kind,)))
 
 
 def wait_idle(llm: Any, timeout_s: float = 90.0) -> float:

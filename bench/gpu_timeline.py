@@ -1,7 +1,8 @@
 """Where the device's time goes in a step, idle and capturing, from PyTorch's profiler. Part of bench/gpu.py.
 
 Every operation on the stream of the model costs what passes from the end of the one before it to its own end, the gap
-before it included; so the costs of a step add up to its length, and the tap's show what it adds to the step.
+before it included; so the costs of a step add up to its length, and the tap's show what it adds to the step. Steps of
+prefill differ in length: there the costs are of all of them together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gzip
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,24 +43,33 @@ def arguments() -> dict[str, Any]:
     return {"profiler_config": {"profiler": "torch", "torch_profiler_dir": folder, **options}}
 
 
-def measure_timeline(setting: Setting, plain: Any, tapped: Any, spec: str) -> list[dict[str, Any]]:
-    """Return what the operations of a step cost, for each workload: plain if there is such an engine, idle, busy."""
-    return [_compare(setting, plain, tapped, spec, name, max_tokens) for name, max_tokens in WORKLOADS.items()]
+def measure_timeline(
+    setting: Setting, plain: Any, tapped: Any, specs: Sequence[str], begin: str
+) -> list[dict[str, Any]]:
+    """Return what operations cost, for each workload whose name begins like this: plain if there is such an engine,
+    idle, and capturing each of the specifications.
+    """
+    return [
+        _compare(setting, plain, tapped, specs, name, max_tokens)
+        for name, max_tokens in WORKLOADS.items()
+        if name.startswith(begin)
+    ]
 
 
-def _compare(setting: Setting, plain: Any, tapped: Any, spec: str, name: str, max_tokens: int) -> dict[str, Any]:
-    workload = setting.workload(name)
-    prompts = setting.prompts(workload)
-    steps = max_tokens if max_tokens > 1 else -(-workload[0] * workload[1] // setting.step_tokens)
+def _compare(
+    setting: Setting, plain: Any, tapped: Any, specs: Sequence[str], name: str, max_tokens: int
+) -> dict[str, Any]:
+    prompts = setting.prompts(setting.workload(name))
     arms: dict[str, tuple[Any, Callable[[], object]]] = {
         "plain": (plain, lambda: generate(plain, prompts, max_tokens)),
         "idle": (tapped, lambda: generate(tapped, prompts, max_tokens)),
-        spec: (tapped, lambda: capture(setting, tapped, prompts, max_tokens, setting.spec(spec))),
     }
-    found = {arm: _costs(_trace(llm, run), steps) for arm, (llm, run) in arms.items() if llm is not None}
+    for spec in specs:
+        arms[spec] = tapped, lambda spec=spec: capture(setting, tapped, prompts, max_tokens, setting.spec(spec))
+    found = {arm: _costs(_trace(llm, run), max_tokens) for arm, (llm, run) in arms.items() if llm is not None}
     names = {name for costs in found.values() for name in costs}
-    more = {name: _us(found[spec], name) - _us(found["idle"], name) for name in names}
-    chosen = sorted(names, key=lambda name: -abs(more[name]))[:KEPT]
+    more = {name: max(abs(_us(found[spec], name) - _us(found["idle"], name)) for spec in specs) for name in names}
+    chosen = sorted(names, key=lambda name: -more[name])[:KEPT]
     return {
         "workload": name,
         "us": {arm: sum(us for _, us in costs.values()) for arm, costs in found.items()},
@@ -87,19 +97,11 @@ def _trace(llm: Any, run: Callable[[], object]) -> list[Operation]:
     return sorted(found, key=lambda operation: operation.begin)
 
 
-def _costs(operations: list[Operation], steps: int) -> dict[str, tuple[float, float]]:
-    """Return times per step and microseconds per step of each operation, in the steady steps."""
+def _costs(operations: list[Operation], max_tokens: int) -> dict[str, tuple[float, float]]:
+    """Return how often each operation ran and its microseconds: per step in the steady steps, or all of prefill."""
     streams = Counter(operation.stream for operation in operations)
     main = [operation for operation in operations if operation.stream == streams.most_common(1)[0][0]]
-    # What runs once a step marks the steps; the last of such kernels, so that a step is whole.
-    counts = Counter(operation.name for operation in main)
-    once = [operation.name for operation in main if counts[operation.name] in (steps, steps + 1)]
-    if not once:
-        print(f"# timeline: no operation ran {steps} times: {counts.most_common(SHOWN)}", flush=True)
-        return {}
-    marks = [place for place, operation in enumerate(main) if operation.name == once[-1]]
-    first, last = marks[min(3, len(marks) // 2 - 1)], marks[-1]
-    num_steps = len([mark for mark in marks if first < mark <= last])
+    first, last, num_steps = (0, len(main) - 1, 1) if max_tokens == 1 else _steady(main, max_tokens)
     us: dict[str, list[float]] = defaultdict(list)
     end = main[first].end
     for operation in main[first + 1 : last + 1]:
@@ -112,6 +114,19 @@ def _costs(operations: list[Operation], steps: int) -> dict[str, tuple[float, fl
     return {name: (len(values) / num_steps, sum(values) / num_steps) for name, values in us.items()}
 
 
+def _steady(main: list[Operation], steps: int) -> tuple[int, int, int]:
+    """Return the places before the first of the steady steps and at the end of the last, and how many steps that is."""
+    # What runs once a step marks the steps; the last of such kernels, so that a step is whole.
+    counts = Counter(operation.name for operation in main)
+    once = [operation.name for operation in main if counts[operation.name] in (steps, steps + 1)]
+    if not once:
+        print(f"# timeline: no operation ran {steps} times: {counts.most_common(SHOWN)}", flush=True)
+        return 0, 0, 1
+    marks = [place for place, operation in enumerate(main) if operation.name == once[-1]]
+    first, last = marks[min(3, len(marks) // 2 - 1)], marks[-1]
+    return first, last, len([mark for mark in marks if first < mark <= last])
+
+
 def _short(name: str) -> str:
     return name.split("<")[0].split("(")[0].removeprefix("void ")[:70] or name[:70]
 
@@ -120,7 +135,9 @@ def show_timeline(rows: list[dict[str, Any]]) -> None:
     """Print the table: operations by what they cost more when capturing than idle."""
     for row in rows:
         totals = ", ".join(f"{arm} {us:.1f}" for arm, us in row["us"].items())
-        print(f"\na step of {row['workload']}, us on the device (profiled): {totals}")
+        what = "all steps" if row["workload"].startswith("prefill") else "a step"
+        print(f"\n{what} of {row['workload']}, us on the device (profiled): {totals}")
         for name, arms in list(row["operations"].items())[:SHOWN]:
             cells = "".join(f"{times:8.1f} x {us:9.1f}" for times, us in arms.values())
-            print(f"    {name:70s}{cells}{list(arms.values())[-1][1] - arms['idle'][1]:+11.1f}")
+            more = "".join(f"{us - arms['idle'][1]:+11.1f}" for arm, (_, us) in arms.items() if arm != "idle")
+            print(f"    {name:70s}{cells}{more}")

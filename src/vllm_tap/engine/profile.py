@@ -12,6 +12,7 @@ from typing import Any, Final
 
 HOST: Final = "host"
 DMA: Final = "dma"
+FORWARD: Final = "forward"
 
 Figures = dict[str, list[float]]
 
@@ -125,3 +126,42 @@ class DmaProfile(Profile):
 
     def _since_base(self, event: Any) -> float:
         return float(self._base.elapsed_time(event)) / 1e3
+
+
+class ForwardProfile(Profile):
+    """Says when forward passes were launched and, on a CUDA device, when they ran there, by `time.perf_counter`.
+
+    Figures, one of each per step: `arm at` and `drain at`, when the host came to launch the forward pass and when it
+    had; `begins at` and `ends at`, when the device did.
+    """
+
+    def __init__(self, recorder: Any, has_device: bool) -> None:
+        super().__init__()
+        self._events: list[tuple[str, Any]] = []
+        if has_device:
+            import torch
+
+            self._new_event = functools.partial(torch.cuda.Event, enable_timing=True)
+            self._base = self._new_event()
+            self._base.record()
+            self._base.synchronize()
+            self._base_at = time.perf_counter()
+            self.wrap(recorder, "arm", functools.partial(self._mark, "begins at"))
+            self.wrap(recorder, "drain", functools.partial(self._mark, "ends at"))
+        for name in ("arm", "drain"):
+            self.stamp(recorder, name, f"{name} at")
+
+    def _mark(self, label: str, function: Any, *args: Any) -> Any:
+        result = function(*args)
+        event = self._new_event()
+        event.record()
+        self._events.append((label, event))
+        return result
+
+    def stop(self) -> Figures:
+        """Put everything back, wait for the device and return the figures."""
+        figures = super().stop()
+        for label, event in self._events:
+            event.synchronize()
+            self.add(label, self._base_at + self._base.elapsed_time(event) / 1e3)
+        return figures

@@ -16,7 +16,7 @@ from typing import Any, Final
 from vllm_tap.engine import host, host_model, host_runner
 from vllm_tap.engine.backend import Backend, choose
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
-from vllm_tap.engine.profile import DMA, HOST, Figures, Profile
+from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import Taps
@@ -283,6 +283,8 @@ class TapWorker(host_runner.Recorder):
     def profile(self, kind: str) -> Figures:
         """Begin to time parts of this worker: "host" for its methods in seconds, "dma" for copies of a CUDA engine.
 
+        "forward" says when forward passes are launched and run; see `profile`.
+
         Returns:
             What the profile that was on until now has collected: {label: figures}. Any other `kind` only ends it.
         """
@@ -290,14 +292,14 @@ class TapWorker(host_runner.Recorder):
         self._profile = self._host_profile() if kind == HOST else None
         if kind == DMA and self._backend is not None:
             self._profile = self._backend.copy_profile()
+        if kind == FORWARD:
+            self._profile = ForwardProfile(self, self._worker.device.type == "cuda")
         return figures
 
     def _host_profile(self) -> Profile:
         profile = Profile()
         for name in ("start", "finish", "arm", "drain", "sampled"):
             profile.watch(self, name)
-        for name in ("arm", "drain"):
-            profile.stamp(self, name, f"{name} at")
         profile.watch(self, "_sink", "start: sink")
         profile.watch(Session, "finish", "finish: settle")
         profile.watch(Session, "close", "finish: close")
