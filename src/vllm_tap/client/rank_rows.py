@@ -89,30 +89,33 @@ def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Se
     slots = [sequences.slots.get((request.sample, request.completion), -1) for request in descriptor.requests]
     slot_of = np.array(slots, np.int64)
     lengths = np.where(slot_of >= 0, np.append(np.diff(sequences.starts), 0)[slot_of], 0).astype(np.uint32)
-    usable = positions.view(np.uint32) < lengths[numbers]
-    flat = sequences.starts[slot_of][numbers]
+    # All numbers are in bounds: "clip" spares a second look at them.
+    usable = positions.view(np.uint32) < lengths.take(numbers, mode="clip")
+    flat = sequences.starts[slot_of].take(numbers, mode="clip")
     flat += positions
-    chosen = _last_written(flat, usable, int(sequences.starts[-1]))
-    wanted = sequences.token_ids
-    if len(sequences.wanted) < len(chosen):
-        chosen, wanted = chosen[sequences.wanted], wanted[sequences.wanted]
-    if len(chosen) and chosen.min() < 0:
-        _raise_missing(descriptor, sequences, sequences.wanted[chosen < 0], "did not arrive")
-    wrong = token_ids[chosen] != wanted
+    is_all = len(sequences.wanted) == len(sequences.token_ids)
+    wanted = sequences.token_ids if is_all else sequences.token_ids[sequences.wanted]
+    everything = bool(usable.all())
+    if everything and np.array_equal(flat, sequences.wanted):
+        chosen, found = np.arange(len(flat)), token_ids  # prompts that went through in order
+    else:
+        chosen = _last_written(flat, usable, everything, int(sequences.starts[-1]))
+        chosen = chosen if is_all else chosen[sequences.wanted]
+        if len(chosen) and chosen.min() < 0:
+            _raise_missing(descriptor, sequences, sequences.wanted[chosen < 0], "did not arrive")
+        found = token_ids[chosen]
+    wrong = found != wanted
     if wrong.any():
         _raise_missing(descriptor, sequences, sequences.wanted[wrong], "arrived for other tokens than the final ones")
     return chosen
 
 
-def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], num_rows: int) -> IntArray:
+def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], everything: bool, num_rows: int) -> IntArray:
     """Return for each of `num_rows` places the usable row that was written there last, -1 where there is none.
 
     A position is written twice when it is recomputed after preemption, or was a draft that was rejected.
     """
     rows = np.arange(len(flat))
-    everything = bool(usable.all())
-    if everything and len(flat) == num_rows and np.array_equal(flat, rows):
-        return rows  # prompts that went through in order
     table = np.full(num_rows, -1, np.int64)
     # numpy assigns repeated indices in order.
     if everything:
