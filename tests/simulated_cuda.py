@@ -50,34 +50,8 @@ class Stream:
     def __init__(self, device: SimulatedCuda, name: str, handle: int) -> None:
         self.device, self.name, self.cuda_stream = device, name, handle
 
-    def wait_event(self, event: Event) -> None:
-        self.device.learn(self.name, event.clock)
-
-    def record_event(self) -> Event:
-        event = Event(self.device)
-        event.record(self)
-        return event
-
     def query(self) -> bool:
         return True
-
-
-class Event:
-    """A point in a stream; one that was never recorded has passed."""
-
-    def __init__(self, device: SimulatedCuda) -> None:
-        self.device = device
-        self.clock: dict[str, int] = {}
-
-    def record(self, stream: Any = None) -> None:
-        # vLLM for CPUs has streams of its own that stand for none.
-        self.device.bind()
-        name = (stream if isinstance(stream, Stream) else self.device.main).name
-        self.clock = dict(self.device.queue(name))
-
-    def synchronize(self) -> None:
-        self.device.num_host_waits += 1
-        self.device.learn(HOST, self.clock)
 
 
 class Nodes:
@@ -204,6 +178,7 @@ class SimulatedCuda:
         self.copies_left = sys.maxsize
         self.pins_left = sys.maxsize
         self.recording: Graph | None = None
+        self.events: dict[int, dict[str, int]] = {}  # the clocks of events, empty until they are recorded
         self.graphs: dict[int, Nodes] = {}
         self.executables: dict[int, Executable] = {}
         self.own_executables: dict[int, Executable] = {}  # PyTorch's, by the handle of their graph
@@ -330,6 +305,26 @@ class SimulatedCuda:
         self.access(name, source, nbytes, False, f"copy {self.num_copies} from the device")
         self.access(name, target, nbytes, True, f"copy {self.num_copies} to the host")
         ctypes.memmove(target, source, nbytes)
+        return SUCCESS
+
+    def cuEventCreate(self, event: Any, _: int) -> int:  # noqa: N802
+        event._obj.value = next(self.handles)
+        self.events[event._obj.value] = {}
+        return SUCCESS
+
+    def cuEventRecord(self, event: int, stream: int) -> int:  # noqa: N802
+        if threading.get_ident() not in self._bound:
+            return INVALID_CONTEXT
+        self.events[event] = dict(self.queue(self.streams[stream].name))
+        return SUCCESS
+
+    def cuStreamWaitEvent(self, stream: int, event: int, _: int) -> int:  # noqa: N802
+        self.learn(self.streams[stream].name, self.events[event])
+        return SUCCESS
+
+    def cuEventSynchronize(self, event: int) -> int:  # noqa: N802
+        self.num_host_waits += 1
+        self.learn(HOST, self.events[event])
         return SUCCESS
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
@@ -539,7 +534,6 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
                     patch.setattr(module, name, _Launcher(device, interpreted) if is_launched else interpreted)
         patch.setattr(torch, "empty", ordinary)
         patch.setattr(torch.cuda, "Stream", device.new_stream)
-        patch.setattr(torch.cuda, "Event", lambda *_, **__: Event(device))
         patch.setattr(torch.cuda, "CUDAGraph", graph)
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())

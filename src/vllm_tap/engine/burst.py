@@ -28,28 +28,28 @@ class Burst:
         copies: Of the step that comes first.
         place, size: What they take of the ring of staging.
         limit: Where in the segment that ends which the staging has room for; 0 if nothing may join.
+
+    Attributes:
+        is_full: Whether it has no room for another block as large as the last.
     """
 
     def __init__(self, copies: Sequence[Transfer], place: int, size: int, limit: int = 0) -> None:
         self.place, self.size = place, size
-        *self._whole, (self._begin, source, self._last_bytes) = copies
-        self._end, self._limit = self._begin + self._last_bytes, limit
+        *self._whole, (self._begin, source, last_bytes) = copies
+        self._end, self._limit = self._begin + last_bytes, limit
         self._shift = source - self._begin
+        self.is_full = self._end + CACHE_LINE + last_bytes > limit
 
     def join(self, target: int, nbytes: int) -> int:
         """Take a block in that comes next in the segment; return where it is to be staged, or 0 if it has to wait."""
         end = target + nbytes
         if not 0 <= target - self._end < CACHE_LINE or end > self._limit:
             return 0
-        self._end, self._last_bytes = end, nbytes
+        self._end = end
+        self.is_full = end + CACHE_LINE + nbytes > self._limit
         return target + self._shift
 
     @property
     def copies(self) -> list[Transfer]:
         """What is to be copied by now."""
         return [*self._whole, Transfer(self._begin, self._begin + self._shift, self._end - self._begin)]
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it has no room for another block as large as the last."""
-        return self._end + CACHE_LINE + self._last_bytes > self._limit

@@ -43,6 +43,8 @@ class DeviceRows(Rows):
 
     Attributes:
         chosen: Where in `row_map` the tokens of the step's rows stand, and how many they are.
+        events: For sinks, one after the other.
+        passed: Recorded and waited for at once.
     """
 
     def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
@@ -64,6 +66,7 @@ class DeviceRows(Rows):
         self.refusal = ""
         self._planes: dict[int, tuple[int, int]] = {}
         self._on: frozenset[int] = NOTHING
+        self.events, self.passed = cuda.Events(), cuda.Event()
         self._side: torch.cuda.Stream | None = None
         self._dirty = False
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
@@ -90,11 +93,11 @@ class DeviceRows(Rows):
             self._anchors[dtype] = torch.empty(16, dtype=dtype, device=self.header.device)
         return self._anchors[dtype]
 
-    def side_stream(self) -> torch.cuda.Stream:
+    def side_stream(self) -> int:
         """Return the stream on which rows leave the device."""
         if self._side is None:
             self._side = torch.cuda.Stream(self.header.device)
-        return self._side
+        return self._side.cuda_stream
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -128,28 +131,26 @@ class DeviceRows(Rows):
         self.clear()
         self.sink = None
 
-    def send_counts(self, stream: torch.cuda.Stream) -> npt.NDArray[np.int32]:
+    def send_counts(self, stream: int) -> npt.NDArray[np.int32]:
         """Queue a copy of how many steps went through each tap, up to the last that is on; return where it arrives."""
         num_taps = max(self._planes, default=self.first_tap) - self.first_tap + 1
         pinned = torch.empty(num_taps, dtype=torch.int32, pin_memory=True)
-        cuda.read_words(pinned.data_ptr(), self._counts_address, pinned.nbytes, stream.cuda_stream)
+        cuda.read_words(pinned.data_ptr(), self._counts_address, pinned.nbytes, stream)
         return pinned.numpy()
 
-    def arm(self, header: Sequence[int], selection: Selection) -> None:
+    def arm(self, header: Sequence[int], selection: Selection, stream: int) -> None:
         """Send the header of a step to the device, and its selection unless the device has it already."""
-        assert self.main is not None
         if selection is not self._selection:
             self._send_selection(selection)
         self.switch.on = self._on
         self._num_tokens = header[0]
-        cuda.write_words(self._header_address, _pack_header(*header), self.main.cuda_stream)
+        cuda.write_words(self._header_address, _pack_header(*header), stream)
         self.active = self._dirty = True
 
-    def arm_again(self, distance: int) -> None:
+    def arm_again(self, distance: int, stream: int) -> None:
         """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
-        assert self.main is not None
         self.switch.on = self._on
-        cuda.write_words(self._header_address, _pack_start(self._num_tokens, distance), self.main.cuda_stream)
+        cuda.write_words(self._header_address, _pack_start(self._num_tokens, distance), stream)
         self.active = self._dirty = True
 
     def _send_selection(self, selection: Selection) -> None:

@@ -40,7 +40,7 @@ and every copy costs the host about 20 microseconds."""
 
 MIN_STAGED_ROWS: Final = 512
 
-BURST_BYTES: Final = 16 << 20
+BURST_BYTES: Final = 32 << 20
 """Most bytes of steps that leave together; `burst` says what is gained."""
 
 DEPTHS: Final = ((4, 2), (2, 1))
@@ -78,11 +78,11 @@ class DeviceSink:
         self._num_rows = self._num_requests = 0
         self._is_large = False
         self._side = rows.side_stream()
-        self._last = torch.cuda.Event()
         self._plan: Plan | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
-        self._passed = torch.cuda.Event()
+        self._main = 0
         self._unsent = False
+        self._unprepared = False
         self._burst: Burst | None = None
         self._chunk: Block | None = None
         self._segment = 0  # address of the one that has the chunk
@@ -103,16 +103,17 @@ class DeviceSink:
                 labels = 0 if modes else kernel.LABELS
                 modes[tap.index] = plane, tap.mode | labels
         plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
-        self._planes, self._steps = Ring(0), Ring(0)
+        self._planes, self._steps = Ring(0, rows.events), Ring(0, rows.events)
         self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)
         rows.switch_on(self, modes)
 
     def _take_slab(self, plane_bytes: int, step_bytes: int, staging: str) -> Slab | None:
+        events = self._rows.events
         for num_planes, num_steps in DEPTHS:
             planes, steps = num_planes * plane_bytes, num_steps * step_bytes
             slab = self._rows.slabs.take(planes + steps)
             if slab is not None:
-                self._planes, self._steps = Ring(planes), Ring(steps)
+                self._planes, self._steps = Ring(planes, events), Ring(steps, events)
                 self._plane_staging, self._step_staging = slab.part(planes), slab.part(steps)
                 return slab
         free, total = torch.cuda.mem_get_info(self._device)
@@ -150,11 +151,10 @@ class DeviceSink:
             sources = self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
             for lane, begin in plan.by_planes:
                 lane.target = block + begin
-        self._rows.arm(plan.header_for(sources), selection)
+        self._rows.arm(plan.header_for(sources), selection, self._main)
         self._told = sources[0]
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
-        self._num_requests = len(batch.request_ids)
 
     def repeat(self, start: int) -> bool:
         """Do the step before once more at another place of its chunk, if it can join the burst of that.
@@ -166,12 +166,17 @@ class DeviceSink:
             return False
         staged = burst.join(self._segment + start, plan.form.end)
         if staged:
-            self._rows.arm_again(staged - self._told)
+            self._rows.arm_again(staged - self._told, self._main)
         return staged > 0
 
     def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
+        # Steps that take the same rows and read the same buffers of the runner run on the same stream.
+        main = self._rows.main = torch.cuda.current_stream(self._device)
+        self._main = main.cuda_stream
         self._num_rows = selection.num_rows
         self._is_large = selection.num_rows > self._small_rows
+        self._num_requests = len(batch.request_ids)
+        self._unprepared = True
         numbers = self._rows.numbers.data_ptr()
         self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
         return self._plan
@@ -180,7 +185,6 @@ class DeviceSink:
         """Return where the kernels write each copy of a step that joins no burst: to the staging, or to the segment."""
         if self._burst is not None:
             self._flush()
-        main = self._rows.main = torch.cuda.current_stream(self._device)
         if self._slab is None:
             return [block + copy.begin for copy in plan.copies]
         copies, limit = plan.copies, 0
@@ -196,7 +200,7 @@ class DeviceSink:
             place = size + (block + copy.begin) % ALIGNMENT
             places.append(place)
             size = aligned(place + copy.end - copy.begin)
-        start = self._steps.take(size, main)
+        start = self._steps.take(size, self._main)
         sources = [self._step_staging + start + place for place in places]
         transfers = [
             Transfer(block + copy.begin, source, copy.end - copy.begin)
@@ -220,14 +224,13 @@ class DeviceSink:
         """Have the plane of a tap written to an address in the ring, and queue the copy of it."""
         lane, plane = self._place_of[tap.index]
         nbytes = self._num_rows * lane.row_bytes
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         place = self._planes.take(aligned(nbytes), stream)
         source = self._plane_staging + place
         write(source)
-        self._passed.record(stream)
-        self._side.wait_event(self._passed)
-        cuda.copy_to_host(lane.target + plane * nbytes, source, nbytes, self._side.cuda_stream)
-        self._planes.busy(place, aligned(nbytes), self._side.record_event())
+        self._let_side_follow(stream)
+        cuda.copy_to_host(lane.target + plane * nbytes, source, nbytes, self._side)
+        self._planes.busy(place, aligned(nbytes), self._side)
 
     def end(self) -> list[Tap]:
         """Take note of a step; which taps were silent is known when all is settled.
@@ -241,14 +244,15 @@ class DeviceSink:
         self._rows.active = False
         return []
 
-    def prepare(self) -> None:
-        """Make ready the graph that a later step will replay, if there is one to make; takes some milliseconds then."""
-        self._rows.switch.prepare(self._num_requests)
+    def send(self, generates: bool) -> None:
+        """Queue the copies of what is staged on the side stream, unless later steps may still join them.
 
-    def send(self) -> None:
-        """Queue the copies of what is staged on the side stream, unless later steps may still join them."""
+        Of the graphs that later steps will replay, make one ready if there is one to make: takes some milliseconds.
+        """
         if self._burst is not None and self._burst.is_full:
             self._flush()
+        if generates and self._unprepared:
+            self._unprepared = self._rows.switch.prepare(self._num_requests)
 
     def _flush(self) -> None:
         """Queue the copies of what is staged, behind all that the engine has queued."""
@@ -256,15 +260,20 @@ class DeviceSink:
             return
         self._unsent = False
         burst, self._burst = self._burst, None
-        self._passed.record(self._rows.main)
-        self._side.wait_event(self._passed)
-        try:
-            for target, source, nbytes in burst.copies if burst is not None else ():
-                cuda.copy_to_host(target, source, nbytes, self._side.cuda_stream)
-        finally:
-            self._last = self._side.record_event()
+        self._let_side_follow(self._main)
         if burst is not None:
-            self._steps.busy(burst.place, burst.size, self._last)
+            for target, source, nbytes in burst.copies:
+                cuda.copy_to_host(target, source, nbytes, self._side)
+            self._steps.busy(burst.place, burst.size, self._side)
+
+    def _let_side_follow(self, stream: int) -> None:
+        """Let what is queued on the side stream from here on wait for what is queued on another."""
+        self._rows.passed.record(stream)
+        self._rows.passed.hold(self._side)
+
+    def _wait_for_side(self) -> None:
+        self._rows.passed.record(self._side)
+        self._rows.passed.synchronize()
 
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
@@ -273,10 +282,9 @@ class DeviceSink:
             CaptureError: A tap was silent.
         """
         self._flush()
-        self._side.wait_event(torch.cuda.current_stream(self._device).record_event())
+        self._let_side_follow(torch.cuda.current_stream(self._device).cuda_stream)
         seen = self._rows.send_counts(self._side)
-        self._last = self._side.record_event()
-        self._last.synchronize()
+        self._wait_for_side()
         silent = [place for place in self._place_of if seen[place - self._rows.first_tap] != self._num_steps]
         if silent:
             tap = REGISTRY[silent[0]]
@@ -291,7 +299,9 @@ class DeviceSink:
         self._rows.switch_off()
         # Blocks may be freed and segments unmapped after this: nothing may be on its way into them.
         self._flush()
-        self._last.synchronize()
+        self._wait_for_side()
+        for ring in (self._planes, self._steps):
+            ring.close()
         if self._slab is not None:
             self._rows.slabs.give(self._slab)
             self._slab = None

@@ -113,23 +113,27 @@ class GraphSwitch:
         self._copies.add(copy)
         return copy
 
-    def prepare(self, num_rows: int) -> None:
+    def prepare(self, num_rows: int) -> bool:
         """Make ready what a step of so many rows will replay, then what comes after it when rows get fewer.
 
-        To be called while the device is busy: a graph of a whole model takes some milliseconds. One graph a call.
+        To be called while the device is busy: a graph of a whole model takes some milliseconds. One graph a call;
+        returns whether there may be more to do.
         """
-        if not self.on or self._prepared == (num_rows, self.on):
-            return
+        if not self.on:
+            return True  # once a step wants taps
+        if self._prepared == (num_rows, self.on):
+            return False
         sizes = sorted({copy.num_rows for copy in self._copies})
         place = bisect.bisect_left(sizes, num_rows)
         near = sizes[place : place + 1] + sizes[max(place - 1, 0) : place]
         try:
             for copy in sorted(self._copies, key=lambda copy: -copy.num_rows):
                 if copy.num_rows in near and copy.prepare(self.on):
-                    return
+                    return True
         except TransportError as error:  # the step that needs it will fail with the same
             logger.debug("vllm-tap: a CUDA graph with taps could not be made ahead: %s", error)
         self._prepared = num_rows, self.on
+        return False
 
     def forget(self) -> None:
         """Give up what was made for captures; the next one makes it again. From any thread."""

@@ -47,11 +47,11 @@ class Sink(Protocol):
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
 
-    def send(self) -> None:
-        """The step's tokens are on their way: send off what is worth it by now."""
+    def send(self, generates: bool) -> None:
+        """The step's tokens are on their way: send off what is worth it by now.
 
-    def prepare(self) -> None:
-        """The device is busy with a step: make ready what later steps of generated tokens need."""
+        The device is busy with the step: if rows of generated tokens are wanted, make ready what their steps need.
+        """
 
     def settle(self) -> None:
         """Wait until all rows lie in their blocks."""
@@ -98,39 +98,34 @@ class Session:
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
         # A rank without a layer of this capture ships nothing, not even labels.
-        if self.error is not None or not len(self._selector) or not self.streams:
+        if self.error is not None or not self._table or not self.streams:
             return
         try:
             selection = self._selector.select(batch)
             if selection is None:
                 self._rows.clear()
-            elif selection is not self._last or not self._repeat(selection):
-                self._begin(batch, selection)
+                return
+            start, end = self._free_offset, self._free_offset + self._stride
+            if selection is self._last and end <= self._free_end and self._sink.repeat(start):
+                # Like the step before, right behind it in its chunk.
+                self._free_offset = end
+            else:
+                start = self._begin(batch, selection)
+            self._armed = True
+            self._blocks.append((len(self._chunks) - 1, start, selection.num_rows))
+            self.num_rows += selection.num_rows
         except Exception as error:
             self.fail(error)
 
-    def _begin(self, batch: Batch, selection: Selection) -> None:
+    def _begin(self, batch: Batch, selection: Selection) -> int:
+        """Begin a step in a block of its own form; return where the block starts."""
         start, form = self._place(selection.num_rows)
         self._rows.step += 1
         self._sink.begin(self._chunks[-1], start, form, selection, batch)
         self._stride = self._free_offset - start
         # Blocks that are so far apart lie alike.
         self._last = selection if self._stride % self._period == 0 else None
-        self._note(start, selection.num_rows)
-
-    def _repeat(self, selection: Selection) -> bool:
-        """Begin a step like the one before, right behind it in its chunk, if there is room: less than `_begin` does."""
-        start = self._free_offset
-        if start + self._stride > self._free_end or not self._sink.repeat(start):
-            return False
-        self._free_offset = start + self._stride
-        self._note(start, selection.num_rows)
-        return True
-
-    def _note(self, start: int, num_rows: int) -> None:
-        self._armed = True
-        self._blocks.append((len(self._chunks) - 1, start, num_rows))
-        self.num_rows += num_rows
+        return start
 
     def _place(self, num_rows: int) -> tuple[int, Layout[int]]:
         """Find room for a block in the current chunk, or reserve the next one; return its start and its layout.
@@ -190,9 +185,7 @@ class Session:
         Not before: the copy of the sampled tokens, for which the engine waits, would queue behind ours.
         """
         try:
-            self._sink.send()
-            if self._takes_generated:
-                self._sink.prepare()
+            self._sink.send(self._takes_generated)
         except Exception as error:
             self.fail(error)
 

@@ -1,7 +1,7 @@
 """Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
 
-A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `prepare` for later ones,
-`settle` (all rows lie in their blocks), `close`.
+A sink has six verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `settle` (all rows lie in
+their blocks), `close`.
 """
 
 from __future__ import annotations
@@ -63,11 +63,8 @@ class HostSink:
         self._rows.clear()
         return silent
 
-    def send(self) -> None:
+    def send(self, generates: bool) -> None:
         """Send off what is still on the device: nothing."""
-
-    def prepare(self) -> None:
-        """Make ready what later steps need: nothing."""
 
     def settle(self) -> None:
         """Wait until all rows lie in their blocks: they already do."""

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, Stream, simulated_cuda
+from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, simulated_cuda
+from vllm_tap.engine import cuda as cuda_calls
 from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, kernel
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
@@ -871,11 +872,11 @@ def test_a_copy_that_does_not_wait_for_the_forward_pass_is_noticed(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that may read before the taps have written."""
-    monkeypatch.setattr(Stream, "wait_event", lambda *_: None)
+    monkeypatch.setattr(cuda_calls.Event, "hold", lambda *_: None)
     assert any("from the device" in c and "kernel _tap" in c for c in broken_capture(cuda, [DECODE]))
 
 
 def test_rows_that_are_handed_over_too_early_are_noticed(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads before the last copy has ended."""
-    monkeypatch.setattr("simulated_cuda.Event.synchronize", lambda _: None)
+    monkeypatch.setattr(cuda_calls.Event, "synchronize", lambda _: None)
     assert any(c.startswith("client on host") for c in broken_capture(cuda, [DECODE]))

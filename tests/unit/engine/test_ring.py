@@ -10,40 +10,62 @@ from hypothesis import strategies as st
 from vllm_tap.engine.ring import Ring
 
 
-class Stream:
-    """A stream that remembers which events it has waited for; waiting for one covers the copies queued before it."""
+class Event:
+    """The copy with this number has ended; holding a stream covers the copies queued before it."""
+
+    def __init__(self, events: Events, number: int) -> None:
+        self._events, self._number = events, number
+
+    def hold(self, stream: int) -> None:
+        assert stream == MAIN
+        self._events.waited_for = max(self._events.waited_for, self._number)
+
+
+class Events:
+    """The events of copies, numbered in the order in which they are queued, and what the main stream waited for."""
 
     def __init__(self) -> None:
         self.waited_for = -1
+        self.num_copies = self.num_given = 0
 
-    def wait_event(self, event: int) -> None:
-        self.waited_for = max(self.waited_for, event)
+    def recorded(self, stream: int) -> Event:
+        assert stream == SIDE
+        self.num_copies += 1
+        return Event(self, self.num_copies - 1)
+
+    def give(self, event: Event) -> None:
+        self.num_given += 1
+
+
+MAIN, SIDE = 1, 2
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), max_size=60))
 def test_a_place_is_free_of_copies_that_were_not_waited_for(capacity: int, sizes: list[int]) -> None:
     """Whatever the sizes, a new place overlaps only places whose copies the stream has waited for."""
-    ring, stream = Ring(capacity), Stream()
+    events = Events()
+    ring = Ring(capacity, events)
     copies: list[tuple[int, int]] = []
     for size in sizes:
         size = min(size, capacity)
-        start = ring.take(size, stream)
+        start = ring.take(size, MAIN)
         assert 0 <= start <= capacity - size
         for number, (a, b) in enumerate(copies):
             if a < start + size and start < b:
-                assert number <= stream.waited_for
+                assert number <= events.waited_for
         copies.append((start, start + size))
-        ring.busy(start, size, len(copies) - 1)
+        ring.busy(start, size, SIDE)
 
 
 def test_a_ring_that_is_large_enough_never_waits() -> None:
     """No wait before the first place comes round again."""
-    ring, stream = Ring(100), Stream()
-    for number in range(10):
-        ring.busy(ring.take(10, stream), 10, number)
-    assert stream.waited_for == -1
-    ring.take(10, stream)
-    assert stream.waited_for == 0
+    events = Events()
+    ring = Ring(100, events)
+    for _ in range(10):
+        ring.busy(ring.take(10, MAIN), 10, SIDE)
+    assert events.waited_for == -1
+    ring.take(10, MAIN)
+    assert events.waited_for == 0
 
 
 def test_many_busy_places_cost_nothing() -> None:
@@ -58,10 +80,23 @@ def test_many_busy_places_cost_nothing() -> None:
             Places.looks += 1
             return super().__getitem__(key)
 
-    ring, stream = Ring(1000), Stream()
-    for number in range(3000):
-        start = ring.take(1, stream)
-        ring.busy(start, 1, number)
+    events = Events()
+    ring = Ring(1000, events)
+    for _ in range(3000):
+        start = ring.take(1, MAIN)
+        ring.busy(start, 1, SIDE)
         ring._busy[-1] = Places(ring._busy[-1])  # type: ignore[call-overload]
     assert Places.looks < 5 * 3000
-    assert stream.waited_for == 1999
+    assert events.waited_for == 1999
+
+
+def test_all_events_are_given_back() -> None:
+    """Those of places that came round again, and at the end those of all others."""
+    events = Events()
+    ring = Ring(100, events)
+    for _ in range(25):
+        ring.busy(ring.take(10, MAIN), 10, SIDE)
+    assert events.num_given == 15
+    ring.close()
+    ring.close()
+    assert events.num_given == events.num_copies == 25
