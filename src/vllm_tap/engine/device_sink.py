@@ -176,7 +176,8 @@ class DeviceSink:
         self._num_rows = selection.num_rows
         self._is_large = selection.num_rows > self._small_rows
         self._num_requests = len(batch.request_ids)
-        self._unprepared = True
+        # Before that, the next step has prompts again, and the time that a graph takes is taken from its launch.
+        self._unprepared = selection.ends_prompts
         numbers = self._rows.numbers.data_ptr()
         self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
         return self._plan

@@ -46,8 +46,8 @@ class Recorder:
     def scheduled(self, request_id: str) -> None:
         """A request, captured or not, is scheduled for the first time."""
 
-    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
-        """A captured request is scheduled for the first time."""
+    def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
+        """A captured request is scheduled for the first time; `generates` says whether more than one token."""
 
     def arm(self, batch: Batch) -> None:
         """The inputs of a forward pass are on the device."""
@@ -101,7 +101,7 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
             for new, mark in met:
                 recorder.scheduled(new.req_id)
                 if mark is not None:
-                    recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()))
+                    recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()), _generates(new))
             result = execute(scheduler_output, *args, **kwargs)
             recorder.drain()
             return result
@@ -136,6 +136,10 @@ def _read_mark(new: Any) -> Mark | None:
     sampling = new.sampling_params
     pooling = getattr(new, "pooling_params", None)
     return read_mark(sampling.extra_args if sampling is not None else getattr(pooling, "extra_kwargs", None))
+
+
+def _generates(new: Any) -> bool:
+    return new.sampling_params is not None and getattr(new.sampling_params, "max_tokens", None) != 1
 
 
 def _batch_v1(runner: Any) -> Batch:

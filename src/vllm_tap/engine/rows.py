@@ -54,6 +54,7 @@ class Selection(NamedTuple):
 
     `row_map` [T]: destination row of each token, -1 for none. `sources` [R]: the token of each row. `numbers` [R]: the
     request number of each row. `runs`: the same map as contiguous pieces. `is_everything`: row t is token t.
+    `ends_prompts`: no captured request has tokens of its prompt left after this step, as far as the host knows.
     """
 
     num_rows: int
@@ -62,6 +63,7 @@ class Selection(NamedTuple):
     numbers: Int32
     runs: list[Run]
     is_everything: bool
+    ends_prompts: bool
 
 
 class Selector:
@@ -109,6 +111,7 @@ class Selector:
     def _choose(self, batch: Batch, starts: Int32) -> Selection | None:
         counts = np.diff(starts)
         numbers = np.repeat(self._numbers, counts)
+        ends_prompts = bool((batch.num_computed + counts >= self._prompt_lens).all())
         if self._positions != "all":
             # Most steps of a long generation have nothing for "prompt", "last" or prompt positions: see that early.
             if self._positions != "generated" and (batch.num_computed >= self._prompt_lens).all():
@@ -118,13 +121,13 @@ class Selector:
             numbers = np.where(wanted, numbers, np.int32(-1))
         elif self._numbers.min(initial=0) >= 0:
             every = np.arange(len(numbers), dtype=np.int32)
-            return Selection(len(numbers), every, every, numbers, [Run(0, 0, len(numbers))], True)
+            return Selection(len(numbers), every, every, numbers, [Run(0, 0, len(numbers))], True, ends_prompts)
         sources = np.flatnonzero(numbers >= 0).astype(np.int32)
         if not len(sources):
             return None
         row_map = np.full(len(numbers), -1, np.int32)
         row_map[sources] = np.arange(len(sources), dtype=np.int32)
-        return Selection(len(sources), row_map, sources, numbers[sources], _runs(sources), False)
+        return Selection(len(sources), row_map, sources, numbers[sources], _runs(sources), False, ends_prompts)
 
 
 def _runs(sources: Int32) -> list[Run]:

@@ -50,7 +50,7 @@ class Sink(Protocol):
     def send(self, generates: bool) -> None:
         """The step's tokens are on their way: send off what is worth it by now.
 
-        The device is busy with the step: if rows of generated tokens are wanted, make ready what their steps need.
+        The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
         """
 
     def settle(self) -> None:
@@ -82,10 +82,10 @@ class Session:
         self._last: Selection | None = None
         self._stride = 0  # from the start of its block to the next
         self._armed = False
-        self._takes_generated = start.positions in ("all", "generated")
+        self._generates = False  # the last generated token never enters the model
 
-    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
-        """Take a request that the engine schedules for the first time.
+    def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool = True) -> None:
+        """Take a request that the engine schedules for the first time; `generates` says whether more than one token.
 
         The V2 runner adds a preempted request again under the same id: it keeps its number.
         """
@@ -94,6 +94,7 @@ class Session:
         child = _CHILD.match(request_id) if mark.num_completions > 1 else None
         self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
         self._table.append(messages.Request(request_id, mark.sample, int(child[1]) if child else 0))
+        self._generates = self._generates or (generates and self.start.positions in ("all", "generated"))
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
@@ -185,7 +186,7 @@ class Session:
         Not before: the copy of the sampled tokens, for which the engine waits, would queue behind ours.
         """
         try:
-            self._sink.send(self._takes_generated)
+            self._sink.send(self._generates)
         except Exception as error:
             self.fail(error)
 

@@ -120,9 +120,9 @@ class TapWorker(host_runner.Recorder):
         if self._calls is not None and any(mark.capture_id != known for mark in marks):
             self._calls.settle(PATIENCE_SECONDS)
 
-    def meet(self, request_id: str, mark: Mark, prompt_len: int) -> None:
+    def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
         if self._session is not None:
-            self._session.meet(request_id, mark, prompt_len)
+            self._session.meet(request_id, mark, prompt_len, generates)
 
     def arm(self, batch: Batch) -> None:
         if self._session is not None:

@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,7 +178,9 @@ class Engine:
         self.random = np.random.default_rng(0)
         self.expected: list[Expected] = []
 
-    def start(self, staging: str = "staged", positions: str = "all", leave_out: int = 0) -> Session:
+    def start(
+        self, staging: str = "staged", positions: str = "all", leave_out: int = 0, generates: bool = True
+    ) -> Session:
         """Start a capture of all layers, or of all but some."""
         places = self.model.places[leave_out:]
         names = dict.fromkeys(place.stream for place in places)
@@ -203,16 +205,17 @@ class Engine:
         session = Session(start, 0, streams, sink, self.pool, rows)
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
             if request_id != "other":
-                session.meet(request_id, Mark("x", sample, 1), prompt_len)
+                session.meet(request_id, Mark("x", sample, 1), prompt_len, generates)
         self.expected = []
         return session
 
-    def step(self, session: Session, requests: dict[str, int], sends: bool = True, computed: int | None = None) -> None:
-        """Run a step of so many tokens of each request, at random positions or behind `computed` ones."""
+    def step(
+        self, session: Session, requests: dict[str, int], sends: bool = True, computed: Sequence[int] | None = None
+    ) -> None:
+        """Run a step of so many tokens of each request, at random positions or behind `computed` ones of each."""
         lengths = np.array(list(requests.values()))
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        low, high = (0, 12) if computed is None else (computed, computed + 1)
-        before = self.random.integers(low, high, len(requests)).astype(np.int32)
+        before = np.array(self.random.integers(0, 12, len(requests)) if computed is None else computed, np.int32)
         positions = np.concatenate([first + np.arange(n) for first, n in zip(before, lengths, strict=True)])
         token_ids = self.random.integers(0, 1 << 17, len(positions))
         self.positions[: len(positions)] = torch.from_numpy(positions)
@@ -462,7 +465,7 @@ def test_taps_in_graphs_run_only_in_steps_with_rows(cuda: SimulatedCuda) -> None
     session = engine.start(positions="generated")
     for computed, runs in ((0, 0), (12, len(LLAMA)), (0, 0), (0, 0), (12, len(LLAMA))):
         before = cuda.num_launches
-        engine.step(session, {"a": 3}, computed=computed)
+        engine.step(session, {"a": 3}, computed=[computed])
         assert cuda.num_launches - before == runs
     engine.finish(session)
     assert cuda.conflicts == []
@@ -540,7 +543,7 @@ def test_a_graph_is_kept_for_a_few_sets_of_taps(cuda: SimulatedCuda) -> None:
     def made_by(leave_out: int) -> int:
         before = max(cuda.executables, default=0)
         session = engine.start(leave_out=leave_out)
-        engine.step(session, DECODE)
+        engine.step(session, DECODE, computed=[12] * len(DECODE))
         engine.finish(session)
         assert len(cuda.executables) <= 2 * MOST_FORMS
         return sum(executable > before for executable in cuda.executables)
@@ -556,16 +559,21 @@ def test_a_graph_is_kept_for_a_few_sets_of_taps(cuda: SimulatedCuda) -> None:
 
 
 def test_graphs_are_made_while_the_device_is_busy(cuda: SimulatedCuda) -> None:
-    """For the step that follows, and then for one of fewer rows; a step that finds its own does not wait."""
+    """For the step that follows, and then for one of fewer rows; a step that finds its own does not wait.
+
+    Not while prompts have tokens left: the step that follows has no use for any.
+    """
     engine = Engine(cuda, LLAMA)
     session = engine.start()
-    for step, ready in (
-        ({"a": 11, "b": 5}, {2}),
-        ({"a": 1, "b": 1}, {2, 1}),
-        ({"a": 1, "b": 1, "c": 7}, {4, 2, 1}),
-        (DECODE, {4, 2, 1}),
+    for step, computed, ready in (
+        ({"a": 6, "b": 5}, (0, 0), set()),
+        ({"a": 5, "b": 1}, (6, 5), {2}),
+        ({"a": 1, "b": 1}, (11, 6), {2, 1}),
+        ({"a": 1, "b": 1, "c": 3}, (12, 7, 0), {2, 1}),
+        ({"a": 1, "b": 1, "c": 4}, (13, 8, 3), {4, 2, 1}),
+        ({"a": 1, "b": 1, "c": 1}, (14, 9, 7), {4, 2, 1}),
     ):
-        engine.step(session, step)
+        engine.step(session, step, computed=computed)
         copies = engine.model.rows.switch._copies
         assert {copy.num_rows for copy in copies if copy._forms} == ready
         assert len(cuda.executables) == len(ready)
@@ -573,11 +581,12 @@ def test_graphs_are_made_while_the_device_is_busy(cuda: SimulatedCuda) -> None:
     assert cuda.conflicts == []
 
 
-def test_no_graphs_are_made_ahead_for_captures_of_prompts(cuda: SimulatedCuda) -> None:
-    """Steps of generated tokens have no rows for them."""
+@pytest.mark.parametrize(("positions", "generates"), [("last", True), ("all", False)])
+def test_no_graphs_are_made_ahead_for_captures_of_prompts(cuda: SimulatedCuda, positions: str, generates: bool) -> None:
+    """Steps of generated tokens have no rows for them, or there are none."""
     engine = Engine(cuda, LLAMA)
-    session = engine.start(positions="last")
-    engine.step(session, {"a": 11}, computed=0)
+    session = engine.start(positions=positions, generates=generates)
+    engine.step(session, {"a": 11}, computed=[0])
     assert len(engine.expected) == 1
     assert not cuda.executables
     engine.finish(session)
