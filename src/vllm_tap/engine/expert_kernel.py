@@ -142,7 +142,7 @@ def launch_tap_experts(
     if chosen is not None:
         first, num_rows = chosen
     large = num_rows > kernel.LARGE_ROWS if large is None else large
-    block = triton.next_power_of_2(num_experts)
+    block = kernel.power_of_2(num_experts)
     rows_each = max(min(kernel.LARGE_BLOCK // block, kernel.MOST_ROWS), 1) if large else 1
     aligns = [
         kernel.alignment(width, out) for width, out in zip((num_experts, num_choices, num_choices), outs, strict=True)
@@ -150,7 +150,7 @@ def launch_tap_experts(
     elements = [align // out.itemsize for align, out in zip(aligns, outs, strict=True)]
     kernel.launch(
         _tap_experts,
-        (triton.cdiv(num_rows, rows_each), 1, 1),
+        (-(-num_rows // rows_each), 1, 1),
         (state.header, state.table, state.row_map, state.counts, *[state.anchor(out) for out in outs]),
         rows,
         (index, first, num_rows),
@@ -169,7 +169,7 @@ def launch_tap_experts(
             "EARLY": ahead and kernel.can_launch_early(rows[0].device),
             "ROWS": rows_each,
             "EXPERTS_BLOCK": block,
-            "CHOICES_BLOCK": triton.next_power_of_2(num_choices),
+            "CHOICES_BLOCK": kernel.power_of_2(num_choices),
         },
         8 if large else 4,
     )

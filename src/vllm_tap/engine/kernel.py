@@ -203,11 +203,11 @@ def launch_tap(
     large = num_rows > LARGE_ROWS if large is None else large
     align = alignment(width, out)
     most = LARGE_BLOCK if large else BLOCK
-    block = min(most, triton.next_power_of_2(width))
+    block = min(most, power_of_2(width))
     rows = min(most // block, MOST_ROWS) if large else 1
     launch(
         _tap,
-        (triton.cdiv(num_rows, rows), triton.cdiv(width, block), 1),
+        (-(-num_rows // rows), -(-width // block), 1),
         (state.header, state.table, state.row_map, state.counts, state.anchor(out)),
         (hidden, other),
         (index, stream, address, first, num_rows),
@@ -265,6 +265,11 @@ def launch(
     early = {"launch_pdl": True} if constants["EARLY"] else {}
     arguments = *fixed, *rows, *numbers, *strides
     _compiled[key] = function[grid](*arguments, **constants, num_warps=num_warps, **early)
+
+
+def power_of_2(number: int) -> int:
+    """Return the smallest power of two that is not smaller; Triton's own function costs microseconds."""
+    return 1 << (number - 1).bit_length()
 
 
 def alignment(width: int, dtype: torch.dtype) -> int:

@@ -220,3 +220,9 @@ OUTS = [torch.bfloat16, torch.uint8, torch.float32]
 def told(value: Any) -> Any:
     """Return what a kernel learns of an argument."""
     return (value.dtype, value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
+
+
+def test_powers_of_two_are_those_of_triton() -> None:
+    """Blocks of Triton's kernels have such sizes."""
+    numbers = [*range(1, 300), 4095, 4096, 4097, 7168, 14336]
+    assert [kernel.power_of_2(number) for number in numbers] == [triton.next_power_of_2(number) for number in numbers]
