@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -276,4 +277,4 @@ def command(words: list[str]) -> str:
     for before, word in itertools.pairwise(words):
         if "--models" not in (before, word) and "--out" not in (before, word):
             kept.append(word)
-    return " ".join(kept)
+    return shlex.join(kept)

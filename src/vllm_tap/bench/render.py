@@ -171,7 +171,19 @@ def _gpu_table(results: dict[str, Any], source: Path) -> str:
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
     )
-    return _table([head, *map(_gpu_row, results["rows"])]) + "\n\n" + origin
+    table = _table([head, *map(_gpu_row, results["rows"])]) + "\n\n" + origin
+    return table + ("\n\n" + _forwards_table(results["forwards"]) if results.get("forwards") else "")
+
+
+def _forwards_table(rows: list[dict[str, Any]]) -> str:
+    """Return where on the device the time of a generation goes, in milliseconds."""
+    head = ["the same, ms on the device", "arm", "before the first pass", "in passes", "between", "behind the last"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        parts = [(ms["first armed"] + ms["first begins"], ms["passes"], ms["between"], ms["end"]) for ms in row["ms"]]
+        return [row["workload"], row["arm"], *(f"{statistics.median(part):.1f}" for part in zip(*parts, strict=True))]
+
+    return _table([head, *map(cells, rows)])
 
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:

@@ -115,3 +115,13 @@ def test_claims_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert "| another |" in text
     assert "yes |" in text
     assert "load average 0.1 before, 1.2 after" in text
+
+
+def test_forward_passes_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """Medians over rounds, by arm."""
+    ms = [
+        {"first armed": 5.0 + n, "first begins": 0.5, "passes": 100.0 + n, "between": 4.0, "end": 2.0} for n in range(3)
+    ]
+    forwards = [{"workload": "prefill 1 x 10", "arm": "idle", "ms": ms}]
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"forwards": forwards}))
+    assert "| prefill 1 x 10 | idle | 6.5 | 101.0 | 4.0 | 2.0 |" in render(MARKED, tmp_path)
