@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gpu_power import Power
@@ -42,17 +44,34 @@ def measure_forwards(setting: Setting, llm: Any, begin: str, rounds: int = 5) ->
 def _run(setting: Setting, llm: Any, name: str, prompts: list[Any], arm: str, power: Power) -> dict[str, float]:
     max_tokens = setting.workload(name)[2]
     profile(llm, "forward")
-    with power:
+    with power, _first_request(llm) as sent:
         begun = time.perf_counter()
         if arm == IDLE:
             generate(llm, prompts, max_tokens)
         else:
             capture(setting, llm, prompts, max_tokens, setting.spec(arm))
         ended = time.perf_counter()
-    return _times(profile(llm, "")[0], begun, ended) | power.figures
+    return _times(profile(llm, "")[0], sent, begun, ended) | power.figures
 
 
-def _times(figures: dict[str, list[float]], begun: float, ended: float) -> dict[str, float]:
+@contextmanager
+def _first_request(llm: Any) -> Iterator[list[float]]:
+    """Collect when the client sends its requests."""
+    core = llm.llm_engine.engine_core
+    add_request, sent = core.add_request, list[float]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        sent.append(time.perf_counter())
+        return add_request(*args, **kwargs)
+
+    core.add_request = watched
+    try:
+        yield sent
+    finally:
+        del core.add_request
+
+
+def _times(figures: dict[str, list[float]], sent: list[float], begun: float, ended: float) -> dict[str, float]:
     """Return where the time went, in milliseconds; without a device, the host's times stand for the device's."""
     armed = figures["arm at"]
     begins, ends = figures.get("begins at", armed), figures.get("ends at", figures["drain at"])
@@ -60,6 +79,9 @@ def _times(figures: dict[str, list[float]], begun: float, ended: float) -> dict[
     passes = [(a, next(b for b in ends if b >= a)) for a in begins]
     seconds = {
         "all": ended - begun,
+        "first sent": sent[0] - begun,
+        "last sent": sent[-1] - begun,
+        "first seen": figures["expect at"][0] - begun,
         "first armed": armed[0] - begun,
         "first begins": begins[0] - armed[0],
         "passes": sum(b - a for a, b in passes),

@@ -131,8 +131,8 @@ class DmaProfile(Profile):
 class ForwardProfile(Profile):
     """Says when forward passes were launched and, on a CUDA device, when they ran there, by `time.perf_counter`.
 
-    Figures, one of each per step: `arm at` and `drain at`, when the host came to launch the forward pass and when it
-    had; `begins at` and `ends at`, when the device did.
+    Figures, one of each per step: `expect at`, when the runner got the step; `arm at` and `drain at`, when the host was
+    about to launch the forward pass and when it had; `begins at` and `ends at`, when the device did.
     """
 
     def __init__(self, recorder: Any, has_device: bool) -> None:
@@ -148,7 +148,7 @@ class ForwardProfile(Profile):
             self._base_at = time.perf_counter()
             self.wrap(recorder, "arm", functools.partial(self._mark, "begins at"))
             self.wrap(recorder, "drain", functools.partial(self._mark, "ends at"))
-        for name in ("arm", "drain"):
+        for name in ("expect", "arm", "drain"):
             self.stamp(recorder, name, f"{name} at")
 
     def _mark(self, label: str, function: Any, *args: Any) -> Any:
