@@ -44,7 +44,7 @@ def measure_forwards(setting: Setting, llm: Any, begin: str, rounds: int = 5) ->
 def _run(setting: Setting, llm: Any, name: str, prompts: list[Any], arm: str, power: Power) -> dict[str, float]:
     max_tokens = setting.workload(name)[2]
     profile(llm, "forward")
-    with power, _first_request(llm) as sent:
+    with power, _requests_sent(llm) as sent:
         begun = time.perf_counter()
         if arm == IDLE:
             generate(llm, prompts, max_tokens)
@@ -55,7 +55,7 @@ def _run(setting: Setting, llm: Any, name: str, prompts: list[Any], arm: str, po
 
 
 @contextmanager
-def _first_request(llm: Any) -> Iterator[list[float]]:
+def _requests_sent(llm: Any) -> Iterator[list[float]]:
     """Collect when the client sends its requests."""
     core = llm.llm_engine.engine_core
     add_request, sent = core.add_request, list[float]()

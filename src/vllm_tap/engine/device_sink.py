@@ -41,7 +41,8 @@ and every copy costs the host about 20 microseconds."""
 MIN_STAGED_ROWS: Final = 512
 
 BURST_BYTES: Final = 32 << 20
-"""Most bytes of steps that leave together; `burst` says what is gained. At the end of a capture they take 0.6 ms."""
+"""Most bytes of steps that leave together; `burst` says what is gained. At the end of a capture one takes 0.6 ms at
+55 GB/s."""
 
 DEPTHS: Final = ((4, 2), (2, 1))
 """Planes in the staging of planes, and steps in that of blocks. The second pair is for a device that is short of

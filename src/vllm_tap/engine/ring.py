@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
 
-
-class Events(Protocol):
-    """Points in the work of streams; see `cuda.Events`."""
-
-    def recorded(self, stream: int) -> Any:
-        """Return an event behind what is queued on a stream."""
-
-    def give(self, event: Any) -> None:
-        """Take an event back."""
+from vllm_tap.engine.cuda import Event, Events
 
 
 class Ring:
@@ -24,7 +15,7 @@ class Ring:
         self._events = events
         self._head = 0
         # In the order in which they were taken: what lies ahead of the head comes first.
-        self._busy: deque[tuple[int, int, Any]] = deque()
+        self._busy: deque[tuple[int, int, Event]] = deque()
 
     def take(self, size: int, stream: int) -> int:
         """Return the start of a free place; `stream` waits for the copies that still read from it.
@@ -54,7 +45,7 @@ class Ring:
         while self._busy:
             self._free_first()
 
-    def _free_first(self) -> Any:
+    def _free_first(self) -> Event:
         event = self._busy.popleft()[2]
         self._events.give(event)
         return event

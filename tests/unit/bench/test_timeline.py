@@ -37,3 +37,10 @@ def test_a_long_gap_is_the_hosts(timeline: Any) -> None:
     spans = [(name, 500.0 * step + begin) for step in range(6) for name, begin in (("a", 0), ("b", 10), ("b", 30))]
     operations = [timeline.Operation(name, 1, begin, begin + 10) for name, begin in spans]
     assert timeline._costs(operations, 6) == {"a": (1, 10), "b": (2, 10 + 20), "(host)": (1, 460)}
+
+
+def test_all_of_prefill_is_added_up(timeline: Any) -> None:
+    """Steps of prefill differ in length; what is on the stream of the model counts, from the end of its first work."""
+    spans = [("a", 0, 10), ("b", 10, 30), ("a", 31, 36), ("b", 36, 100)]
+    operations = [timeline.Operation(name, 1, float(begin), float(end)) for name, begin, end in spans]
+    assert timeline._costs(operations, 1) == {"b": (2, 20 + 64), "a": (1, 6)}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from vllm_tap.engine.profile import Profile
+from vllm_tap.engine.profile import ForwardProfile, Profile
 
 
 class Part:
@@ -56,3 +56,30 @@ def test_everything_is_put_back():
     assert Part.work is function
     part.work(1)
     assert profile.figures == {}
+
+
+def test_forward_passes_without_a_device_are_stamped_by_the_host():
+    """When the runner got the step, was about to launch it, and had."""
+
+    class Recorder:
+        """What a runner reports to."""
+
+        def expect(self, marks: object) -> None:
+            """Do nothing."""
+
+        def arm(self, batch: object) -> None:
+            """Do nothing."""
+
+        def drain(self) -> None:
+            """Do nothing."""
+
+    recorder = Recorder()
+    profile = ForwardProfile(recorder, has_device=False)
+    for _ in range(2):
+        recorder.expect([])
+        recorder.arm(None)
+        recorder.drain()
+    figures = profile.stop()
+    assert {label: len(times) for label, times in figures.items()} == {"expect at": 2, "arm at": 2, "drain at": 2}
+    assert figures["expect at"][1] <= figures["arm at"][1] <= figures["drain at"][1]
+    assert vars(recorder) == {}
