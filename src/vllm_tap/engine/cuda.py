@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from vllm_tap.errors import EngineUnsupportedError, TransportError
@@ -47,7 +47,8 @@ def _driver() -> Any:
     return library
 
 
-def _check(code: int, what: str) -> None:
+def check(code: int, what: str) -> None:
+    """Raise what a code that the driver returned stands for, if it is an error."""
     if code:
         name = ctypes.c_char_p()
         _driver().cuGetErrorName(code, ctypes.byref(name))
@@ -57,13 +58,13 @@ def _check(code: int, what: str) -> None:
 def current_context() -> int:
     """Return the context of the calling thread, 0 if it has none."""
     context = ctypes.c_void_p()
-    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     return int(context.value or 0)
 
 
 def use_context(context: int) -> None:
     """Make a context that of the calling thread: without one the calls of this module fail, PyTorch's get one."""
-    _check(_driver().cuCtxSetCurrent(ctypes.c_void_p(context)), "cuCtxSetCurrent")
+    check(_driver().cuCtxSetCurrent(ctypes.c_void_p(context)), "cuCtxSetCurrent")
 
 
 def allocate(nbytes: int) -> int:
@@ -75,20 +76,27 @@ def allocate(nbytes: int) -> int:
     code = _driver().cuMemAlloc_v2(ctypes.byref(address), nbytes)
     if code == _OUT_OF_MEMORY:
         return 0
-    _check(code, "cuMemAlloc")
+    check(code, "cuMemAlloc")
     return int(address.value)
 
 
 def free(address: int) -> None:
     """Give device memory back; waits for the work that is queued on the device."""
-    _check(_driver().cuMemFree_v2(address), "cuMemFree")
+    check(_driver().cuMemFree_v2(address), "cuMemFree")
 
 
 def write_words(target: int, words: bytes, stream: int) -> None:
     """Queue a copy of a few words to device memory; the driver keeps its own copy of them at once."""
-    code = _driver().cuMemcpyHtoDAsync_v2(target, words, len(words), stream)
-    if code:  # what a step need not call it should not: nothing of it is in the caches
-        _check(code, "cuMemcpyHtoDAsync")
+    check(_driver().cuMemcpyHtoDAsync_v2(target, words, len(words), stream), "cuMemcpyHtoDAsync")
+
+
+def bare_write() -> Callable[[int, bytes, int, int], int]:
+    """Return the driver's function behind `write_words` (target, words, number of bytes, stream), for `check`.
+
+    For what every step does: in a step nothing is in the caches, and each function on the way costs microseconds.
+    """
+    function: Callable[[int, bytes, int, int], int] = _driver().cuMemcpyHtoDAsync_v2
+    return function
 
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
@@ -98,7 +106,7 @@ def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
 
 def read_words(target: int, source: int, nbytes: int, stream: int) -> None:
     """Queue a copy of what is no rows from device memory to pinned host memory."""
-    _check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
+    check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
 
 
 class Event:
@@ -110,20 +118,20 @@ class Event:
 
     def __init__(self) -> None:
         handle = ctypes.c_void_p()
-        _check(_driver().cuEventCreate(ctypes.byref(handle), _NO_TIMING), "cuEventCreate")
+        check(_driver().cuEventCreate(ctypes.byref(handle), _NO_TIMING), "cuEventCreate")
         self._handle = int(handle.value or 0)
 
     def record(self, stream: int) -> None:
         """Be the point behind what is queued on a stream."""
-        _check(_driver().cuEventRecord(self._handle, stream), "cuEventRecord")
+        check(_driver().cuEventRecord(self._handle, stream), "cuEventRecord")
 
     def hold(self, stream: int) -> None:
         """Keep what is queued on a stream from here on until this point has passed, wherever the event goes later."""
-        _check(_driver().cuStreamWaitEvent(stream, self._handle, 0), "cuStreamWaitEvent")
+        check(_driver().cuStreamWaitEvent(stream, self._handle, 0), "cuStreamWaitEvent")
 
     def synchronize(self) -> None:
         """Wait until this point has passed."""
-        _check(_driver().cuEventSynchronize(self._handle), "cuEventSynchronize")
+        check(_driver().cuEventSynchronize(self._handle), "cuEventSynchronize")
 
 
 class Events:
@@ -168,7 +176,7 @@ def can_edit_graphs() -> bool:
 def clone_graph(graph: int) -> int:
     """Return a copy of a graph."""
     clone = ctypes.c_void_p()
-    _check(_driver().cuGraphClone(ctypes.byref(clone), ctypes.c_void_p(graph)), "cuGraphClone")
+    check(_driver().cuGraphClone(ctypes.byref(clone), ctypes.c_void_p(graph)), "cuGraphClone")
     return int(clone.value or 0)
 
 
@@ -176,7 +184,7 @@ def node_in_clone(node: int, clone: int) -> int:
     """Return the node of a copy that stands for a node of the graph that was copied."""
     found = ctypes.c_void_p()
     code = _driver().cuGraphNodeFindInClone(ctypes.byref(found), ctypes.c_void_p(node), ctypes.c_void_p(clone))
-    _check(code, "cuGraphNodeFindInClone")
+    check(code, "cuGraphNodeFindInClone")
     return int(found.value or 0)
 
 
@@ -185,7 +193,7 @@ def remove_node(graph: int, node: int) -> None:
     before, after = _before(node), _after(node)
     # The edges first: a graph in which one of the two calls has failed is still in order.
     _change_edges("cuGraphAddDependencies_v2", graph, [(a, b, kind) for a, _ in before for b, kind in after])
-    _check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
+    check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
 
 
 def let_next_start_early(graph: int, node: int) -> None:
@@ -235,7 +243,7 @@ def _change_edges(function: str, graph: int, edges: Sequence[tuple[int, int, int
         (ctypes.c_uint64 * len(edges))(*[kind for _, _, kind in edges]),
         ctypes.c_size_t(len(edges)),
     )
-    _check(code, function.removesuffix("_v2"))
+    check(code, function.removesuffix("_v2"))
 
 
 def _before(node: int) -> list[tuple[int, int]]:
@@ -248,17 +256,17 @@ def _after(node: int) -> list[tuple[int, int]]:
 
 def _is_kernel(node: int) -> bool:
     kind = ctypes.c_int()
-    _check(_driver().cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)), "cuGraphNodeGetType")
+    check(_driver().cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)), "cuGraphNodeGetType")
     return kind.value == _KERNEL
 
 
 def _neighbours(function: str, node: int) -> list[tuple[int, int]]:
     """Return the nodes before or after a node, each with the data of the edge."""
     call, count = getattr(_driver(), function), ctypes.c_size_t()
-    _check(call(ctypes.c_void_p(node), None, None, ctypes.byref(count)), function)
+    check(call(ctypes.c_void_p(node), None, None, ctypes.byref(count)), function)
     nodes, edges = (ctypes.c_void_p * count.value)(), (ctypes.c_uint64 * count.value)()
     if count.value:
-        _check(call(ctypes.c_void_p(node), nodes, edges, ctypes.byref(count)), function)
+        check(call(ctypes.c_void_p(node), nodes, edges, ctypes.byref(count)), function)
     return [(int(other or 0), int(edge)) for other, edge in zip(nodes, edges, strict=True)]
 
 
@@ -266,25 +274,25 @@ def instantiate(graph: int) -> int:
     """Return an executable form of a graph, made as PyTorch makes its own."""
     executable, flags = ctypes.c_void_p(), ctypes.c_ulonglong(_AUTO_FREE | _NODE_PRIORITIES)
     code = _driver().cuGraphInstantiateWithFlags(ctypes.byref(executable), ctypes.c_void_p(graph), flags)
-    _check(code, "cuGraphInstantiate")
+    check(code, "cuGraphInstantiate")
     return int(executable.value or 0)
 
 
 def launch_graph(executable: int, stream: int) -> None:
     """Queue an executable graph."""
-    _check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
+    check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
 
 
 def set_node_enabled(executable: int, node: int, enabled: bool) -> None:
     """Switch a kernel node of the graph that was made executable on or off for future launches."""
-    _check(_driver().cuGraphNodeSetEnabled(executable, node, int(enabled)), "cuGraphNodeSetEnabled")
+    check(_driver().cuGraphNodeSetEnabled(executable, node, int(enabled)), "cuGraphNodeSetEnabled")
 
 
 def destroy_graph(graph: int) -> None:
     """Give a graph up; executable forms of it stay."""
-    _check(_driver().cuGraphDestroy(ctypes.c_void_p(graph)), "cuGraphDestroy")
+    check(_driver().cuGraphDestroy(ctypes.c_void_p(graph)), "cuGraphDestroy")
 
 
 def destroy_executable(executable: int) -> None:
     """Give an executable graph up; if it is queued, it runs to its end first."""
-    _check(_driver().cuGraphExecDestroy(ctypes.c_void_p(executable)), "cuGraphExecDestroy")
+    check(_driver().cuGraphExecDestroy(ctypes.c_void_p(executable)), "cuGraphExecDestroy")

@@ -28,6 +28,7 @@ _NO_TOKENS: Final = bytes(8)
 
 _pack_header = struct.Struct(f"={kernel.HEADER_WORDS}q").pack
 _pack_start = struct.Struct("=2q").pack
+_START_BYTES: Final = 16
 
 STREAM_NUMBERS: Final = {
     name: number
@@ -71,6 +72,7 @@ class DeviceRows(Rows):
         self._dirty = False
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
         self._context = cuda.current_context()
+        self._write = cuda.bare_write()
         self._num_tokens = 0
         self._num_identity = 0
         self._selection: Selection | None = None
@@ -150,7 +152,9 @@ class DeviceRows(Rows):
     def arm_again(self, distance: int, stream: int) -> None:
         """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
         self.switch.on = self._on
-        cuda.write_words(self._header_address, _pack_start(self._num_tokens, distance), stream)
+        code = self._write(self._header_address, _pack_start(self._num_tokens, distance), _START_BYTES, stream)
+        if code:
+            cuda.check(code, "cuMemcpyHtoDAsync")
         self.active = self._dirty = True
 
     def _send_selection(self, selection: Selection) -> None:

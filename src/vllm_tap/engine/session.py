@@ -77,10 +77,12 @@ class Session:
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []
+        self._chunk = 0  # number of the current one
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []
         self._last: Selection | None = None
         self._stride = 0  # from the start of its block to the next
+        self._is_open = False  # has met requests, and not failed
         self._armed = False
         self._generates = False  # the last generated token never enters the model
 
@@ -94,12 +96,13 @@ class Session:
         child = _CHILD.match(request_id) if mark.num_completions > 1 else None
         self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
         self._table.append(messages.Request(request_id, mark.sample, int(child[1]) if child else 0))
+        # A rank without a layer of this capture ships nothing, not even labels.
+        self._is_open = bool(self.streams) and self.error is None
         self._generates = self._generates or (generates and self.start.positions in ("all", "generated"))
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
-        # A rank without a layer of this capture ships nothing, not even labels.
-        if self.error is not None or not self._table or not self.streams:
+        if not self._is_open:
             return
         try:
             selection = self._selector.select(batch)
@@ -113,8 +116,9 @@ class Session:
             else:
                 start = self._begin(batch, selection)
             self._armed = True
-            self._blocks.append((len(self._chunks) - 1, start, selection.num_rows))
-            self.num_rows += selection.num_rows
+            num_rows = selection.num_rows
+            self._blocks.append((self._chunk, start, num_rows))
+            self.num_rows += num_rows
         except Exception as error:
             self.fail(error)
 
@@ -138,6 +142,7 @@ class Session:
         form = self._form(start % self._period, num_rows)
         if start + form.end > self._free_end:
             chunk = self._reserve(num_rows)
+            self._chunk = len(self._chunks)
             self._chunks.append(chunk)
             start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
             form = self._form(start % self._period, num_rows)
@@ -193,7 +198,7 @@ class Session:
     def fail(self, error: Exception) -> None:
         """End the capture early; the first error is the one that the client gets."""
         self._rows.clear()
-        self._armed = False
+        self._is_open = self._armed = False
         if self.error is None:
             if not isinstance(error, TapError):
                 error = CaptureError(f"unexpected {type(error).__name__}: {error}")
