@@ -23,6 +23,8 @@ from engine.engines import (
     prompts,
 )
 from vllm_tap import Spec
+from vllm_tap.client.engine import STEPS_BETWEEN
+from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -151,6 +153,23 @@ def test_a_single_new_token_leaves_the_rows_of_the_prompt(engine, known):
     assert [len(sample) for sample in result] == list(PROMPT_LENGTHS)
     nothing = engine.capture(prompts([4, 6]), Spec(hidden_states="all", positions="generated"), max_tokens=1)
     assert [tuple(sample.hidden_states[1].shape) for sample in nothing] == [(0, 128)] * 2
+
+
+def test_tokens_are_read_while_the_engine_computes(engine, known, monkeypatch):
+    """The lists that are read are those in the outputs, and few tokens are left to read when the last one comes."""
+    seen: list[dict[int, int]] = []
+
+    def read(tokens: TokenArrays, lists: list[list[int]]) -> None:
+        seen.append({id(ids): len(ids) for ids in lists})
+        original(tokens, lists)
+
+    original = TokenArrays.read
+    monkeypatch.setattr(TokenArrays, "read", read)
+    result = engine.capture(prompts([5, 40]), HIDDEN, max_tokens=3 * STEPS_BETWEEN)
+    compare(result, known)
+    for output in result.outputs:
+        assert seen[0][id(output.prompt_token_ids)] == len(output.prompt_token_ids)
+        assert seen[-1][id(output.outputs[0].token_ids)] >= 2 * STEPS_BETWEEN - 1
 
 
 def test_the_longest_prompt_is_captured_whole(engine, known):

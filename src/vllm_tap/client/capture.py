@@ -76,12 +76,16 @@ def capture(
         marked = recording.mark_all(params)
         started = time.perf_counter()
         show = bar(progress, recording.counts)
-
-        def queued() -> None:
-            recording.started()
-            recording.prompts.add(engine.queued_prompts(llm))
-
-        outputs = engine.generate(llm, prompts, marked, show, lora_request, queued, recording.end)
+        outputs = engine.generate(
+            llm,
+            prompts,
+            marked,
+            show,
+            lora_request,
+            queued=recording.started,
+            tokens=recording.tokens.read,
+            computed=recording.end,
+        )
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:

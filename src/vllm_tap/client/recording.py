@@ -16,7 +16,7 @@ from typing import Any, Final
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.result import Capture
-from vllm_tap.client.sequences import PromptArrays, Sequences
+from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.routing import ROUTED, summary
@@ -72,7 +72,7 @@ class Recording:
         if budget_bytes <= 0:
             raise SpecError(f"budget_bytes is a positive number, got {budget_bytes}.")
         self.spec = spec
-        self.prompts = PromptArrays()
+        self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._connection = connection = connect(llm)
         shared = connection.choose_transport(transport)
@@ -165,7 +165,7 @@ class Recording:
         outputs = list(outputs)
         try:
             self.end()
-            sequences = Sequences(outputs, self.spec.positions, self.prompts)  # while the workers finish
+            sequences = Sequences(outputs, self.spec.positions, self.tokens)  # while the workers finish
         except BaseException:
             self.stop()
             raise

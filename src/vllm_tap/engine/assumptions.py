@@ -245,8 +245,8 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind", _NO_CLIENT,
             ),
             Assumption(
-                "vllm.v1.engine.output_processor.RequestState", ("prompt_token_ids",),
-                "to read the prompts while the engine computes", _NO_CLIENT,
+                "vllm.v1.engine.output_processor.RequestState", ("prompt_token_ids", "detokenizer"),
+                "to read tokens while the engine computes", _NO_CLIENT,
             ),
             Assumption(
                 "vllm.v1.engine.core_client.BackgroundResources", ("engine_dead",), "to see an engine die",

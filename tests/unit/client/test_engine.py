@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.engine import _at_last_output
+from vllm_tap.client.engine import STEPS_BETWEEN, _outputs_watched, _token_lists
 
 
 class Core:
@@ -27,7 +27,7 @@ def calls_after_each(core: Core, request_ids: set[str]) -> list[int]:
     llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
     called: list[bool] = []
     counts = []
-    with _at_last_output(llm, request_ids, lambda: called.append(True)):
+    with _outputs_watched(llm, request_ids, lambda: None, lambda: called.append(True)):
         while core.pieces:
             assert core.get_output().outputs is not None
             counts.append(len(called))
@@ -46,6 +46,30 @@ def test_requests_that_the_engine_does_not_end_are_not_told() -> None:
     assert calls_after_each(Core({"other": True}), set()) == [0]
 
 
+def test_what_was_generated_is_read_now_and_then_before_a_wait() -> None:
+    """Not behind one, where the engine may have ended."""
+    core = Core(*[{"a": False}] * (2 * STEPS_BETWEEN))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    left: list[int] = []
+    with _outputs_watched(llm, {"a"}, lambda: left.append(len(core.pieces)), lambda: None):
+        while core.pieces:
+            core.get_output()
+    assert left == [STEPS_BETWEEN + 1, 1]
+
+
+def test_lists_of_tokens_are_those_that_grow() -> None:
+    """Of the requests that are asked for; embeddings as a prompt and a request without a text have none."""
+    states = {
+        "a": SimpleNamespace(prompt_token_ids=[1], detokenizer=SimpleNamespace(token_ids=[2])),
+        "b": SimpleNamespace(prompt_token_ids=None, detokenizer=None),
+        "c": SimpleNamespace(prompt_token_ids=[3], detokenizer=SimpleNamespace(token_ids=[])),
+    }
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(output_processor=SimpleNamespace(request_states=states)))
+    lists = _token_lists(llm, {"a", "b"})
+    states["a"].detokenizer.token_ids.append(4)
+    assert lists == [[1], [2, 4]]
+
+
 @pytest.mark.parametrize("is_replaced", [False, True])
 def test_the_client_of_the_core_is_left_as_it_was(is_replaced: bool) -> None:
     """Also where somebody else has put a method of their own into it, and when the wait fails."""
@@ -54,7 +78,7 @@ def test_the_client_of_the_core_is_left_as_it_was(is_replaced: bool) -> None:
         core.get_output = mine = lambda: SimpleNamespace(outputs=[])  # type: ignore[method-assign]
     before = vars(core).copy()
     llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
-    with pytest.raises(KeyError), _at_last_output(llm, {"a"}, lambda: None):
+    with pytest.raises(KeyError), _outputs_watched(llm, {"a"}, lambda: None, lambda: None):
         raise KeyError
     assert vars(core) == before
     if is_replaced:
