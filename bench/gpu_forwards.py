@@ -18,6 +18,8 @@ from gpu_ratios import ALL, FEW, ROUTER
 from gpu_setting import WORKLOADS, Setting, capture, generate, profile
 
 IDLE = "idle"
+LONG = 1.5
+"""Passes longer than so many times the median are told apart: among those of decoding, the ones that read prompts."""
 ARMS = IDLE, ALL, *FEW, "last position, embeddings"
 
 
@@ -77,6 +79,8 @@ def _times(figures: dict[str, list[float]], sent: list[float], begun: float, end
     begins, ends = figures.get("begins at", armed), figures.get("ends at", figures["drain at"])
     # A step without tokens ends without having begun.
     passes = [(a, next(b for b in ends if b >= a)) for a in begins]
+    lengths, gaps = [b - a for a, b in passes], [b[0] - a[1] for a, b in itertools.pairwise(passes)]
+    usual = statistics.median(lengths)
     seconds = {
         "all": ended - begun,
         "first sent": sent[0] - begun,
@@ -84,8 +88,11 @@ def _times(figures: dict[str, list[float]], sent: list[float], begun: float, end
         "first seen": figures["expect at"][0] - begun,
         "first armed": armed[0] - begun,
         "first begins": begins[0] - armed[0],
-        "passes": sum(b - a for a, b in passes),
-        "between": sum(b[0] - a[1] for a, b in itertools.pairwise(passes)),
+        "passes": sum(lengths),
+        "usual pass": usual,
+        "much longer": sum(length for length in lengths if length > LONG * usual),
+        "between": sum(gaps),
+        "usual gap": statistics.median(gaps) if gaps else 0.0,
         "end": ended - passes[-1][1],
         "first pass": passes[0][1] - begins[0],
     }

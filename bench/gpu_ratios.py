@@ -24,7 +24,7 @@ PLANS: dict[str, Plan] = {
     "short": [
         ("decode 8 x (64 + 128)", [ALL, *FEW], 15),
         ("decode 64 x (64 + 128)", [ALL, *FEW], 9),
-        ("decode 256 x (64 + 128)", [ALL], 7),
+        ("decode 256 x (64 + 128)", [ALL], 15),
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
     ],

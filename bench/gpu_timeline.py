@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 from gpu_setting import Setting, capture, generate
 
-WORKLOADS = {"decode 8 x (64 + 128)": 24, "decode 64 x (64 + 128)": 24, "prefill 64 x 1000": 1}
+WORKLOADS = {**{f"decode {n} x (64 + 128)": 24 for n in (8, 64, 256)}, "prefill 64 x 1000": 1}
 """How many tokens to generate: traces are large."""
 
 HOST_GAP_US = 40.0
 """A gap longer than this is the host's, which the profiler slows down, and no cost of the device."""
+
+MORE_STEPS = 3
+"""Most steps beyond the number of generated tokens: prompts may take several."""
 
 KEPT, SHOWN = 24, 12
 """Operations of a workload in the results file, and in the table."""
@@ -118,7 +121,7 @@ def _steady(main: list[Operation], steps: int) -> tuple[int, int, int]:
     """Return the places before the first of the steady steps and at the end of the last, and how many steps that is."""
     # What runs once a step marks the steps; the last of such kernels, so that a step is whole.
     counts = Counter(operation.name for operation in main)
-    once = [operation.name for operation in main if counts[operation.name] in (steps, steps + 1)]
+    once = [operation.name for operation in main if 0 <= counts[operation.name] - steps <= MORE_STEPS]
     if not once:
         print(f"# timeline: no operation ran {steps} times: {counts.most_common(SHOWN)}", flush=True)
         return 0, 0, 1
