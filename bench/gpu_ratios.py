@@ -40,7 +40,7 @@ PLANS: dict[str, Plan] = {
     "router": [
         ("decode 8 x (64 + 128)", [ROUTER], 9),
         ("decode 256 x (64 + 128)", [ROUTER], 5),
-        ("prefill 64 x 1000", [ROUTER], 9),  # eight or nine steps, by when prompts come: 3 % of the time
+        ("prefill 64 x 1000", [ROUTER], 15),  # eight or nine steps, by when prompts come: 3 % of the time
     ],
 }
 

@@ -8,7 +8,7 @@ from gpu_ratios import Ratios, show, summarise
 from gpu_setting import Report, Setting, capture, generate, sampling, start_engine, status, stop_engine
 
 ALL = "all layers"
-PLAN = [("prefill 64 x 1000", 5), ("decode 8 x (64 + 128)", 5), ("decode 256 x (64 + 128)", 5)]
+PLAN = [("prefill 64 x 1000", 7), ("decode 8 x (64 + 128)", 15), ("decode 256 x (64 + 128)", 7)]
 BYTES_OF = "prefill 64 x 1000"
 
 

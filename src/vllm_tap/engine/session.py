@@ -80,6 +80,8 @@ class Session:
         self._chunk = 0  # number of the current one
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []
+        self._key: tuple[list[str], bytes] | None = None  # requests and lengths whose selection holds
+        self._selection: Selection | None = None
         self._last: Selection | None = None
         self._stride = 0  # from the start of its block to the next
         self._is_open = False  # has met requests, and not failed
@@ -105,7 +107,11 @@ class Session:
         if not self._is_open:
             return
         try:
-            selection = self._selector.select(batch)
+            key = batch.request_ids, batch.starts.tobytes()
+            if key != self._key:
+                self._selection = self._selector.select(batch)
+                self._key = key if self._selector.takes_all else None
+            selection = self._selection
             if selection is None:
                 self._rows.clear()
                 return
