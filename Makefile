@@ -102,7 +102,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m vllm_tap.bench.render README.md --check
+	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
 	$(BIN)/python -m vllm_tap.engine.support docs/vllm-support.md --check
 
 bench: $(VENV)/.dev
@@ -128,7 +128,7 @@ bench-gpu-smoke: $(VENV)/.dev
 	$(BIN)/python bench/gpu.py --smoke --plan bad
 
 bench-render: $(VENV)/.dev
-	$(BIN)/python -m vllm_tap.bench.render README.md
+	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md
 
 # Half an hour: an engine for each family. FAMILIES="llama cohere" runs some; results of the others stay.
 architectures: $(VENV)/.dev

@@ -1,19 +1,24 @@
 """Put the tables of results files into a document, so that no figure in it is typed by hand. A process of its own.
 
 `python -m vllm_tap.bench.render README.md [--check]` replaces what stands between `<!-- bench:NAME -->` and
-`<!-- /bench:NAME -->`; results are read from `bench/results` beside the document. With `--check` it writes nothing and
-fails if the document is not up to date.
+`<!-- /bench:NAME -->`; results are read from `bench/results` beside the document or above. With `--check` it writes
+nothing and fails if the document is not up to date.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vllm_tap.bench import gpu_tables
+from vllm_tap.bench.markdown import table, three_digits
+
+RESULTS = "bench/results"
 
 _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
@@ -29,16 +34,7 @@ def render_handover(results_dir: Path) -> str:
         [rows[0]["label"], *(f"{_duration(row['median_ms'])} ({_ratio(row['x_memcpy'])})" for row in rows)]
         for rows in zip(*(case["rows"] for case in cases), strict=True)
     ]
-    return _table([head, *rows]) + "\n\n" + _origin(results, source)
-
-
-def render_gpu(results_dir: Path) -> str:
-    """Return a table for every results file of `bench/gpu.py`, or a sentence if there is none."""
-    sources = sorted(results_dir.glob("gpu-*.json"))
-    if not sources:
-        return "Nothing has been measured on a GPU yet."
-    found = [(json.loads(source.read_text()), source) for source in sources]
-    return "\n\n".join(_gpu_table(results, source) for results, source in found if results.get("rows"))
+    return table([head, *rows]) + "\n\n" + _origin(results, source)
 
 
 def render_seed(results_dir: Path) -> str:
@@ -59,7 +55,7 @@ def render_seed(results_dir: Path) -> str:
         f"{' before, '.join(map(str, results['load_average']))} after; `{results['command']}`; "
         f"[{source.name}](bench/results/{source.name})."
     )
-    return _table(ways) + "\n\n" + _table(claims) + "\n\n" + origin
+    return table(ways) + "\n\n" + table(claims) + "\n\n" + origin
 
 
 def _seed_label(row: dict[str, Any]) -> str:
@@ -95,23 +91,21 @@ def render_codecs(results_dir: Path) -> str:
         f"Python {machine['python']}, lz4 {machine['lz4']}, zstandard {machine['zstandard']}; `make bench-codecs`; "
         f"[{source.name}](bench/results/{source.name})."
     )
-    return _table(rows) + "\n\n" + origin
+    return table(rows) + "\n\n" + origin
 
-
-FEW_STEPS = 20
-"""Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
 RENDERERS: dict[str, Callable[[Path], str]] = {
     "codecs": render_codecs,
-    "gpu": render_gpu,
+    "gpu": gpu_tables.summary,
+    "gpu-tables": gpu_tables.tables,
     "handover": render_handover,
     "seed": render_seed,
 }
 """Marker name to the function that renders it from the folder of results."""
 
 
-def render(text: str, results_dir: Path) -> str:
-    """Return a document with every marked part rendered anew.
+def render(text: str, results_dir: Path, link: str = RESULTS) -> str:
+    """Return a document with every marked part rendered anew; `link` is where the results lie, seen from there.
 
     Raises:
         ValueError: a marker has no partner, or a name that nothing renders.
@@ -121,7 +115,8 @@ def render(text: str, results_dir: Path) -> str:
         name = match["name"]
         if name not in RENDERERS:
             raise ValueError(f"marker bench:{name} has no renderer; there are {sorted(RENDERERS)}")
-        return f"{match[1]}{RENDERERS[name](results_dir)}\n{match[4]}"
+        body = RENDERERS[name](results_dir).replace(f"]({RESULTS}/", f"]({link}/")
+        return f"{match[1]}{body}\n{match[4]}"
 
     if stray := _MARKER.search(_MARKED.sub("", text)):
         raise ValueError(f"marker {stray[0]} has no partner, or text stands on its line")
@@ -129,21 +124,30 @@ def render(text: str, results_dir: Path) -> str:
 
 
 def main() -> None:
-    """Render a document, or check it."""
+    """Render documents, or check them."""
     parser = argparse.ArgumentParser(prog="python -m vllm_tap.bench.render", description=__doc__.splitlines()[0])
-    parser.add_argument("document", type=Path)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the document is out of date")
+    parser.add_argument("documents", type=Path, nargs="+", metavar="document")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     arguments = parser.parse_args()
-    document: Path = arguments.document
-    before = document.read_text()
-    try:
-        after = render(before, document.resolve().parent / "bench" / "results")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{document}: {error}") from error
-    if arguments.check and after != before:
-        raise SystemExit(f"{document} is out of date: run python -m vllm_tap.bench.render {document}")
-    if after != before:
-        document.write_text(after)
+    for document in arguments.documents:
+        before = document.read_text()
+        try:
+            folder = _results_of(document)
+            after = render(before, folder, os.path.relpath(folder, document.resolve().parent))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{document}: {error}") from error
+        if arguments.check and after != before:
+            raise SystemExit(f"{document} is out of date: run python -m vllm_tap.bench.render {document}")
+        if after != before:
+            document.write_text(after)
+
+
+def _results_of(document: Path) -> Path:
+    """Return the folder of results beside a document, or above."""
+    for folder in document.resolve().parents:
+        if (folder / RESULTS).is_dir():
+            return folder / RESULTS
+    raise FileNotFoundError(f"there is no {RESULTS} beside this document or above")
 
 
 def _case_title(case: dict[str, Any]) -> str:
@@ -154,61 +158,11 @@ def _case_title(case: dict[str, Any]) -> str:
 
 def _duration(milliseconds: float) -> str:
     value, unit = (milliseconds / 1e3, "s") if milliseconds >= 1000 else (milliseconds, "ms")
-    return f"{_three_digits(value)} {unit}"
+    return f"{three_digits(value)} {unit}"
 
 
 def _ratio(value: float) -> str:
-    return f"{_three_digits(value)}x"
-
-
-def _gpu_table(results: dict[str, Any], source: Path) -> str:
-    head = ["workload", "arm", "ratio to plain", "in pairs", "ms a step", "rows GB", "GB/s"]
-    machine, rates = results["machine"], results["rates_gb_per_s"]
-    origin = (
-        f"Shape `{results['shape']}`{_ranks(results)}, medians; ratio: time of the plain engine over time of the arm; "
-        f"in pairs: the median of the ratios within a round. {machine['gpu']}, "
-        f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
-        f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
-        f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
-    )
-    table = _table([head, *map(_gpu_row, results["rows"])]) + "\n\n" + origin
-    return table + ("\n\n" + _forwards_table(results["forwards"]) if results.get("forwards") else "")
-
-
-def _forwards_table(rows: list[dict[str, Any]]) -> str:
-    """Return where on the device the time of a generation goes, in milliseconds."""
-    head = ["the same, ms on the device", "arm", "before the first pass", "in passes", "between", "behind the last"]
-
-    def cells(row: dict[str, Any]) -> list[str]:
-        parts = [(ms["first armed"] + ms["first begins"], ms["passes"], ms["between"], ms["end"]) for ms in row["ms"]]
-        return [row["workload"], row["arm"], *(f"{statistics.median(part):.1f}" for part in zip(*parts, strict=True))]
-
-    return _table([head, *map(cells, rows)])
-
-
-def _gpu_row(row: dict[str, Any]) -> list[str]:
-    """Return the cells of an arm; plain and idle engines ship no rows."""
-    gigabytes = row["bytes"] / 1e9
-    moved = [_three_digits(gigabytes), _three_digits(gigabytes / row["seconds"])] if row["bytes"] else ["", ""]
-    steps = [step["step_ms"] for step in row.get("steps", ()) if step["steps"] > FEW_STEPS]
-    step = f"{statistics.median(steps):.3f}" if steps else ""
-    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", f"{row['paired']:.3f}", step, *moved]
-
-
-def _ranks(results: dict[str, Any]) -> str:
-    """Return how tensor-parallel ranks shared the bytes, if there were several."""
-    shares = [f"{share:.2f}" for share in results.get("tp2_shares", ())]
-    return f", {len(shares)} ranks which copied {' and '.join(shares)} of one rank's bytes" if shares else ""
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    rule = "|" + "---|" * len(rows[0])
-    return "\n".join([head, rule, *body])
+    return f"{three_digits(value)}x"
 
 
 def _origin(results: dict[str, Any], source: Path) -> str:

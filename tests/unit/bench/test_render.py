@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_tap.bench.render import render
+from vllm_tap.bench.render import main, render
 
 RESULTS = {
     "machine": {"gpu": "Some GPU", "cpus": 8, "python": "3.12.0", "torch": "2.13.0", "vllm": "0.32.0"},
@@ -16,15 +16,16 @@ RESULTS = {
     "rates_gb_per_s": {"d2h": 55.34, "device_copy": 4301.0},
     "rows": [
         {"workload": "prefill 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "paired": 1.0, "bytes": 0,
-         "parts": {}, "steps": [{"steps": 2, "step_ms": 250.0}]},
+         "all": [0.5] * 5, "parts": {}, "steps": [{"steps": 2, "step_ms": 250.0}]},
         {"workload": "prefill 1 x 10", "arm": "all / auto", "seconds": 0.52, "ratio": 0.96154, "paired": 0.9666,
-         "bytes": 13 * 10**9, "parts": {"start": 0.1}},
+         "bytes": 13 * 10**9, "all": [0.52] * 5, "parts": {"start": 0.1}},
         {"workload": "decode 1 x 10", "arm": "plain", "seconds": 0.5, "ratio": 1.0, "paired": 1.0, "bytes": 0,
-         "parts": {}, "steps": [{"steps": 100, "step_ms": step} for step in (4.0, 5.0, 9.0)]},
+         "all": [0.5] * 5, "parts": {}, "steps": [{"steps": 100, "step_ms": step} for step in (4.0, 5.0, 9.0)]},
     ],
 }  # fmt: skip
 
-MARKED = "before\n<!-- bench:gpu -->\nold\n<!-- /bench:gpu -->\nafter\n"
+MARKED = "before\n<!-- bench:gpu-tables -->\nold\n<!-- /bench:gpu-tables -->\nafter\n"
+SUMMARY = MARKED.replace("gpu-tables", "gpu")
 
 
 def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
@@ -44,6 +45,50 @@ def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
     assert "old" not in text
 
 
+def test_what_ran_once_is_no_measurement(tmp_path: Path) -> None:
+    """An arm of one round, as in the plan that measures least, is left out."""
+    once = RESULTS["rows"][1] | {"all": [0.52], "workload": "decode 9 x 10"}  # type: ignore[operator,index]
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"rows": [*RESULTS["rows"], once]}))  # type: ignore[misc]
+    assert "prefill 1 x 10" in render(MARKED, tmp_path)
+    assert "decode 9 x 10" not in render(MARKED, tmp_path)
+
+
+def test_a_summary_has_a_column_for_each_gpu(tmp_path: Path) -> None:
+    """By shape, workload and what is captured; of two measurements, that against an engine without the plugin."""
+    rows = RESULTS["rows"]
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
+    better = [rows[0], rows[1] | {"ratio": 0.97, "paired": 0.971}]  # type: ignore[operator,index]
+    real = {"plain": "engine without the plugin", "rows": better}
+    (tmp_path / "gpu-b.json").write_text(json.dumps(RESULTS | real))
+    other = {"machine": RESULTS["machine"] | {"gpu": "Another GPU"}, "tp2_shares": [0.5, 0.5]}  # type: ignore[operator]
+    (tmp_path / "gpu-c.json").write_text(json.dumps(RESULTS | other))
+    text = render(SUMMARY, tmp_path)
+    assert "| shape | workload | captured | Another GPU | Some GPU |" in text
+    assert "| tiny | prefill 1 x 10 | all |  | 0.970 (0.971) |" in text
+    assert "| tiny, 2 ranks | prefill 1 x 10 | all | 0.962 (0.967) |  |" in text
+    assert "plain" not in text
+
+
+def test_a_document_in_a_folder_links_to_the_results_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/measured.md does; `--check` fails while a document is out of date."""
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (results / "gpu-a.json").write_text(json.dumps(RESULTS))
+    documents = [tmp_path / "README.md", tmp_path / "docs" / "measured.md"]
+    documents[1].parent.mkdir()
+    for document in documents:
+        document.write_text(MARKED)
+    monkeypatch.setattr("sys.argv", ["render", *map(str, documents), "--check"])
+    with pytest.raises(SystemExit, match="out of date"):
+        main()
+    monkeypatch.setattr("sys.argv", ["render", *map(str, documents)])
+    main()
+    assert "[gpu-a.json](bench/results/gpu-a.json)" in documents[0].read_text()
+    assert "[gpu-a.json](../bench/results/gpu-a.json)" in documents[1].read_text()
+    monkeypatch.setattr("sys.argv", ["render", *map(str, documents), "--check"])
+    main()
+
+
 def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
     """Results of several tensor-parallel ranks."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"tp2_shares": [0.5, 0.498]}))
@@ -52,7 +97,8 @@ def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
 
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
     """Without results the document says that there are none."""
-    assert "Nothing has been measured on a GPU yet." in render(MARKED, tmp_path)
+    for marked in (MARKED, SUMMARY):
+        assert "Nothing has been measured on a GPU yet." in render(marked, tmp_path)
 
 
 def test_results_without_rows_have_no_table(tmp_path: Path) -> None:
@@ -70,7 +116,8 @@ def test_rendering_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<!-- bench:gpu -->\n", "<!-- bench:gpu -->\n<!-- /bench:handover -->\n", MARKED.replace("gpu", "none")]
+    "text",
+    ["<!-- bench:gpu -->\n", "<!-- bench:gpu -->\n<!-- /bench:handover -->\n", MARKED.replace("gpu-tables", "none")],
 )
 def test_markers_that_do_not_pair_are_refused(text: str, tmp_path: Path) -> None:
     """A marker without its partner, or of no known name, raises instead of leaving an old table."""

@@ -1,0 +1,105 @@
+"""Tables of the results of `bench/gpu.py`: one of all ratios, and each file's own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_tap.bench.markdown import table, three_digits
+
+NOTHING = "Nothing has been measured on a GPU yet."
+
+FEW_STEPS = 20
+"""Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
+
+
+def summary(results_dir: Path) -> str:
+    """Return one table of all ratios, a column for each kind of GPU, or a sentence if there are no results.
+
+    What was measured more than once is taken from where the plain engine ran without the plugin.
+    """
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    found = [results for results, _ in _read(results_dir)]
+    for results in sorted(found, key=lambda results: results.get("plain") == IDLE_IS_PLAIN):
+        gpu = results["machine"]["gpu"]
+        shape = results["shape"] + (f", {len(shares)} ranks" if (shares := results.get("tp2_shares")) else "")
+        for row in _measured(results):
+            if row["arm"] != "plain":
+                line = cells.setdefault((shape, row["workload"], row["arm"].removesuffix(" / auto")), {})
+                line.setdefault(gpu, f"{row['ratio']:.3f} ({row['paired']:.3f})")
+    if not cells:
+        return NOTHING
+    gpus = sorted({gpu for line in cells.values() for gpu in line})
+    body = [[*line, *(cells[line].get(gpu, "") for gpu in gpus)] for line in sorted(cells, key=_order)]
+    return table([["shape", "workload", "captured", *gpus], *body])
+
+
+IDLE_IS_PLAIN = "idle engine"
+"""What results say of their plain engine if it is the one with taps."""
+
+
+def _order(line: tuple[str, str, str]) -> tuple[Any, ...]:
+    shape, workload, arm = line
+    return shape, [int(word) if word.isdigit() else word for word in workload.split()], arm
+
+
+def tables(results_dir: Path) -> str:
+    """Return a table for every results file, or a sentence if there is none."""
+    found = [_gpu_table(results, source) for results, source in _read(results_dir)]
+    return "\n\n".join(found) or NOTHING
+
+
+def _read(results_dir: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Yield the results that have ratios, with their files."""
+    for source in sorted(results_dir.glob("gpu-*.json")):
+        results = json.loads(source.read_text())
+        if results.get("rows"):
+            yield results, source
+
+
+def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of results without those that ran once, which is no measurement."""
+    return [row for row in results["rows"] if len(row["all"]) > 1]
+
+
+def _gpu_table(results: dict[str, Any], source: Path) -> str:
+    head = ["workload", "arm", "ratio to plain", "in pairs", "ms a step", "rows GB", "GB/s"]
+    machine, rates = results["machine"], results["rates_gb_per_s"]
+    origin = (
+        f"Shape `{results['shape']}`{_ranks(results)}, medians; ratio: time of the plain engine over time of the arm; "
+        f"in pairs: the median of the ratios within a round. {machine['gpu']}, "
+        f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
+        f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
+        f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
+    )
+    text = table([head, *map(_gpu_row, _measured(results))]) + "\n\n" + origin
+    return text + ("\n\n" + _forwards_table(results["forwards"]) if results.get("forwards") else "")
+
+
+def _forwards_table(rows: list[dict[str, Any]]) -> str:
+    """Return where on the device the time of a generation goes, in milliseconds."""
+    head = ["the same, ms on the device", "arm", "before the first pass", "in passes", "between", "behind the last"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        parts = [(ms["first armed"] + ms["first begins"], ms["passes"], ms["between"], ms["end"]) for ms in row["ms"]]
+        return [row["workload"], row["arm"], *(f"{statistics.median(part):.1f}" for part in zip(*parts, strict=True))]
+
+    return table([head, *map(cells, rows)])
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
+    """Return the cells of an arm; plain and idle engines ship no rows."""
+    gigabytes = row["bytes"] / 1e9
+    moved = [three_digits(gigabytes), three_digits(gigabytes / row["seconds"])] if row["bytes"] else ["", ""]
+    steps = [step["step_ms"] for step in row.get("steps", ()) if step["steps"] > FEW_STEPS]
+    step = f"{statistics.median(steps):.3f}" if steps else ""
+    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", f"{row['paired']:.3f}", step, *moved]
+
+
+def _ranks(results: dict[str, Any]) -> str:
+    """Return how tensor-parallel ranks shared the bytes, if there were several."""
+    shares = [f"{share:.2f}" for share in results.get("tp2_shares", ())]
+    return f", {len(shares)} ranks which copied {' and '.join(shares)} of one rank's bytes" if shares else ""
