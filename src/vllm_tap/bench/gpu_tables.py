@@ -12,6 +12,9 @@ from vllm_tap.bench.markdown import table, three_digits
 
 NOTHING = "Nothing has been measured on a GPU yet."
 
+IDLE_IS_PLAIN = "idle engine"
+"""What results say of their plain engine if it is the one with taps."""
+
 FEW_STEPS = 20
 """Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
@@ -35,10 +38,6 @@ def summary(results_dir: Path) -> str:
     gpus = sorted({gpu for line in cells.values() for gpu in line})
     body = [[*line, *(cells[line].get(gpu, "") for gpu in gpus)] for line in sorted(cells, key=_order)]
     return table([["shape", "workload", "captured", *gpus], *body])
-
-
-IDLE_IS_PLAIN = "idle engine"
-"""What results say of their plain engine if it is the one with taps."""
 
 
 def _order(line: tuple[str, str, str]) -> tuple[Any, ...]:
