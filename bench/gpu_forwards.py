@@ -18,9 +18,10 @@ from gpu_ratios import ALL, FEW, ROUTER
 from gpu_setting import WORKLOADS, Setting, capture, generate, profile
 
 IDLE = "idle"
+ARMS = IDLE, ALL, *FEW, "last position, embeddings"
+
 LONG = 1.5
 """Passes longer than so many times the median are told apart: among those of decoding, the ones that read prompts."""
-ARMS = IDLE, ALL, *FEW, "last position, embeddings"
 
 
 def measure_forwards(setting: Setting, llm: Any, begin: str, rounds: int = 5) -> list[dict[str, Any]]:

@@ -77,14 +77,14 @@ class Session:
         self._selector = Selector(start.positions)
         self._table: list[messages.Request] = []
         self._chunks: list[Block] = []
-        self._chunk = 0  # number of the current one
+        self._chunk_number = 0  # of the current one
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []
         self._key: tuple[list[str], bytes] | None = None  # requests and lengths whose selection holds
         self._selection: Selection | None = None
         self._last: Selection | None = None
         self._stride = 0  # from the start of its block to the next
-        self._is_open = False  # has met requests, and not failed
+        self._is_open = False  # has met requests, ships rows of them, and has not failed
         self._armed = False
         self._generates = False  # the last generated token never enters the model
 
@@ -123,7 +123,7 @@ class Session:
                 start = self._begin(batch, selection)
             self._armed = True
             num_rows = selection.num_rows
-            self._blocks.append((self._chunk, start, num_rows))
+            self._blocks.append((self._chunk_number, start, num_rows))
             self.num_rows += num_rows
         except Exception as error:
             self.fail(error)
@@ -148,7 +148,7 @@ class Session:
         form = self._form(start % self._period, num_rows)
         if start + form.end > self._free_end:
             chunk = self._reserve(num_rows)
-            self._chunk = len(self._chunks)
+            self._chunk_number = len(self._chunks)
             self._chunks.append(chunk)
             start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
             form = self._form(start % self._period, num_rows)
