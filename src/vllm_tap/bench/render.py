@@ -130,8 +130,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     arguments = parser.parse_args()
     for document in arguments.documents:
-        before = document.read_text()
         try:
+            before = document.read_text()
             folder = _results_of(document)
             after = render(before, folder, os.path.relpath(folder, document.resolve().parent))
         except (ValueError, OSError) as error:
