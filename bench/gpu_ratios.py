@@ -25,7 +25,7 @@ PLANS: dict[str, Plan] = {
         ("decode 8 x (64 + 128)", [ALL, *FEW], 15),
         ("decode 64 x (64 + 128)", [ALL, *FEW], 9),
         ("decode 256 x (64 + 128)", [ALL], 15),
-        ("prefill 64 x 1000", [ALL, *FEW], 5),
+        ("prefill 64 x 1000", [ALL, *FEW], 7),
         ("prefill 16 x 8000", [ALL], 3),
     ],
     "prefill": [("prefill 64 x 1000", [ALL, *FEW], 7)],
@@ -39,8 +39,8 @@ PLANS: dict[str, Plan] = {
     "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
     "router": [
         ("decode 8 x (64 + 128)", [ROUTER], 9),
-        ("decode 256 x (64 + 128)", [ROUTER], 5),
-        ("prefill 64 x 1000", [ROUTER], 15),  # eight or nine steps, by when prompts come: 3 % of the time
+        ("decode 256 x (64 + 128)", [ROUTER], 9),
+        ("prefill 64 x 1000", [ROUTER], 45),  # eight or nine steps, by when prompts come: 3 % of the time
     ],
 }
 

@@ -15,6 +15,9 @@ NOTHING = "Nothing has been measured on a GPU yet."
 IDLE_IS_PLAIN = "idle engine"
 """What results say of their plain engine if it is the one with taps."""
 
+FEW_RUNS = 3
+"""Of fewer runs no median is given."""
+
 FEW_STEPS = 20
 """Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
@@ -65,16 +68,19 @@ def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _gpu_table(results: dict[str, Any], source: Path) -> str:
-    head = ["workload", "arm", "ratio to plain", "in pairs", "ms a step", "rows GB", "GB/s"]
+    head = ["workload", "arm", "ratio to plain", "in pairs", "of as many steps", "ms a step", "rows GB", "GB/s"]
+    rows = _measured(results)
+    plain = {row["workload"]: row for row in rows if row["arm"] == "plain"}
     machine, rates = results["machine"], results["rates_gb_per_s"]
     origin = (
         f"Shape `{results['shape']}`{_ranks(results)}, medians; ratio: time of the plain engine over time of the arm; "
-        f"in pairs: the median of the ratios within a round. {machine['gpu']}, "
+        "in pairs: the median of the ratios within a round; of as many steps: that of runs which took as many steps as "
+        f"most of the plain engine's, if there are {FEW_RUNS} of either. {machine['gpu']}, "
         f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
     )
-    text = table([head, *map(_gpu_row, _measured(results))]) + "\n\n" + origin
+    text = table([head, *(_gpu_row(row, plain[row["workload"]]) for row in rows)]) + "\n\n" + origin
     return text + ("\n\n" + _forwards_table(results["forwards"]) if results.get("forwards") else "")
 
 
@@ -89,13 +95,29 @@ def _forwards_table(rows: list[dict[str, Any]]) -> str:
     return table([head, *map(cells, rows)])
 
 
-def _gpu_row(row: dict[str, Any]) -> list[str]:
+def _gpu_row(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     """Return the cells of an arm; plain and idle engines ship no rows."""
     gigabytes = row["bytes"] / 1e9
     moved = [three_digits(gigabytes), three_digits(gigabytes / row["seconds"])] if row["bytes"] else ["", ""]
     steps = [step["step_ms"] for step in row.get("steps", ()) if step["steps"] > FEW_STEPS]
     step = f"{statistics.median(steps):.3f}" if steps else ""
-    return [row["workload"], row["arm"], f"{row['ratio']:.3f}", f"{row['paired']:.3f}", step, *moved]
+    ratios = [f"{row['ratio']:.3f}", f"{row['paired']:.3f}", _ratio_alike(row, plain)]
+    return [row["workload"], row["arm"], *ratios, step, *moved]
+
+
+def _ratio_alike(row: dict[str, Any], plain: dict[str, Any]) -> str:
+    """Return the ratio among runs of the number of steps that is the most frequent one of the plain engine."""
+    numbers = [step["steps"] for step in plain.get("steps", ())]
+    if not numbers:
+        return ""
+    number = statistics.mode(numbers)
+    theirs, mine = (
+        [seconds for seconds, step in zip(arm["all"], arm.get("steps", ()), strict=False) if step["steps"] == number]
+        for arm in (plain, row)
+    )
+    if min(len(theirs), len(mine)) < FEW_RUNS:
+        return ""
+    return f"{statistics.median(theirs) / statistics.median(mine):.3f}"
 
 
 def _ranks(results: dict[str, Any]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import _thread
 import functools
 import itertools
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
@@ -17,6 +19,9 @@ from vllm_tap.spec import nearest
 
 WATCH_SECONDS: Final = 0.1
 """How often a call that waits looks whether the engine is still there."""
+
+FIRST_STEP_SECONDS: Final = 0.005
+"""An engine prepares its first step in so long, if its process has nothing else to do."""
 
 STEPS_BETWEEN: Final = 16
 """After so many outputs, what the engine has generated is read: 0.3 ms of one wait for 256 requests."""
@@ -89,7 +94,8 @@ def generate(
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
                 outputs = llm.encode(prompts, pooling_params=params, pooling_task="embed", **options)
             else:
-                llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
+                with _first_step_first(llm):
+                    llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
                 queued()
                 mine = set(_unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -141,6 +147,42 @@ def _watched(llm: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _first_step_first(llm: Any) -> Iterator[None]:
+    """Let the engine prepare its first step before it gets requests that this step has no room for.
+
+    The thread that runs the engine shares its interpreter with the one that receives: while requests come one after
+    another, the first step is prepared in 8 ms instead of 4, and the device waits (64 prompts of 1000 tokens, H200).
+    """
+    core = llm.llm_engine.engine_core
+    add_request, room = core.add_request, llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+    def paced(request: Any) -> None:
+        nonlocal room
+        if room <= 0:
+            time.sleep(FIRST_STEP_SECONDS)
+            room = math.inf
+        room -= len(request.prompt_token_ids or ())
+        add_request(request)
+
+    with _replaced(core, "add_request", paced):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of a method for a while."""
+    of_instance = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        if of_instance is None:
+            delattr(owner, name)  # that of the class again
+        else:
+            setattr(owner, name, of_instance)
+
+
+@contextmanager
 def _outputs_watched(
     llm: Any, request_ids: set[str], now_and_then: Callable[[], None], at_last: Callable[[], None]
 ) -> Iterator[None]:
@@ -149,7 +191,7 @@ def _outputs_watched(
     The latter is called once, as soon as the last of them has come.
     """
     core = llm.llm_engine.engine_core
-    get_output, of_instance = core.get_output, vars(core).get("get_output")
+    get_output = core.get_output
     steps = itertools.count(1)
 
     def watched() -> Any:
@@ -162,14 +204,8 @@ def _outputs_watched(
                 at_last()
         return outputs
 
-    core.get_output = watched
-    try:
+    with _replaced(core, "get_output", watched):
         yield
-    finally:
-        if of_instance is None:
-            del core.get_output  # that of the class again
-        else:
-            core.get_output = of_instance
 
 
 def _token_lists(llm: Any, request_ids: set[str]) -> list[list[int]]:

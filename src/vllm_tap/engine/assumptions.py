@@ -226,12 +226,18 @@ PARTS: Final = (
                 "captures of embedding models fail",
             ),
             Assumption(
-                "vllm.v1.engine.llm_engine.LLMEngine", ("engine_core", "output_processor", "abort_request"),
+                "vllm.v1.engine.llm_engine.LLMEngine",
+                ("engine_core", "output_processor", "abort_request", "vllm_config"),
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
-                "vllm.v1.engine.core_client.EngineCoreClient", ("get_output",),
-                "to end a capture with the last output", _NO_CLIENT,
+                "vllm.v1.engine.core_client.EngineCoreClient", ("add_request", "get_output"),
+                "to let the first step begin before more requests come, and to end a capture with the last output",
+                _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.config.scheduler.SchedulerConfig", ("max_num_batched_tokens",),
+                "to let the first step begin before more requests come", _NO_CLIENT,
             ),
             Assumption(
                 "vllm.v1.engine.EngineCoreOutput", ("request_id", "finished"), "to end a capture with the last output",

@@ -1,4 +1,4 @@
-"""When a call learns that the engine has ended its requests. Without an engine."""
+"""How requests are sent to an engine, and when a call learns that it has ended them. Without an engine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.engine import STEPS_BETWEEN, _outputs_watched, _token_lists
+from vllm_tap.client import engine
+from vllm_tap.client.engine import STEPS_BETWEEN, _first_step_first, _outputs_watched, _token_lists
 
 
 class Core:
-    """Hands out what an engine core has sent: in each piece, the requests and whether they have ended."""
+    """Takes requests, and hands out what an engine core has sent: pieces of requests, and whether they have ended."""
 
     def __init__(self, *pieces: dict[str, bool]) -> None:
         self.pieces = list(pieces)
+        self.events: list[Any] = []
+
+    def add_request(self, request: Any) -> None:
+        self.events.append(request)
 
     def get_output(self) -> Any:
         piece = self.pieces.pop(0)
@@ -32,6 +37,37 @@ def calls_after_each(core: Core, request_ids: set[str]) -> list[int]:
             assert core.get_output().outputs is not None
             counts.append(len(called))
     return counts
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pauses"),
+    [
+        ([60, 40, 10, 200, 1], [2]),
+        ([60, 60, 60], [2]),
+        ([500, 1, 1], [1]),
+        ([60, 40], []),
+        ([1] * 50, []),
+        ([None, 100, None, 100], [2]),
+    ],
+    ids=["full", "more than full", "long prompt", "no more", "short prompts", "embeddings"],
+)
+def test_requests_beyond_a_full_step_are_sent_a_moment_later(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int | None], pauses: list[int]
+) -> None:
+    """All of them, in their order; `pauses` are before requests of these numbers."""
+    core = Core()
+    monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=core.events.append))
+    scheduler = SimpleNamespace(max_num_batched_tokens=100)
+    llm_engine = SimpleNamespace(engine_core=core, vllm_config=SimpleNamespace(scheduler_config=scheduler))
+    requests = [SimpleNamespace(prompt_token_ids=None if n is None else [0] * n) for n in lengths]
+    with _first_step_first(SimpleNamespace(llm_engine=llm_engine)):
+        for request in requests:
+            core.add_request(request)
+    expected: list[Any] = list(requests)
+    for number in pauses:
+        expected.insert(number, engine.FIRST_STEP_SECONDS)
+    assert core.events == expected
+    assert "add_request" not in vars(core)
 
 
 def test_the_end_of_the_last_request_is_told_once() -> None:
