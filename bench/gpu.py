@@ -64,8 +64,8 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         parts = measure_parts(setting, tapped, measured["d2h"], args.parts)
         report.put(parts=parts)
     forwards: list[dict[str, Any]] = []
-    if args.forwards is not None:
-        forwards = measure_forwards(setting, tapped, args.forwards)
+    for begin in (args.forwards or ["prefill 64"]) if args.forwards is not None else []:
+        forwards += measure_forwards(setting, tapped, begin)
         report.put(forwards=forwards)
     timeline: list[dict[str, Any]] = []
     if args.timeline is not None:  # last: the profiler stays in the worker's way once it has been started
@@ -110,10 +110,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--forwards",
-        nargs="?",
-        const="prefill 64",
+        nargs="*",
         metavar="WORKLOAD",
-        help="say when forward passes run, plain and captured",
+        help="say when forward passes run, plain and captured; by default of 64 prompts that are read",
     )
     parser.add_argument(
         "--timeline", nargs="?", const="", metavar="WORKLOAD", help="say where the device's time goes in a step"

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.expert_kernel import launch_tap_experts
+from vllm_tap.engine.expert_kernel import launch_gather_experts, launch_tap_experts
 from vllm_tap.engine.graphs import GraphSwitch
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
@@ -326,7 +326,7 @@ class Routers:
     def __init__(self, rows: int) -> None:
         torch.manual_seed(0)
         self.rows = rows
-        # Of their own for each layer: a tap that is set aside may read them while the next layer makes its own.
+        # Of their own for each layer: a kernel at the end of the graph reads all of them.
         self.logits = torch.randn(ROUTERS + 1, rows, EXPERTS, device="cuda", dtype=torch.bfloat16)
         self.ids = torch.zeros(ROUTERS, rows, CHOICES, device="cuda", dtype=torch.int32)
         self.weights = torch.zeros(ROUTERS, rows, CHOICES, device="cuda", dtype=torch.float32)
@@ -343,6 +343,9 @@ class Routers:
         self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(3 * ROUTERS, dtype=torch.int32, device="cuda")
         self.anchors = {out: torch.empty(16, dtype=out, device="cuda") for out in self.outs}
+        layers = zip(self.logits, self.ids, self.weights, strict=False)
+        addresses = [[3 * layer, *(t.data_ptr() for t in tensors)] for layer, tensors in enumerate(layers)]
+        self.sources = torch.tensor(addresses, device="cuda")
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         return self.anchors[dtype]
@@ -351,7 +354,7 @@ class Routers:
         for layer in range(ROUTERS):
             tensors = self.logits[layer], self.ids[layer], self.weights[layer]
             choose[(self.rows,)](*tensors, EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
-            if way not in ("none", "apart"):
+            if way == "together":
                 launch_tap_experts(self, tensors, 3 * layer, self.streams[0], self.outs, ahead=True)
             if way == "apart":
                 for i, (tensor, stream, out) in enumerate(zip(tensors, self.streams, self.outs, strict=True)):
@@ -360,13 +363,15 @@ class Routers:
             if found:
                 nodes.append(found[1])
             gate[(self.rows,)](*tensors[1:], self.logits[layer + 1], EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
+        if way == "at the end":
+            launch_gather_experts(self, tensors, self.sources, self.streams[0], self.outs)
 
 
 def experts(rows: int) -> None:
-    """Print what it costs to tap the experts of a layer between short kernels: three kernels, one, one set aside."""
+    """Print what taps of experts cost between short kernels: three kernels a layer, one, and one for all layers."""
     stream = torch.cuda.current_stream().cuda_stream
     replays, graphs, routers = dict[str, Any](), [], dict[str, Routers]()
-    for name in ("none", "apart", "together", "aside until the next layer's", "aside"):
+    for name in ("none", "apart", "together", "at the end"):
         router, nodes = Routers(rows), list[int]()
         run = functools.partial(router.run, name, nodes)
         run()
@@ -375,13 +380,8 @@ def experts(rows: int) -> None:
         with torch.cuda.graph(graph):
             run()
         copy = cuda.clone_graph(graph.raw_cuda_graph())
-        nodes = [cuda.node_in_clone(node, copy) for node in nodes]
-        joins = [cuda.follower(node) if "until" in name else 0 for node in nodes[1:]] + [0]
-        for node, until in zip(nodes, joins, strict=True) if name != "none" else []:
-            if name.startswith("aside"):
-                cuda.set_aside(copy, node, until)
-            else:
-                cuda.let_next_start_early(copy, node)
+        for node in nodes if name in ("apart", "together") else []:
+            cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
         graphs.append(graph)
         routers[name] = router
         replays[name] = functools.partial(cuda.launch_graph, cuda.instantiate(copy), stream)

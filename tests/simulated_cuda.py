@@ -75,11 +75,6 @@ class Nodes:
         if is_tap:
             self.taps.add(node)
 
-    def followed(self) -> Iterator[tuple[int, int]]:
-        """Yield the pairs of nodes that were recorded one after the other and are still in that order by an edge."""
-        recorded = list(self.work)
-        return ((first, second) for first, second in itertools.pairwise(recorded) if (first, second) in self.edges)
-
     def copy(self, handles: Iterator[int]) -> Nodes:
         copy = Nodes()
         new = copy.originals = {node: next(handles) for node in self.work}
@@ -117,7 +112,7 @@ class Executable:
         self.work = dict(nodes.work)
         self.disabled: set[int] = set()
         self.num_early = sum(kind == EARLY and node not in nodes.taps for (_, node), kind in nodes.edges.items())
-        self.num_aside = len(nodes.taps & nodes.work.keys() - {first for first, _ in nodes.followed()})
+        self.num_taps = len(nodes.taps & nodes.work.keys())
 
     def launch(self) -> None:
         for node, run in self.work.items():
@@ -519,6 +514,7 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         return store(self, ptrs, value, mask, *rest)
 
     def ordinary(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        assert device.recording is None, "memory taken while a graph is captured also serves other graphs"
         return empty(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -216,23 +216,6 @@ def let_next_start_early(graph: int, node: int) -> None:
     _change_edges("cuGraphAddDependencies_v2", graph, [(node, follower, _EARLY)])
 
 
-def set_aside(graph: int, node: int, until: int) -> None:
-    """Let what comes after a node not wait for it, up to the node `until` (0: up to the end of the graph).
-
-    For a kernel whose results nothing in the graph reads, and whose inputs nothing overwrites before `until`.
-    """
-    after = _after(node)
-    past = [(first, second, kind) for first, _ in _before(node) for second, kind in after]
-    _change_edges("cuGraphAddDependencies_v2", graph, past + ([(node, until, _FULL)] if until else []))
-    _change_edges("cuGraphRemoveDependencies_v2", graph, [(node, second, kind) for second, kind in after])
-
-
-def follower(node: int) -> int:
-    """Return the node that comes after a node, or 0 if there are several or none."""
-    after = _after(node)
-    return after[0][0] if len(after) == 1 else 0
-
-
 def _change_edges(function: str, graph: int, edges: Sequence[tuple[int, int, int]]) -> None:
     """Add or remove edges (from node, to node, data)."""
     pointers = ctypes.c_void_p * len(edges)

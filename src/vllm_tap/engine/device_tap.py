@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_tap.engine import kernel
-from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows
-from vllm_tap.engine.expert_kernel import launch_tap_experts, warm_experts
+from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows, dtypes
+from vllm_tap.engine.expert_kernel import can_gather, launch_tap_experts, warm_experts
 from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat
 from vllm_tap.errors import CaptureError
 
@@ -74,13 +74,15 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     """Do for the three taps of a layer's experts, with one kernel, what `_pass` does for one."""
     place = _place(taps[0], rows)
     if torch.cuda.is_current_stream_capturing():
-        launch_tap_experts(rows, tensors, *place, _dtypes(taps), ahead=True)
+        if taps[0].keeps_tensors and can_gather(tensors) and rows.hold(taps, tensors):
+            return
+        launch_tap_experts(rows, tensors, *place, dtypes(taps), ahead=True)
         stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-        keep = tensors if taps[0].keeps_tensors else ()
-        rows.switch.note([tap.index for tap in taps], stream, len(tensors[0]), keep)
+        rows.switch.note([tap.index for tap in taps], stream, len(tensors[0]))
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
-        warm_experts(rows, tensors, *place, _dtypes(taps))
+        rows.make_room()
+        warm_experts(rows, tensors, *place, dtypes(taps))
     if not rows.active or rows.sink is None:
         return
     wanted = [tap for tap in taps if rows.sink.wants(tap)]
@@ -88,11 +90,7 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
         for tap, tensor in zip(taps, tensors, strict=True):
             _pass(tap, rows, tensor, None)
     elif wanted:
-        launch_tap_experts(rows, tensors, *place, _dtypes(taps), chosen=rows.chosen)
-
-
-def _dtypes(taps: Sequence[Tap]) -> list[torch.dtype]:
-    return [tap.dtype for tap in taps if tap.dtype is not None]
+        launch_tap_experts(rows, tensors, *place, dtypes(taps), chosen=rows.chosen)
 
 
 def _place(tap: Tap, rows: DeviceRows) -> tuple[int, int]:

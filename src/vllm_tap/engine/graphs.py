@@ -7,8 +7,8 @@ one (bench/tap_kernel.py, one H200), times the number of layers, each step. To m
 - A graph of a whole model comes in several forms: PyTorch's own, from which the taps are taken out before it is
   instantiated, and for each set of taps that captures want a copy that has these, made executable before a capture
   first replays it, and given up some time after the last one.
-- What a tap of experts reads may stay as it is until the next layer's are there: then the copy lets it run beside the
-  model, see `Node`. After any other tap, the next kernel starts early.
+- What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel at the
+  end of the graph serves all of these taps. After any other tap, the next kernel starts early.
 - Pieces of a model are many, and a step replays one for each layer: their taps stay, disabled while nobody captures.
 
 Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
@@ -18,7 +18,6 @@ none.
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 import threading
 import weakref
@@ -35,14 +34,10 @@ logger = logging.getLogger("vllm_tap")
 
 
 class Node(NamedTuple):
-    """A kernel node of a graph that serves taps.
-
-    `is_kept`: what it reads stays as it is until the next such node has been captured, see `GraphSwitch.note`.
-    """
+    """A kernel node of a graph, and the taps that it serves."""
 
     taps: frozenset[int]
     handle: int
-    is_kept: bool
 
     def in_copy(self, graph: int) -> Node:
         """Return the same node of a copy of its graph."""
@@ -63,24 +58,47 @@ class GraphSwitch:
 
     Args:
         on_failure: Called with what went wrong when a graph with taps was wanted; the graph has run without them.
+        at_end: Called before the capture of a graph ends, with what is `held`; what it returns is called when the
+            capture has ended.
+
+    Attributes:
+        on: The taps that captures want now.
+        held: What is kept alive until the capture of a graph ends, with the memory of the graph that it lies in.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, on_failure: Callable[[Exception], None], at_end: Callable[[Sequence[Any]], Callable[[], None]]
+    ) -> None:
         self.on = NOTHING
         self.num_nodes = 0
-        self.fail = on_failure
+        self.fail, self._at_end = on_failure, at_end
         self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self.held: list[Any] = []
         self._noted: list[tuple[int, Node]] | None = None
-        self._kept: Sequence[torch.Tensor] = ()
         self._num_rows = 0
         self._prepared = 0, NOTHING
 
     def begin(self) -> None:
         """A graph whose taps are to be taken out is about to be captured."""
-        self._noted = []
+        self._noted, self.held = [], []
 
-    def note(self, tap_indices: Iterable[int], stream: int, num_rows: int, keep: Sequence[torch.Tensor] = ()) -> None:
+    def hold(self, work: Any) -> bool:
+        """Hold something until the capture of the graph ends; return False if none is captured that will be kept."""
+        if self._noted is None:
+            return False
+        self.held.append(work)
+        return True
+
+    def end(self) -> Callable[[], None]:
+        """Record what is for the end of a graph whose capture is about to end; return what to do when it has ended."""
+        try:
+            return self._at_end(self.held)
+        except Exception as error:
+            self.fail(error)
+            return lambda: None
+
+    def note(self, tap_indices: Iterable[int], stream: int, num_rows: int) -> None:
         """Remember the kernel node that a capturing stream has just recorded for one tap or several.
 
         Of graphs that are not kept, nothing: vLLM's V1 runner captures some to see how much memory they take, and the
@@ -90,20 +108,17 @@ class GraphSwitch:
             tap_indices: Of the taps.
             stream: That captures.
             num_rows: How many rows pass the taps in this graph.
-            keep: What the kernel reads, if the model does not write to it again. It is held, and with it its memory,
-                until the next such node has been noted, so that the kernel may run beside whatever comes before that.
         """
         found = cuda.last_captured_node(stream) if self._noted is not None else None
         if self._noted is not None and found is not None:
             graph, handle = found
-            self._noted.append((graph, Node(frozenset(tap_indices), handle, bool(keep))))
-            self._kept = keep or self._kept
+            self._noted.append((graph, Node(frozenset(tap_indices), handle)))
             self._num_rows = num_rows
 
     def take(self, graph: int) -> list[Node]:
         """Return the nodes of the graph whose capture has just ended."""
         nodes = [node for other, node in self._noted or () if other == graph]
-        self._noted, self._kept = None, ()
+        self._noted, self.held = None, []
         self.num_nodes += len(nodes)
         return nodes
 
@@ -174,7 +189,7 @@ class _Switched:
         return False
 
     def _enable(self, on: frozenset[int]) -> None:
-        for taps, handle, _ in self._taps:
+        for taps, handle in self._taps:
             wanted = not taps.isdisjoint(on)
             if wanted != (handle in self._enabled):
                 cuda.set_node_enabled(self._executable, handle, wanted)
@@ -254,39 +269,16 @@ class _Copy:
         graph = cuda.clone_graph(self._graph)
         try:
             nodes = [(node.handle in wanted, node.in_copy(graph)) for node in self._taps]
-            limits = _limits([node for _, node in nodes])
             for is_wanted, node in nodes:
                 if not is_wanted:
                     cuda.remove_node(graph, node.handle)
             for is_wanted, node in nodes:
                 if is_wanted and out_of_the_way:
-                    _make_way(graph, node, limits)
+                    cuda.let_next_start_early(graph, node.handle)
         except TransportError:
             cuda.destroy_graph(graph)
             raise
         return graph
-
-
-def _limits(nodes: Sequence[Node]) -> dict[int, int]:
-    """Return for each node whose inputs are kept what must wait for it: the first that may overwrite them.
-
-    That is what comes after the next such node; nothing, where the inputs are kept until the end of the graph.
-    """
-    kept = [node.handle for node in nodes if node.is_kept]
-    taps = {node.handle for node in nodes}
-    limits = dict.fromkeys(kept[-1:], 0)
-    for node, following in itertools.pairwise(kept):
-        limit = cuda.follower(following)
-        if limit and limit not in taps:  # else the order stays as it was captured: that tap may be taken out
-            limits[node] = limit
-    return limits
-
-
-def _make_way(graph: int, node: Node, limits: dict[int, int]) -> None:
-    if node.handle in limits:
-        cuda.set_aside(graph, node.handle, limits[node.handle])
-    else:
-        cuda.let_next_start_early(graph, node.handle)
 
 
 @contextmanager
@@ -314,7 +306,9 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             super().capture_begin(*args, **kwargs)
 
         def capture_end(self) -> None:
+            ended = switch.end()
             super().capture_end()
+            ended()
             graph = self.raw_cuda_graph()
             taps = switch.take(graph)
             is_piece = len(taps) <= FEW_TAPS

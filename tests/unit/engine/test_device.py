@@ -17,7 +17,7 @@ import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, simulated_cuda
 from vllm_tap.engine import cuda as cuda_calls
-from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, kernel
+from vllm_tap.engine import device_backend, device_rows, device_sink, device_tap, graphs, kernel
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.graphs import MOST_FORMS
@@ -78,7 +78,7 @@ class Model:
         self._random = torch.Generator().manual_seed(0)
         for tap in self.taps.values():
             tap.keeps_tensors = keeps_tensors
-        self._buffers: dict[Any, list[torch.Tensor]] = {}
+        self._buffers: dict[Any, list[list[torch.Tensor]]] = {}
         self._graphs: dict[int, list[Any]] = {}
         self.forward(1)  # the taps learn shapes
 
@@ -105,12 +105,13 @@ class Model:
             device_tap._tap_cuda(*tensors[0], control)
 
     def _make(self, place: Place, number: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Memory serves again in the next layer; of what somebody holds, only in the one after that.
-        held = self.keeps_tensors and place.stream in EXPERTS and place.layer % 2
-        key = place.width, place.dtype, number, held
-        if key not in self._buffers:
-            self._buffers[key] = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
-        hidden, residual = (buffer[:num_tokens] for buffer in self._buffers[key])
+        # Memory serves again in the next layer, unless somebody holds it.
+        spare = self._buffers.setdefault((place.width, place.dtype, number), [])
+        free = next((pair for pair in spare if not self.is_held(pair[0])), None)
+        if free is None:
+            free = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
+            spare.append(free)
+        hidden, residual = (buffer[:num_tokens] for buffer in free)
 
         def work() -> None:
             for buffer in (hidden, residual):
@@ -120,6 +121,11 @@ class Model:
 
         self.cuda.run(work, tensors=(hidden, residual))
         return hidden, residual if place.has_residual else None
+
+    def is_held(self, buffer: torch.Tensor) -> bool:
+        """Tell whether the rows hold memory for the end of the graph that is being captured."""
+        held = [tensor for layer in self.rows.switch.held for tensor in layer.tensors]
+        return any(tensor.data_ptr() == buffer.data_ptr() for tensor in held)
 
     def capture_graphs(self, in_pieces: bool = False) -> None:
         """Record for each small number of tokens that is a power of two a graph, or one for each layer."""
@@ -329,28 +335,67 @@ def test_experts_in_part(cuda: SimulatedCuda, leave_out: int) -> None:
     assert cuda.conflicts == []
 
 
-@pytest.mark.parametrize("leave_out", [0, 1, 2, 4, 5])
-def test_taps_of_experts_run_beside_the_model_where_nothing_overwrites_what_they_read(
-    cuda: SimulatedCuda, leave_out: int
+FOUR_ROUTERS = [place._replace(layer=place.layer + 2 * n) for n in range(2) for place in ROUTER]
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize(("leave_out", "num_taps"), [(0, 4 + 1), (1, 3 + 1), (2, 3 + 1), (4, 3 + 1), (5, 2 + 1)])
+def test_one_kernel_at_the_end_of_a_graph_takes_the_experts_of_all_layers(
+    cuda: SimulatedCuda, leave_out: int, num_taps: int, in_pieces: bool
 ) -> None:
-    """The model waits for a layer's at the next layer's: there, memory that was held for them serves again."""
-    places = [place._replace(layer=place.layer + 2 * n) for n in range(2) for place in ROUTER]
-    engine = Engine(cuda, places, keeps_tensors=True)
+    """Where what they made can be held until there; beside it, each layer has a tap of its hidden states."""
+    engine = Engine(cuda, FOUR_ROUTERS, in_pieces, keeps_tensors=True)
     session = engine.start(leave_out=leave_out)
     for step in STEPS[:7]:
         engine.step(session, step)
-    assert {executable.num_aside for executable in cuda.executables.values()} == {4 - leave_out // 4}
+    assert {executable.num_taps for executable in cuda.executables.values()} == (set() if in_pieces else {num_taps})
     engine.finish(session)
     assert cuda.conflicts == []
+    assert engine.model.rows.switch.held == []
 
 
-def test_taps_wait_in_line_where_memory_serves_again_at_once(cuda: SimulatedCuda) -> None:
-    """As where a compiled graph made the logits."""
-    engine = Engine(cuda, ROUTER)
+def test_layers_whose_experts_differ_share_no_kernel(cuda: SimulatedCuda) -> None:
+    """As of a model with more experts in some layers: two are of one kind here, and captured; two of another."""
+    others = [place._replace(width=3) for place in FOUR_ROUTERS if place.layer < 2 and place.stream in EXPERTS]
+    places = [next((o for o in others if o[:2] == place[:2]), place) for place in FOUR_ROUTERS]
+    engine = Engine(cuda, places, keeps_tensors=True)
+    (whole,) = {len(graph.taps) for graph in cuda.graphs.values() if graph.taps}
+    assert whole == 4 + 2
+    session = engine.start(leave_out=8)
+    for step in STEPS[:5]:
+        engine.step(session, step)
+    assert {executable.num_taps for executable in cuda.executables.values()} == {2 + 1}
+    engine.finish(session)
+
+
+@pytest.mark.parametrize("why", ["memory serves again", "a row starts anywhere", "no room"])
+def test_experts_are_taken_layer_by_layer_where_they_cannot_be_held(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """As where a compiled graph made the logits, or a tensor is a part of another that starts at any address."""
+    if why == "a row starts anywhere":
+        monkeypatch.setattr(device_tap, "can_gather", lambda _: False)
+    if why == "no room":
+        monkeypatch.setattr(device_rows, "MAX_SOURCES", 0)
+    engine = Engine(cuda, ROUTER, keeps_tensors=why != "memory serves again")
     session = engine.start()
     engine.step(session, DECODE)
-    assert {executable.num_aside for executable in cuda.executables.values()} == {0}
+    assert {executable.num_taps for executable in cuda.executables.values()} == {2 + 2}
     engine.finish(session)
+
+
+def test_a_kernel_that_cannot_be_put_at_the_end_of_a_graph_ends_captures_alone(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine starts and runs; who wants to capture is told."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(device_rows, "launch_gather_experts", fails)
+    engine = Engine(cuda, ROUTER, keeps_tensors=True)
+    assert "no such kernel" in engine.model.rows.refusal
+    engine.model.run(3)
 
 
 def test_experts_that_are_tapped_one_by_one(cuda: SimulatedCuda) -> None:
@@ -866,15 +911,14 @@ def test_reusing_staging_without_waiting_is_noticed(cuda: SimulatedCuda, monkeyp
     assert any("kernel _tap" in c and "from the device" in c for c in broken_capture(cuda, [{"c": 20}] * 3))
 
 
-def test_a_tap_that_is_overtaken_is_noticed(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that makes its tensors where the tap of another may still read."""
-    set_aside = graphs.cuda.set_aside
-    monkeypatch.setattr(graphs.cuda, "set_aside", lambda graph, node, _: set_aside(graph, node, 0))
-    places = [place._replace(layer=place.layer + 2 * n) for n in range(2) for place in ROUTER]
-    engine = Engine(cuda, places, keeps_tensors=True)
+def test_memory_that_serves_again_too_early_is_noticed(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that makes its tensors where those of another are held until the end of the graph."""
+    monkeypatch.setattr(Model, "is_held", lambda *_: False)
+    engine = Engine(cuda, FOUR_ROUTERS, keeps_tensors=True)
     session = engine.start()
-    with pytest.raises(AssertionError, match="a tap that may read what was written after it"):
-        engine.step(session, DECODE)
+    engine.step(session, DECODE)
+    with pytest.raises(AssertionError, match="router_logits"):
+        engine.finish(session)
 
 
 def test_a_copy_that_does_not_wait_for_the_forward_pass_is_noticed(

@@ -52,9 +52,9 @@ def experts_ptx(rows: int, num_warps: int, **options: Any) -> list[str]:
     function = expert_kernel._tap_experts
     constants = {"STREAM": 3, "EXPERTS": 128, "CHOICES": 8, "ROWS": rows, "EXPERTS_BLOCK": 128, "CHOICES_BLOCK": 8}
     constants |= {"LOGITS_ALIGN": 16, "LOGITS_ELEMENTS": 8, "IDS_ALIGN": 8, "IDS_ELEMENTS": 8, "WEIGHTS_ALIGN": 16}
-    constants |= {"WEIGHTS_ELEMENTS": 4, **options}
-    pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32", "logits": "*bf16"}
-    pointers |= {"ids": "*i32", "weights": "*fp32"}
+    constants |= {"WEIGHTS_ELEMENTS": 4, "GATHER": False, **options}
+    pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32", "sources": "*i64"}
+    pointers |= {"logits": "*bf16", "ids": "*i32", "weights": "*fp32"}
     pointers |= {"logits_anchor": "*bf16", "ids_anchor": "*u8", "weights_anchor": "*fp32"}
     numbers = dict.fromkeys(("index", "first", "num_rows", "ids_stride", "weights_stride", "logits_stride"), "i32")
     names = function.arg_names
@@ -142,9 +142,10 @@ def test_one_kernel_waits_once_for_the_experts_of_a_layer() -> None:
     assert not places(lines, ".local")
 
 
-def test_logits_of_many_rows_move_by_sixteen_bytes() -> None:
-    """Outside graphs, several rows a program."""
-    lines = experts_ptx(rows=32, num_warps=8, CHOSEN=True, AHEAD=False, EARLY=False)
+@pytest.mark.parametrize("gathers", [False, True])
+def test_logits_of_many_rows_move_by_sixteen_bytes(gathers: bool) -> None:
+    """Several rows a program: outside graphs, and at the end of a large one, where addresses come from memory."""
+    lines = experts_ptx(rows=32, num_warps=8, CHOSEN=not gathers, GATHER=gathers, AHEAD=gathers, EARLY=False)
     assert places(lines, "ld.global", ".v4.b32")
     assert places(lines, "st.global", ".v4.b32")
 
