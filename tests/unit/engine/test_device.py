@@ -339,11 +339,14 @@ FOUR_ROUTERS = [place._replace(layer=place.layer + 2 * n) for n in range(2) for 
 
 
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("large", [False, True], ids=["row by row", "several rows a program"])
 @pytest.mark.parametrize(("leave_out", "num_taps"), [(0, 4 + 1), (1, 3 + 1), (2, 3 + 1), (4, 3 + 1), (5, 2 + 1)])
 def test_one_kernel_at_the_end_of_a_graph_takes_the_experts_of_all_layers(
-    cuda: SimulatedCuda, leave_out: int, num_taps: int, in_pieces: bool
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, leave_out: int, num_taps: int, large: bool, in_pieces: bool
 ) -> None:
     """Where what they made can be held until there; beside it, each layer has a tap of its hidden states."""
+    if large:
+        monkeypatch.setattr(kernel, "LARGE_ROWS", 1)
     engine = Engine(cuda, FOUR_ROUTERS, in_pieces, keeps_tensors=True)
     session = engine.start(leave_out=leave_out)
     for step in STEPS[:7]:
