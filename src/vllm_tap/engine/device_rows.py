@@ -44,11 +44,20 @@ MAX_SOURCES: Final = 16384
 """Layers in the graphs of a model: those of the 48 of Qwen3-30B-A3B, in 51 sizes, whole and in pieces, are 4,896."""
 
 
+MAX_HELD_BYTES: Final = 4 << 20
+"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 273 rows."""
+
+
 class Held(NamedTuple):
     """The taps of a layer's experts, and what passed them while a graph was captured."""
 
     taps: Sequence[Tap]
     tensors: Sequence[torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the graph."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def dtypes(taps: Sequence[Tap]) -> list[torch.dtype]:
@@ -145,16 +154,21 @@ class DeviceRows(Rows):
             self._sources = torch.zeros(MAX_SOURCES, SOURCE_WORDS, dtype=torch.int64, device=self.header.device)
 
     def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
-        """Hold what passes the taps of a layer's experts until the end of the graph that is being captured.
+        """Hold what passes the taps of a layer's experts while a graph is captured, for one kernel that serves many.
 
         Returns:
-            Whether a kernel there will serve these taps.
+            Whether it will serve these taps.
         """
-        num_held = self._num_sources + len(self.switch.held)
-        return self._sources is not None and num_held < MAX_SOURCES and self.switch.hold(Held(taps, tensors))
+        held = self.switch.held
+        if self._sources is None or self._num_sources + len(held) >= MAX_SOURCES:
+            return False
+        new = Held(taps, tensors)
+        if held and sum(one.nbytes for one in (*held, new)) > MAX_HELD_BYTES:
+            self.switch.serve_held()
+        return self.switch.hold(new)
 
     def _gather(self, held: Sequence[Held]) -> Callable[[], None]:
-        """Put one kernel for all held layers at the end of the graph that is being captured.
+        """Put one kernel for all held layers into the graph that is being captured.
 
         Layers whose tensors are alike share one. Where these lie is written when the capture has ended.
         """

@@ -1,8 +1,8 @@
 """The taps of experts on CUDA: router logits, expert ids and weights in one kernel. Worker process.
 
 A kernel of a decode step costs a microsecond or two whatever it moves. Three of them between short kernels take 2.3 a
-layer, one 0.8 (bench/tap_kernel.py, 8 rows, one H200); where the tensors of all layers are still there at the end of a
-graph, one kernel takes them all. What it reads and writes is described in `kernel`, and besides
+layer, one 0.8 (bench/tap_kernel.py, 8 rows, one H200); where the tensors of many layers are still there at the end of
+a graph, one kernel takes them all. What it reads and writes is described in `kernel`, and besides
 
     sources   int64 [layers, SOURCE_WORDS]: index of the tap of a layer's logits; addresses of logits, ids and weights
 """

@@ -7,8 +7,8 @@ one (bench/tap_kernel.py, one H200), times the number of layers, each step. To m
 - A graph of a whole model comes in several forms: PyTorch's own, from which the taps are taken out before it is
   instantiated, and for each set of taps that captures want a copy that has these, made executable before a capture
   first replays it, and given up some time after the last one.
-- What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel at the
-  end of the graph serves all of these taps. After any other tap, the next kernel starts early.
+- What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel serves
+  all of these taps, at the end of the graph or where much is held. After any other tap, the next kernel starts early.
 - Pieces of a model are many, and a step replays one for each layer: their taps stay, disabled while nobody captures.
 
 Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
@@ -58,45 +58,50 @@ class GraphSwitch:
 
     Args:
         on_failure: Called with what went wrong when a graph with taps was wanted; the graph has run without them.
-        at_end: Called before the capture of a graph ends, with what is `held`; what it returns is called when the
-            capture has ended.
+        serve: Records what serves all that is `held`; what it returns is called when the capture has ended.
 
     Attributes:
         on: The taps that captures want now.
-        held: What is kept alive until the capture of a graph ends, with the memory of the graph that it lies in.
+        held: What is kept alive while a graph is captured, with the memory of the graph that it lies in.
     """
 
     def __init__(
-        self, on_failure: Callable[[Exception], None], at_end: Callable[[Sequence[Any]], Callable[[], None]]
+        self, on_failure: Callable[[Exception], None], serve: Callable[[Sequence[Any]], Callable[[], None]]
     ) -> None:
         self.on = NOTHING
         self.num_nodes = 0
-        self.fail, self._at_end = on_failure, at_end
+        self.fail, self._serve = on_failure, serve
         self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.held: list[Any] = []
+        self._when_ended: list[Callable[[], None]] = []
         self._noted: list[tuple[int, Node]] | None = None
         self._num_rows = 0
         self._prepared = 0, NOTHING
 
     def begin(self) -> None:
         """A graph whose taps are to be taken out is about to be captured."""
-        self._noted, self.held = [], []
+        self._noted, self.held, self._when_ended = [], [], []
 
     def hold(self, work: Any) -> bool:
-        """Hold something until the capture of the graph ends; return False if none is captured that will be kept."""
+        """Hold something until it is served; return False if no graph is captured that will be kept."""
         if self._noted is None:
             return False
         self.held.append(work)
         return True
 
-    def end(self) -> Callable[[], None]:
-        """Record what is for the end of a graph whose capture is about to end; return what to do when it has ended."""
+    def serve_held(self) -> None:
+        """Record what serves all that is held, and let go of that: at the latest before the capture ends."""
+        held, self.held = self.held, []
         try:
-            return self._at_end(self.held)
+            self._when_ended.append(self._serve(held))
         except Exception as error:
             self.fail(error)
-            return lambda: None
+
+    def ended(self) -> None:
+        """Do what the capture that has ended stood in the way of."""
+        for do in self._when_ended:
+            do()
 
     def note(self, tap_indices: Iterable[int], stream: int, num_rows: int) -> None:
         """Remember the kernel node that a capturing stream has just recorded for one tap or several.
@@ -118,7 +123,7 @@ class GraphSwitch:
     def take(self, graph: int) -> list[Node]:
         """Return the nodes of the graph whose capture has just ended."""
         nodes = [node for other, node in self._noted or () if other == graph]
-        self._noted, self.held = None, []
+        self._noted = None
         self.num_nodes += len(nodes)
         return nodes
 
@@ -306,9 +311,9 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             super().capture_begin(*args, **kwargs)
 
         def capture_end(self) -> None:
-            ended = switch.end()
+            switch.serve_held()
             super().capture_end()
-            ended()
+            switch.ended()
             graph = self.raw_cuda_graph()
             taps = switch.take(graph)
             is_piece = len(taps) <= FEW_TAPS

@@ -357,6 +357,21 @@ def test_one_kernel_at_the_end_of_a_graph_takes_the_experts_of_all_layers(
     assert engine.model.rows.switch.held == []
 
 
+@pytest.mark.parametrize(("num_layers", "num_taps"), [(1, 4 + 4), (2, 4 + 2), (3, 4 + 2), (4, 4 + 1)])
+def test_no_more_is_held_than_the_engine_can_spare(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, num_layers: int, num_taps: int
+) -> None:
+    """Where the layers of a graph hold more, a kernel in the middle takes those before it."""
+    row_bytes = sum(place.width * place.dtype.itemsize for place in ROUTER[1:4])
+    monkeypatch.setattr(device_rows, "MAX_HELD_BYTES", GRAPH_TOKENS * row_bytes * num_layers)
+    engine = Engine(cuda, FOUR_ROUTERS, keeps_tensors=True)
+    session = engine.start()
+    for step in STEPS[:7]:
+        engine.step(session, step)
+    assert max(executable.num_taps for executable in cuda.executables.values()) == num_taps
+    engine.finish(session)
+
+
 def test_layers_whose_experts_differ_share_no_kernel(cuda: SimulatedCuda) -> None:
     """As of a model with more experts in some layers: two are of one kind here, and captured; two of another."""
     others = [place._replace(width=3) for place in FOUR_ROUTERS if place.layer < 2 and place.stream in EXPERTS]
