@@ -43,7 +43,6 @@ STREAM_NUMBERS: Final = {
 MAX_SOURCES: Final = 16384
 """Layers in the graphs of a model: those of the 48 of Qwen3-30B-A3B, in 51 sizes, whole and in pieces, are 4,896."""
 
-
 MAX_HELD_BYTES: Final = 4 << 20
 """Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 273 rows."""
 

@@ -81,7 +81,8 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
         rows.switch.note([tap.index for tap in taps], stream, len(tensors[0]))
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
-        rows.make_room()
+        if taps[0].keeps_tensors:
+            rows.make_room()
         warm_experts(rows, tensors, *place, dtypes(taps))
     if not rows.active or rows.sink is None:
         return
