@@ -240,6 +240,10 @@ PARTS: Final = (
                 "to let the first step begin before more requests come", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.config.parallel.ParallelConfig", ("distributed_executor_backend",),
+                "to let the first step begin before more requests come", _NO_CLIENT,
+            ),
+            Assumption(
                 "vllm.v1.engine.EngineCoreOutput", ("request_id", "finished"), "to end a capture with the last output",
                 _NO_CLIENT,
             ),

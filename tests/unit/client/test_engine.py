@@ -40,25 +40,29 @@ def calls_after_each(core: Core, request_ids: set[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "pauses"),
+    ("lengths", "executor", "pauses"),
     [
-        ([60, 40, 10, 200, 1], [2]),
-        ([60, 60, 60], [2]),
-        ([500, 1, 1], [1]),
-        ([60, 40], []),
-        ([1] * 50, []),
-        ([None, 100, None, 100], [2]),
+        ([60, 40, 10, 200, 1], "uni", [2]),
+        ([60, 60, 60], "uni", [2]),
+        ([500, 1, 1], "uni", [1]),
+        ([60, 40], "uni", []),
+        ([1] * 50, "uni", []),
+        ([None, 100, None, 100], "uni", [2]),
+        ([60, 40, 10, 200, 1], "mp", []),
     ],
-    ids=["full", "more than full", "long prompt", "no more", "short prompts", "embeddings"],
+    ids=["full", "more than full", "long prompt", "no more", "short prompts", "embeddings", "workers of their own"],
 )
 def test_requests_beyond_a_full_step_are_sent_a_moment_later(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int | None], pauses: list[int]
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int | None], executor: str, pauses: list[int]
 ) -> None:
     """All of them, in their order; `pauses` are before requests of these numbers."""
     core = Core()
     monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=core.events.append))
-    scheduler = SimpleNamespace(max_num_batched_tokens=100)
-    llm_engine = SimpleNamespace(engine_core=core, vllm_config=SimpleNamespace(scheduler_config=scheduler))
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=100),
+        parallel_config=SimpleNamespace(distributed_executor_backend=executor),
+    )
+    llm_engine = SimpleNamespace(engine_core=core, vllm_config=config)
     requests = [SimpleNamespace(prompt_token_ids=None if n is None else [0] * n) for n in lengths]
     with _first_step_first(SimpleNamespace(llm_engine=llm_engine)):
         for request in requests:
