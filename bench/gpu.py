@@ -64,8 +64,9 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         parts = measure_parts(setting, tapped, measured["d2h"], args.parts)
         report.put(parts=parts)
     forwards: list[dict[str, Any]] = []
-    for begin in (args.forwards or ["prefill 64"]) if args.forwards is not None else []:
-        forwards += measure_forwards(setting, tapped, begin)
+    if args.forwards is not None:
+        for begin in args.forwards or ["prefill 64"]:
+            forwards += measure_forwards(setting, tapped, begin)
         report.put(forwards=forwards)
     timeline: list[dict[str, Any]] = []
     if args.timeline is not None:  # last: the profiler stays in the worker's way once it has been started

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm_tap.engine import kernel
-from vllm_tap.engine.device_rows import STREAM_NUMBERS
 from vllm_tap.engine.rows import Batch, Selection
 from vllm_tap.frame.layout import LABEL_BYTES, Layout
 from vllm_tap.labels import NUM_LABELS
@@ -97,7 +96,7 @@ def new_plan(
             spans.append([begin, begin])
             is_cut = False
         spans[-1][1] = begin + lane.num_planes * num_rows * lane.row_bytes
-        place = kernel.STREAM_PLACE + 2 * STREAM_NUMBERS[name]
+        place = kernel.STREAM_PLACE + 2 * kernel.STREAM_NUMBERS[name]
         addresses.append((place, len(spans) - 1, begin - spans[-1][0]))
         header[place + 1] = num_rows * lane.row_bytes
     copies = [Copy(*span) for span in spans]

@@ -6,18 +6,18 @@ import logging
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.expert_kernel import SOURCE_WORDS, launch_gather_experts
 from vllm_tap.engine.graphs import NOTHING, GraphSwitch
+from vllm_tap.engine.held_experts import HeldExperts
 from vllm_tap.engine.rows import Selection
 from vllm_tap.engine.slab import SlabKeeper
-from vllm_tap.engine.tap import REGISTRY, Rows, Tap
+from vllm_tap.engine.tap import REGISTRY, Rows
 
 if TYPE_CHECKING:
     from vllm_tap.engine.device_sink import DeviceSink
@@ -30,38 +30,6 @@ _NO_TOKENS: Final = bytes(8)
 _pack_header = struct.Struct(f"={kernel.HEADER_WORDS}q").pack
 _pack_start = struct.Struct("=2q").pack
 _START_BYTES: Final = 16
-
-STREAM_NUMBERS: Final = {
-    name: number
-    for number, name in enumerate(
-        ("hidden_states", "embeddings", "final_hidden_states", "router_logits", "expert_ids", "expert_weights")
-    )
-}
-"""Places of the streams in the header."""
-
-
-MAX_SOURCES: Final = 16384
-"""Layers in the graphs of a model: those of the 48 of Qwen3-30B-A3B, in 51 sizes, whole and in pieces, are 4,896."""
-
-MAX_HELD_BYTES: Final = 4 << 20
-"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 273 rows."""
-
-
-class Held(NamedTuple):
-    """The taps of a layer's experts, and what passed them while a graph was captured."""
-
-    taps: Sequence[Tap]
-    tensors: Sequence[torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the graph."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-def dtypes(taps: Sequence[Tap]) -> list[torch.dtype]:
-    """Return the dtypes of rows of taps that have seen some."""
-    return [tap.dtype for tap in taps if tap.dtype is not None]
 
 
 class DeviceRows(Rows):
@@ -83,7 +51,8 @@ class DeviceRows(Rows):
         self.table = torch.full((max_taps, 2), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self.first_tap = len(REGISTRY)
-        self.switch = GraphSwitch(self.fail, self._gather)
+        self.experts = HeldExperts(self)
+        self.switch = GraphSwitch(self.fail, self.experts.serve)
         self.headroom = headroom
         self.slabs = SlabKeeper(device, headroom, self._is_quiet, self.switch.forget)
         self.main: torch.cuda.Stream | None = None
@@ -102,8 +71,6 @@ class DeviceRows(Rows):
         self._num_identity = 0
         self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
-        self._sources: torch.Tensor | None = None
-        self._num_sources = 0
 
     @property
     def num_graph_nodes(self) -> int:
@@ -143,55 +110,6 @@ class DeviceRows(Rows):
         elif not self.refusal:
             self.refusal = f"the taps' kernels do not run on this device ({type(error).__name__}: {error})"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
-
-    def make_room(self) -> None:
-        """Take the memory that `hold` needs; while a graph is captured, its own is all that there is to take.
-
-        That serves other graphs too: what is to last may not lie there.
-        """
-        if self._sources is None:
-            self._sources = torch.zeros(MAX_SOURCES, SOURCE_WORDS, dtype=torch.int64, device=self.header.device)
-
-    def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
-        """Hold what passes the taps of a layer's experts while a graph is captured, for one kernel that serves many.
-
-        Returns:
-            Whether it will serve these taps.
-        """
-        held = self.switch.held
-        if self._sources is None or self._num_sources + len(held) >= MAX_SOURCES:
-            return False
-        new = Held(taps, tensors)
-        if held and sum(one.nbytes for one in (*held, new)) > MAX_HELD_BYTES:
-            self.switch.serve_held()
-        return self.switch.hold(new)
-
-    def _gather(self, held: Sequence[Held]) -> Callable[[], None]:
-        """Put one kernel for all held layers into the graph that is being captured.
-
-        Layers whose tensors are alike share one. Where these lie is written when the capture has ended.
-        """
-        alike: dict[object, list[Held]] = {}
-        for one in held:
-            form = *dtypes(one.taps), *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in one.tensors)
-            alike.setdefault(form, []).append(one)
-        written = []
-        for layers in alike.values():
-            assert self._sources is not None
-            taps, tensors = layers[0]
-            sources = self._sources[self._num_sources :][: len(layers)]
-            self._num_sources += len(layers)
-            launch_gather_experts(self, tensors, sources, STREAM_NUMBERS[taps[0].stream], dtypes(taps))
-            stream = torch.cuda.current_stream(self.header.device).cuda_stream
-            self.switch.note([tap.index for one in layers for tap in one.taps], stream, len(tensors[0]))
-            words = [[one.taps[0].index - self.first_tap, *(t.data_ptr() for t in one.tensors)] for one in layers]
-            written.append((sources, torch.tensor(words)))
-
-        def write() -> None:
-            for sources, words in written:
-                sources.copy_(words)
-
-        return write
 
     def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
         """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside."""

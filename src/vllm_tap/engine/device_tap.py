@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_tap.engine import kernel
-from vllm_tap.engine.device_rows import STREAM_NUMBERS, DeviceRows, dtypes
-from vllm_tap.engine.expert_kernel import can_gather, launch_tap_experts, warm_experts
+from vllm_tap.engine.device_rows import DeviceRows
+from vllm_tap.engine.expert_kernel import launch_tap_experts, warm_experts
+from vllm_tap.engine.held_experts import dtypes
 from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat
 from vllm_tap.errors import CaptureError
 
@@ -74,7 +75,7 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     """Do for the three taps of a layer's experts, with one kernel, what `_pass` does for one."""
     place = _place(taps[0], rows)
     if torch.cuda.is_current_stream_capturing():
-        if taps[0].keeps_tensors and can_gather(tensors) and rows.hold(taps, tensors):
+        if taps[0].keeps_tensors and rows.experts.hold(taps, tensors):
             return
         launch_tap_experts(rows, tensors, *place, dtypes(taps), ahead=True)
         stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
@@ -82,7 +83,7 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
         if taps[0].keeps_tensors:
-            rows.make_room()
+            rows.experts.make_room()
         warm_experts(rows, tensors, *place, dtypes(taps))
     if not rows.active or rows.sink is None:
         return
@@ -95,7 +96,7 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
 
 
 def _place(tap: Tap, rows: DeviceRows) -> tuple[int, int]:
-    return tap.index - rows.first_tap, STREAM_NUMBERS[tap.stream]
+    return tap.index - rows.first_tap, kernel.STREAM_NUMBERS[tap.stream]
 
 
 def _find(control: torch.Tensor) -> Tap | None:

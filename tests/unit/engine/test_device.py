@@ -17,7 +17,7 @@ import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, simulated_cuda
 from vllm_tap.engine import cuda as cuda_calls
-from vllm_tap.engine import device_backend, device_rows, device_sink, device_tap, graphs, kernel
+from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, held_experts, kernel
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.graphs import MOST_FORMS
@@ -363,7 +363,7 @@ def test_no_more_is_held_than_the_engine_can_spare(
 ) -> None:
     """Where the layers of a graph hold more, a kernel in the middle takes those before it."""
     row_bytes = sum(place.width * place.dtype.itemsize for place in ROUTER[1:4])
-    monkeypatch.setattr(device_rows, "MAX_HELD_BYTES", GRAPH_TOKENS * row_bytes * num_layers)
+    monkeypatch.setattr(held_experts, "MAX_HELD_BYTES", GRAPH_TOKENS * row_bytes * num_layers)
     engine = Engine(cuda, FOUR_ROUTERS, keeps_tensors=True)
     session = engine.start()
     for step in STEPS[:7]:
@@ -392,9 +392,9 @@ def test_experts_are_taken_layer_by_layer_where_they_cannot_be_held(
 ) -> None:
     """As where a compiled graph made the logits, or a tensor is a part of another that starts at any address."""
     if why == "a row starts anywhere":
-        monkeypatch.setattr(device_tap, "can_gather", lambda _: False)
+        monkeypatch.setattr(held_experts, "can_gather", lambda _: False)
     if why == "no room":
-        monkeypatch.setattr(device_rows, "MAX_SOURCES", 0)
+        monkeypatch.setattr(held_experts, "MAX_SOURCES", 0)
     engine = Engine(cuda, ROUTER, keeps_tensors=why != "memory serves again")
     session = engine.start()
     engine.step(session, DECODE)
@@ -410,7 +410,7 @@ def test_a_kernel_that_cannot_be_put_at_the_end_of_a_graph_ends_captures_alone(
     def fails(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(device_rows, "launch_gather_experts", fails)
+    monkeypatch.setattr(held_experts, "launch_gather_experts", fails)
     engine = Engine(cuda, ROUTER, keeps_tensors=True)
     assert "no such kernel" in engine.model.rows.refusal
     engine.model.run(3)

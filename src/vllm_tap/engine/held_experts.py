@@ -1,0 +1,106 @@
+"""What experts made while a CUDA graph was captured, held for one kernel that takes many layers. Worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from vllm_tap.engine import kernel
+from vllm_tap.engine.expert_kernel import SOURCE_WORDS, can_gather, launch_gather_experts
+from vllm_tap.engine.tap import Tap
+
+if TYPE_CHECKING:
+    from vllm_tap.engine.device_rows import DeviceRows
+
+MAX_SOURCES: Final = 16384
+"""Layers in the graphs of a model: those of the 48 of Qwen3-30B-A3B, in 51 sizes, whole and in pieces, are 4,896."""
+
+MAX_HELD_BYTES: Final = 4 << 20
+"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 273 rows."""
+
+
+class Layer(NamedTuple):
+    """The taps of a layer's experts, and what passed them: logits [T, E], expert ids and weights [T, K]."""
+
+    taps: Sequence[Tap]
+    tensors: Sequence[torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the graph."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class HeldExperts:
+    """Where the tensors of a model's experts lie in its graphs.
+
+    Cost: 0.5 MiB of the device as long as the model is there, and `MAX_HELD_BYTES` of the graphs' memory.
+    """
+
+    def __init__(self, rows: DeviceRows) -> None:
+        self._rows = rows
+        self._sources: torch.Tensor | None = None
+        self._num_sources = 0
+
+    def make_room(self) -> None:
+        """Take the memory that `hold` needs; while a graph is captured, its own is all that there is to take.
+
+        That serves other graphs too: what is to last may not lie there.
+        """
+        if self._sources is None:
+            device = self._rows.header.device
+            self._sources = torch.zeros(MAX_SOURCES, SOURCE_WORDS, dtype=torch.int64, device=device)
+
+    def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
+        """Hold what passes the taps of a layer's experts while a graph is captured; return whether it is held.
+
+        Nothing may write to the tensors for as long as somebody holds them.
+        """
+        switch = self._rows.switch
+        held = switch.held
+        if self._sources is None or self._num_sources + len(held) >= MAX_SOURCES or not can_gather(tensors):
+            return False
+        new = Layer(taps, tensors)
+        if held and sum(layer.nbytes for layer in (*held, new)) > MAX_HELD_BYTES:
+            switch.serve_held()
+        return switch.hold(new)
+
+    def serve(self, held: Sequence[Layer]) -> Callable[[], None]:
+        """Put one kernel for all held layers into the graph that is being captured.
+
+        Layers whose tensors are alike share one. Where these lie is written by what is returned, when the capture has
+        ended.
+        """
+        alike: dict[object, list[Layer]] = {}
+        for layer in held:
+            form = *dtypes(layer.taps), *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in layer.tensors)
+            alike.setdefault(form, []).append(layer)
+        written = [(self._launch(layers), torch.tensor(self._words(layers))) for layers in alike.values()]
+
+        def write() -> None:
+            for sources, words in written:
+                sources.copy_(words)
+
+        return write
+
+    def _launch(self, layers: Sequence[Layer]) -> torch.Tensor:
+        """Launch the kernel for layers that are alike; return where it looks for their tensors."""
+        rows, (taps, tensors) = self._rows, layers[0]
+        assert self._sources is not None
+        sources = self._sources[self._num_sources :][: len(layers)]
+        self._num_sources += len(layers)
+        launch_gather_experts(rows, tensors, sources, kernel.STREAM_NUMBERS[taps[0].stream], dtypes(taps))
+        stream = torch.cuda.current_stream(rows.header.device).cuda_stream
+        rows.switch.note([tap.index for layer in layers for tap in layer.taps], stream, len(tensors[0]))
+        return sources
+
+    def _words(self, layers: Sequence[Layer]) -> list[list[int]]:
+        first = self._rows.first_tap
+        return [[layer.taps[0].index - first, *(tensor.data_ptr() for tensor in layer.tensors)] for layer in layers]
+
+
+def dtypes(taps: Sequence[Tap]) -> list[torch.dtype]:
+    """Return the dtypes of rows of taps that have seen some."""
+    return [tap.dtype for tap in taps if tap.dtype is not None]
