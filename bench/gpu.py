@@ -29,7 +29,7 @@ from gpu_extract import measure_extract
 from gpu_forwards import measure_forwards, show_forwards
 from gpu_parts import measure_parts, show_parts
 from gpu_ratios import ALL, FEW, PLANS, ROUTER, Ratios, show
-from gpu_setting import FAMILIES, Report, Setting, rates, start_engine, stop_engine
+from gpu_setting import FAMILIES, WORKLOADS, Report, Setting, rates, start_engine, stop_engine
 from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
 
@@ -95,6 +95,17 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     return same and fit and facts.get("eager", {"fine": True})["fine"]
 
 
+def workloads(begin: str) -> str:
+    """Return what names of workloads begin with.
+
+    Raises:
+        argparse.ArgumentTypeError: None does.
+    """
+    if not any(name.startswith(begin) for name in WORKLOADS):
+        raise argparse.ArgumentTypeError(f"no workload begins with {begin!r}: there are {', '.join(WORKLOADS)}")
+    return begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compare rows with those of an eager engine")
     parser.add_argument(
         "--parts",
+        type=workloads,
         nargs="?",
         const="",
         metavar="WORKLOAD",
@@ -111,12 +123,18 @@ def main() -> None:
     )
     parser.add_argument(
         "--forwards",
+        type=workloads,
         nargs="*",
         metavar="WORKLOAD",
         help="say when forward passes run, plain and captured; by default of 64 prompts that are read",
     )
     parser.add_argument(
-        "--timeline", nargs="?", const="", metavar="WORKLOAD", help="say where the device's time goes in a step"
+        "--timeline",
+        type=workloads,
+        nargs="?",
+        const="",
+        metavar="WORKLOAD",
+        help="say where the device's time goes in a step",
     )
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
