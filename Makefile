@@ -126,6 +126,7 @@ bench-gpu-smoke: $(VENV)/.dev
 	$(BIN)/python bench/gpu.py --smoke --plan least --eager --parts --extract
 	$(BIN)/python bench/gpu.py --smoke --plan tp2
 	$(BIN)/python bench/gpu.py --smoke --plan bad
+	$(BIN)/python bench/gpu.py --smoke --plan memory
 
 bench-render: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md

@@ -9,7 +9,7 @@ import torch
 from vllm_tap.engine import kernel
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.expert_kernel import launch_tap_experts, warm_experts
-from vllm_tap.engine.held_experts import dtypes
+from vllm_tap.engine.held_experts import Layer, dtypes
 from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat
 from vllm_tap.errors import CaptureError
 
@@ -75,11 +75,8 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     """Do for the three taps of a layer's experts, with one kernel, what `_pass` does for one."""
     place = _place(taps[0], rows)
     if torch.cuda.is_current_stream_capturing():
-        if taps[0].keeps_tensors and rows.experts.hold(taps, tensors):
-            return
-        launch_tap_experts(rows, tensors, *place, dtypes(taps), ahead=True)
-        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-        rows.switch.note([tap.index for tap in taps], stream, len(tensors[0]))
+        if not taps[0].keeps_tensors or not rows.experts.hold(taps, tensors):
+            rows.experts.launch([Layer(taps, tensors)])
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
         if taps[0].keeps_tensors:

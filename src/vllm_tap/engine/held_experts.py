@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from vllm_tap.engine import kernel
-from vllm_tap.engine.expert_kernel import SOURCE_WORDS, can_gather, launch_gather_experts
-from vllm_tap.engine.tap import Tap
+from vllm_tap.engine.expert_kernel import SOURCE_WORDS, can_gather, launch_gather_experts, launch_tap_experts
+from vllm_tap.engine.tap import REGISTRY, Tap
 
 if TYPE_CHECKING:
     from vllm_tap.engine.device_rows import DeviceRows
 
-MAX_SOURCES: Final = 16384
-"""Layers in the graphs of a model: those of the 48 of Qwen3-30B-A3B, in 51 sizes, whole and in pieces, are 4,896."""
+MAX_GRAPHS: Final = 128
+"""Graphs of the whole model that `HeldExperts` has room for; by default, vLLM captures 51 sizes."""
 
-MAX_HELD_BYTES: Final = 4 << 20
-"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 273 rows."""
+MAX_HELD_BYTES: Final = 2 << 20
+"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 136 rows.
+
+PyTorch takes memory for graphs by 2 MiB. There it took one piece more with this limit and with any down to 256 KiB,
+and two with 4 MiB (one H200).
+"""
 
 
 class Layer(NamedTuple):
@@ -36,7 +40,7 @@ class Layer(NamedTuple):
 class HeldExperts:
     """Where the tensors of a model's experts lie in its graphs.
 
-    Cost: 0.5 MiB of the device as long as the model is there, and `MAX_HELD_BYTES` of the graphs' memory.
+    Cost: 4 KiB of the device for each layer, as long as the model is there, and `MAX_HELD_BYTES` of the graphs' memory.
     """
 
     def __init__(self, rows: DeviceRows) -> None:
@@ -50,8 +54,9 @@ class HeldExperts:
         That serves other graphs too: what is to last may not lie there.
         """
         if self._sources is None:
+            num_layers = sum(tap.keeps_tensors for tap in REGISTRY[self._rows.first_tap :])
             device = self._rows.header.device
-            self._sources = torch.zeros(MAX_SOURCES, SOURCE_WORDS, dtype=torch.int64, device=device)
+            self._sources = torch.zeros(MAX_GRAPHS * num_layers, SOURCE_WORDS, dtype=torch.int64, device=device)
 
     def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
         """Hold what passes the taps of a layer's experts while a graph is captured; return whether it is held.
@@ -60,7 +65,7 @@ class HeldExperts:
         """
         switch = self._rows.switch
         held = switch.held
-        if self._sources is None or self._num_sources + len(held) >= MAX_SOURCES or not can_gather(tensors):
+        if self._sources is None or self._num_sources + len(held) >= len(self._sources) or not can_gather(tensors):
             return False
         new = Layer(taps, tensors)
         if held and sum(layer.nbytes for layer in (*held, new)) > MAX_HELD_BYTES:
@@ -77,23 +82,33 @@ class HeldExperts:
         for layer in held:
             form = *dtypes(layer.taps), *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in layer.tensors)
             alike.setdefault(form, []).append(layer)
-        written = [(self._launch(layers), torch.tensor(self._words(layers))) for layers in alike.values()]
+        launched = [(self.launch(layers), torch.tensor(self._words(layers))) for layers in alike.values()]
 
         def write() -> None:
-            for sources, words in written:
-                sources.copy_(words)
+            for sources, words in launched:
+                if sources is not None:
+                    sources.copy_(words)
 
         return write
 
-    def _launch(self, layers: Sequence[Layer]) -> torch.Tensor:
-        """Launch the kernel for layers that are alike; return where it looks for their tensors."""
+    def launch(self, layers: Sequence[Layer]) -> torch.Tensor | None:
+        """Put the kernel for layers that are alike into the graph that is being captured.
+
+        Returns:
+            Where it will look for their tensors; None if there is one layer, whose tensors it knows.
+        """
         rows, (taps, tensors) = self._rows, layers[0]
-        assert self._sources is not None
-        sources = self._sources[self._num_sources :][: len(layers)]
-        self._num_sources += len(layers)
-        launch_gather_experts(rows, tensors, sources, kernel.STREAM_NUMBERS[taps[0].stream], dtypes(taps))
-        stream = torch.cuda.current_stream(rows.header.device).cuda_stream
-        rows.switch.note([tap.index for layer in layers for tap in layer.taps], stream, len(tensors[0]))
+        stream, outs = kernel.STREAM_NUMBERS[taps[0].stream], dtypes(taps)
+        sources = None
+        if len(layers) == 1:
+            launch_tap_experts(rows, tensors, taps[0].index - rows.first_tap, stream, outs, ahead=True)
+        else:
+            assert self._sources is not None
+            sources = self._sources[self._num_sources :][: len(layers)]
+            self._num_sources += len(layers)
+            launch_gather_experts(rows, tensors, sources, stream, outs)
+        capturing = torch.cuda.current_stream(rows.header.device).cuda_stream
+        rows.switch.note([tap.index for layer in layers for tap in layer.taps], capturing, len(tensors[0]))
         return sources
 
     def _words(self, layers: Sequence[Layer]) -> list[list[int]]:

@@ -394,7 +394,7 @@ def test_experts_are_taken_layer_by_layer_where_they_cannot_be_held(
     if why == "a row starts anywhere":
         monkeypatch.setattr(held_experts, "can_gather", lambda _: False)
     if why == "no room":
-        monkeypatch.setattr(held_experts, "MAX_SOURCES", 0)
+        monkeypatch.setattr(held_experts, "MAX_GRAPHS", 0)
     engine = Engine(cuda, ROUTER, keeps_tensors=why != "memory serves again")
     session = engine.start()
     engine.step(session, DECODE)
