@@ -102,7 +102,7 @@ class Engine:
         if "sampling_params" not in options:
             sampling = {"temperature": 0.0, "ignore_eos": True, "max_tokens": MAX_NEW_TOKENS}
             options = {**sampling, **options}
-        return vllm_tap.capture(self.llm, given, spec, progress=False, **options)
+        return vllm_tap.capture(self.llm, given, spec, **{"progress": False, **options})
 
     def status(self) -> list[dict[str, Any]]:
         """Return what each worker holds, in order of rank."""

@@ -42,6 +42,14 @@ def test_every_row_is_that_of_hugging_face(engine, references: Callable[[str], R
                 assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
 
 
+def test_the_progress_bar_ends_at_all_prompts_and_rows(engine, capsys):
+    """As at a terminal, where it is shown unless one says otherwise."""
+    result = vllm_tap.capture(engine.llm, prompts(), EVERYTHING, progress=True)
+    shown = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert f"Capturing: 100%|██████████| {len(prompts())}/{len(prompts())}" in shown
+    assert f"{result.num_rows:,} rows" in shown
+
+
 def test_parameters_of_sampling_are_refused(engine):
     """A field of SamplingParams is no field of PoolingParams, and the message says which class it was looked up in."""
     with pytest.raises(SpecError, match="PoolingParams has no field 'max_tokens'"):

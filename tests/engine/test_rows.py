@@ -187,6 +187,16 @@ def test_samples_need_not_come_in_order_nor_all(engine, known):
         result[1]
 
 
+def test_the_progress_bar_ends_at_all_prompts_and_rows(engine, capsys):
+    """As at a terminal, where it is shown unless one says otherwise."""
+    result = engine.capture(prompts(), EVERYTHING, progress=True)
+    shown = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert f"Capturing: 100%|██████████| {len(prompts())}/{len(prompts())}" in shown
+    num_rows = max(state["num_rows"] for state in engine.status())  # with those of requests that had to begin anew
+    assert f"{num_rows:,} rows" in shown
+    assert num_rows >= result.num_rows
+
+
 def test_requests_that_wait_in_the_engine_are_not_taken_for_captured_ones(engine, known):
     """Plain requests that were queued before a capture run with it; the result holds the captured prompts only."""
     engine.llm.enqueue(prompts([30, 5], seed=2), greedy(), use_tqdm=False)

@@ -16,7 +16,7 @@ def bar(progress: bool | None, counts: Callable[[], tuple[int, int]]) -> Any:
 
     Args:
         progress: True or False, or None for "when standard error is a terminal".
-        counts: Rows and bytes that the workers have taken so far.
+        counts: Rows and bytes that the workers have taken so far, also when they have just ended the capture.
     """
     if progress is None:
         progress = sys.stderr.isatty()
@@ -45,7 +45,9 @@ def bar(progress: bool | None, counts: Callable[[], tuple[int, int]]) -> Any:
             refreshed: bool | None = super().update(n)
             return refreshed
 
-    def make(**kwargs: Any) -> RowsBar:
+    def make(requests: Any = None, **kwargs: Any) -> Any:
+        if requests is not None:  # about to be queued, which vLLM would count with a bar of its own
+            return requests
         kwargs.update(desc="Capturing", unit="prompt", postfix=None)
         new = RowsBar(**kwargs)
         object.__setattr__(new, "started", time.monotonic())

@@ -133,7 +133,7 @@ class Recording:
         return marked
 
     def counts(self) -> tuple[int, int]:
-        """Return rows and bytes taken so far; costs the engine about a millisecond."""
+        """Return rows and bytes taken so far, or in all after the end; costs the engine about a millisecond."""
         states = self._connection.status()
         return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
 

@@ -92,6 +92,7 @@ class TapWorker(host_runner.Recorder):
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._session: Session | None = None
+        self._counts = 0, 0
         self._pools: dict[bool, SegmentPool] = {}
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
@@ -242,6 +243,7 @@ class TapWorker(host_runner.Recorder):
             self._abandon(session)
             raise
         self._session = None
+        self._counts = session.num_rows, session.num_bytes
         session.close()
         return descriptor
 
@@ -265,14 +267,18 @@ class TapWorker(host_runner.Recorder):
         return messages.Stopped(rank=self.rank)
 
     def status(self) -> dict[str, int | str]:
-        """Say what this worker holds, in plain values."""
+        """Say what this worker holds, in plain values.
+
+        Rows and their bytes are those of the capture under way, or of the last one that ended.
+        """
         stats = [pool.stats() for pool in self._pools.values()]
+        num_rows, num_bytes = (self._session.num_rows, self._session.num_bytes) if self._session else self._counts
         return {
             "rank": self.rank,
             "pid": os.getpid(),
             "capture_id": self._session.start.capture_id if self._session else "",
-            "num_rows": self._session.num_rows if self._session else 0,
-            "num_bytes": self._session.num_bytes if self._session else 0,
+            "num_rows": num_rows,
+            "num_bytes": num_bytes,
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
             "used_bytes": sum(s.used_bytes for s in stats),
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
