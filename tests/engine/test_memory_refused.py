@@ -33,7 +33,7 @@ def test_a_refused_memfd_names_the_way_out(monkeypatch):
 
 
 def test_memory_that_is_grown_ahead_fails_where_it_is_needed(monkeypatch):
-    """A refusal in the thread that prepares memory reaches whoever reserves, once; then the pool works again."""
+    """Where memory is refused ahead and still when it is needed, reserving says so; then the pool works again."""
     monkeypatch.setattr(os, "memfd_create", refuse)
     pool = SegmentPool(8 * MIB)
     pool.grow_ahead(4 * MIB)

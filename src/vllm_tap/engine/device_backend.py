@@ -58,8 +58,13 @@ class DeviceBackend:
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""
         return SegmentPool(
-            0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=register_segment, on_close=unregister_segment
+            0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=self._register, on_close=unregister_segment
         )
+
+    def _register(self, segment: Segment) -> None:
+        # In whichever thread made it: a new one works on device 0, where a call would make a context.
+        torch.cuda.set_device(self._device)
+        register_segment(segment)
 
     def note_stream(self) -> None:
         """Note on which stream the engine works; in the engine's own thread."""

@@ -105,6 +105,7 @@ class DeviceSink:
                 modes[tap.index] = plane, tap.mode | labels
         plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
         self._planes, self._steps = Ring(0, rows.events), Ring(0, rows.events)
+        rows.slabs.keep()
         self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)
         rows.switch_on(self, modes)
 
@@ -304,6 +305,5 @@ class DeviceSink:
         self._wait_for_side()
         for ring in (self._planes, self._steps):
             ring.close()
-        if self._slab is not None:
-            self._rows.slabs.give(self._slab)
-            self._slab = None
+        self._rows.slabs.give(self._slab)
+        self._slab = None

@@ -61,14 +61,15 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
 
 
 def _learn(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tensor | None) -> bool:
-    """Learn what a tap sees, and compile for it; return whether there was anything to learn."""
-    if tap.width and not tap.keep_probe:
-        return False
-    tap.observe(hidden, residual)
-    assert tap.dtype is not None
-    # Now, because nothing can be compiled or loaded while a stream is captured.
-    kernel.warm(rows, hidden, residual, *_place(tap, rows), tap.dtype)
-    return True
+    """Learn what a tap sees, and compile for it the first time; return whether it is that."""
+    is_first = not tap.width
+    if is_first or tap.keep_probe:
+        tap.observe(hidden, residual)
+    if is_first:
+        assert tap.dtype is not None
+        # Now, because nothing can be compiled or loaded while a stream is captured, nor launched while the tap is on.
+        kernel.warm(rows, hidden, residual, *_place(tap, rows), tap.dtype)
+    return is_first
 
 
 def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch.Tensor]) -> None:

@@ -57,7 +57,8 @@ class SlabKeeper:
         headroom: Bytes of device memory that the engine's steps may still take: a slab never reaches into them.
         is_quiet: Whether the device has nothing to do. The driver waits for all queued work before it frees memory,
             and the engine waits with it; so a slab goes in a pause of the engine.
-        on_idle: Called before a slab goes because nobody wants it, from a thread of the keeper's: for what else goes.
+        on_idle: Called some seconds after the last capture, before its slab goes, if it had one, from a thread of the
+            keeper's: for what else goes.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SlabKeeper:
         self._lock = threading.Lock()
         self._idle: Slab | None = None
         self._idle_since = 0.0
+        self._lingers = False
         self._floor = 0
         self._held_bytes = 0
         self._has_thread = False
@@ -79,6 +81,11 @@ class SlabKeeper:
     def held_bytes(self) -> int:
         """Bytes of all slabs, in use or not."""
         return self._held_bytes
+
+    def keep(self) -> None:
+        """A capture begins: nothing goes until it calls `give`."""
+        with self._lock:
+            self._lingers = False
 
     def take(self, nbytes: int) -> Slab | None:
         """Return a slab of at least `nbytes`, or None if the device has no room to spare."""
@@ -100,11 +107,13 @@ class SlabKeeper:
             self._held_bytes += nbytes
         return Slab(address, nbytes)
 
-    def give(self, slab: Slab) -> None:
-        """Take a slab back, and return it to the device unless it is wanted again soon."""
+    def give(self, slab: Slab | None) -> None:
+        """A capture ends: take its slab back, if it had one, and return it to the device unless one is wanted soon."""
         with self._lock:
-            spare, self._idle = self._idle, slab
-            self._idle_since = time.monotonic()
+            spare = None
+            if slab is not None:
+                spare, self._idle = self._idle, slab
+            self._idle_since, self._lingers = time.monotonic(), True
             starts, self._has_thread = not self._has_thread, True
         if spare is not None:
             self._free(spare)
@@ -123,20 +132,20 @@ class SlabKeeper:
             logger.exception("vllm-tap: staging memory is kept until the engine ends: giving it back failed")
 
     def tidy(self, now: float) -> bool:
-        """Free the idle slab if its time has come; return whether there is anything left to look after."""
+        """Let everything go if its time has come; return whether there is anything left to look after."""
+        slab = None
         with self._lock:
-            slab = self._idle
-            if slab is not None and self._is_due(now - self._idle_since):
-                self._idle = None
-            else:
-                slab = None
-        if slab is not None:
+            is_due = self._lingers and self._is_due(now - self._idle_since)
+            if is_due:
+                slab, self._idle, self._lingers = self._idle, None, False
+        if is_due:
             try:
                 self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
             finally:
-                self._free(slab)
+                if slab is not None:
+                    self._free(slab)
         with self._lock:
-            self._has_thread = self._held_bytes > 0
+            self._has_thread = self._held_bytes > 0 or self._lingers
             return self._has_thread
 
     def _is_due(self, idle_seconds: float) -> bool:

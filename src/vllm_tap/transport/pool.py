@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import NamedTuple
 from vllm_tap.errors import BudgetError, TransportError
 from vllm_tap.transport.extents import FreeExtents
 from vllm_tap.transport.memory import Segment, round_up
+
+logger = logging.getLogger("vllm_tap")
 
 DEFAULT_SEGMENT_BYTES = 256 << 20
 SEGMENT_GRANULE_BYTES = 2 << 20
@@ -83,7 +86,6 @@ class SegmentPool:
         self._free = FreeExtents()
         self._capacity_bytes = 0
         self._pending: dict[int, int] = {}  # segment id -> bytes, while a thread populates it
-        self._failure: BaseException | None = None
         self._closed = False
         self._segment_ids = itertools.count(1)
         self._block_ids = itertools.count(1)
@@ -142,9 +144,6 @@ class SegmentPool:
             if not self._pending:
                 break
             self._changed.wait()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
         return None
 
     def _make_room(self, footprint: int) -> list[Segment]:
@@ -186,8 +185,8 @@ class SegmentPool:
 
         It makes segments one after the other, so that the first blocks need not wait for the last page; of the usual
         size, or as large as the `largest` block that is expected, which would not fit into those. Nor does it fit into
-        what is left of others: only free runs that hold such blocks count. What goes wrong there is raised by the next
-        `reserve` that finds no room.
+        what is left of others: only free runs that hold such blocks count. What cannot be had ahead, the next `reserve`
+        that finds no room asks for itself.
         """
         with self._changed:
             plans = []
@@ -207,9 +206,8 @@ class SegmentPool:
         for segment_id, nbytes in plans:
             try:
                 self._grow(segment_id, nbytes)
-            except BaseException as error:  # handed to the thread that needs the memory
-                with self._changed:
-                    self._failure = error
+            except Exception as error:
+                logger.info("vllm-tap: %d bytes could not be prepared ahead: %s", nbytes, error)
 
     def _plan(self, nbytes: int) -> tuple[int, int]:
         segment_id = next(self._segment_ids)

@@ -416,6 +416,24 @@ def test_a_kernel_that_cannot_be_put_at_the_end_of_a_graph_ends_captures_alone(
     engine.model.run(3)
 
 
+@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+def test_rows_may_be_kept_to_be_looked_at_while_they_are_captured(cuda: SimulatedCuda, places: list[Place]) -> None:
+    """As where the first rows did not tell how a router chooses: nothing else is done in such a step."""
+    engine = Engine(cuda, places)
+    session = engine.start()
+    taps = engine.model.taps.values()
+    for tap in taps:
+        tap.keep_probe = tap.keep_one_probe = True
+    before = cuda.num_launches
+    engine.step(session, STEPS[0])
+    launched = cuda.num_launches - before
+    assert all(tap.probe is not None and not tap.keep_probe for tap in taps)
+    engine.step(session, STEPS[0])
+    assert cuda.num_launches - before == 2 * launched
+    engine.finish(session)
+    assert cuda.conflicts == []
+
+
 def test_experts_that_are_tapped_one_by_one(cuda: SimulatedCuda) -> None:
     """As where a router may change the logits that it is given."""
     engine = Engine(cuda, ROUTER, joins_experts=False)

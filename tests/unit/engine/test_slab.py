@@ -144,3 +144,20 @@ def test_an_idle_slab_goes_at_once_when_memory_is_short(keeper: Keeper, device: 
     device.is_quiet = False
     assert not keeper.tidy(0.1)
     assert device.held == {1: 450}
+
+
+def test_captures_without_a_slab_let_the_rest_go_too(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that write straight to pinned memory: their graphs are held until some time after the last of them."""
+    gone = []
+    monkeypatch.setattr("vllm_tap.engine.slab.time.monotonic", lambda: 0.0)
+    keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, lambda: gone.append(True))
+    keeper.keep()
+    keeper.give(None)
+    assert keeper.tidy(LINGER_SECONDS - 0.1)
+    keeper.keep()
+    assert not keeper.tidy(LINGER_SECONDS + 0.1)
+    assert gone == []
+    keeper.give(None)
+    assert not keeper.tidy(LINGER_SECONDS + 0.1)
+    assert gone == [True]
+    assert keeper.threads == 2
