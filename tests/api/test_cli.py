@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
@@ -18,9 +19,10 @@ from vllm_tap import Spec
 from vllm_tap.cli import checks, main
 from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
-from vllm_tap.cli.save import save
+from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
 from vllm_tap.engine import launch
+from vllm_tap.errors import SpecError
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -74,6 +76,7 @@ def one_line(err: str) -> str:
         (["capture", "m", "--prompts", "p.txt", "--max-tokens", "0"], "from 1 on, got '0'"),
         (["capture", "m", "--prompts", "p.txt", "--max-tokens", "²"], "from 1 on"),
         (["capture", "m", "--prompts", "p.txt", "--budget-bytes", "4XB"], "GiB; got '4XB'"),
+        (["capture", "m", "--prompts", "p.txt", "--budget-bytes", "0"], "GiB; got '0'"),
         (["capture", "m", "--prompts", "p.txt", "--transport", "smoke"], "invalid choice"),
         (["capture", "m", "--prompts", "p.txt", "--engine", "{"], "not JSON"),
         (["capture", "m", "--prompts", "p.txt", "--engine", "[1]"], "expected a JSON object"),
@@ -278,6 +281,26 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
         save(result, path, "m")
     assert path.read_bytes() == b"former"
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.safetensors"]
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What safetensors raises for it is an exception of its own."""
+
+    def full(*_: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SpecError, match=r"rows\.safetensors could not be written: I/O error: No space left"):
+        save(fake_capture(), tmp_path / "rows.safetensors", "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_cannot_be_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    """The draft's name is longer than the file's."""
+    with pytest.raises(SpecError, match=r"cannot be written \(File name too long\)"):
+        check_target(tmp_path / ("x" * 250), force=False)
+    check_target(tmp_path / "rows.safetensors", force=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

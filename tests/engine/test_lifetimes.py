@@ -35,6 +35,7 @@ from engine.engines import (
 )
 from vllm_tap import Spec
 from vllm_tap.client import recording
+from vllm_tap.client.connection import Connection
 from vllm_tap.errors import BudgetError, EngineDiedError, TransportError
 from vllm_tap.labels import KEY
 from vllm_tap.transport.calls import Caller
@@ -203,6 +204,26 @@ def test_an_interrupted_call_leaves_nothing(monkeypatch, engine, known, moment):
             engine.capture(prompts(seed=1), HIDDEN)
     assert engine.status()[0]["capture_id"] == ""
     wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
+    compare(engine.capture(prompts(), HIDDEN), known)
+
+
+def test_an_interrupted_start_through_the_engine_leaves_nothing(monkeypatch, engine, known):
+    """The same where a call waits for the worker before the client has anything to wait with."""
+    rpc, names = Connection._rpc, []
+
+    def interrupted(self: Connection, name: str, *args: Any) -> list[Any]:
+        names.append(name)
+        replies = rpc(self, name, *args)
+        if names.count("call") == 1:
+            raise KeyboardInterrupt
+        return replies
+
+    engine.capture(prompts([3]), HIDDEN)  # connects
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "_rpc", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.capture(prompts(seed=1), HIDDEN, transport="inline")
+    assert engine.status()[0]["capture_id"] == ""
     compare(engine.capture(prompts(), HIDDEN), known)
 
 

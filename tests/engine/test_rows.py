@@ -32,7 +32,7 @@ from engine.engines import (
     surroundings,
 )
 from vllm_tap import Recording, Spec
-from vllm_tap.errors import LayerError, RowsMissingError
+from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 
 pytestmark = pytest.mark.engine
 
@@ -197,17 +197,17 @@ def test_the_progress_bar_ends_at_all_prompts_and_rows(engine, capsys):
     assert num_rows >= result.num_rows
 
 
-def test_requests_that_wait_in_the_engine_are_not_taken_for_captured_ones(engine, known):
-    """Plain requests that were queued before a capture run with it; the result holds the captured prompts only."""
-    engine.llm.enqueue(prompts([30, 5], seed=2), greedy(), use_tqdm=False)
-    try:
-        result = engine.capture(prompts(), EVERYTHING)
-        assert [list(output.prompt_token_ids) for output in result.outputs] == [
-            prompt["prompt_token_ids"] for prompt in prompts()
-        ]
-        compare(result, known)
-    finally:
-        engine.llm.wait_for_completion(use_tqdm=False)
+def test_requests_that_wait_in_the_engine_keep_their_outputs(engine, known):
+    """A capture would run them and throw their outputs away: it is refused; a `Recording` runs beside them."""
+    waiting = prompts([30, 5], seed=2)
+    engine.llm.enqueue(waiting, greedy(), use_tqdm=False)
+    with pytest.raises(SpecError, match=r"2 requests .* would be lost.*vllm_tap\.Recording"):
+        engine.capture(prompts(), EVERYTHING)
+    recording = Recording(engine.llm, EVERYTHING)
+    engine.llm.enqueue(prompts(), recording.mark_all([greedy()] * 8), use_tqdm=False)
+    outputs = engine.llm.wait_for_completion(use_tqdm=False)
+    assert [list(output.prompt_token_ids) for output in outputs[:2]] == [p["prompt_token_ids"] for p in waiting]
+    compare(recording.finish(outputs[2:]), known)
 
 
 def test_graphs_with_taps_have_a_place_of_their_own_in_the_cache(running):

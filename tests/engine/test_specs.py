@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vllm_tap
 from engine.engines import (
     MAX_MODEL_LEN,
     PROMPT_LENGTHS,
@@ -230,6 +231,12 @@ def test_what_cannot_be_asked_for_is_refused(engine):
         engine.capture(prompts(), "all")
     with pytest.raises(SpecError, match="prompts is empty"):
         engine.capture([], HIDDEN)
+    with pytest.raises(SpecError, match=r"expected a vllm\.LLM, got str"):
+        vllm_tap.capture("some/model", prompts(), HIDDEN)
+    with pytest.raises(SpecError, match=r"expected a vllm\.LLM, got LLMEngine"):
+        vllm_tap.Recording(engine.llm.llm_engine, HIDDEN)
+    with pytest.raises(SpecError, match="prompt 0 has prompt_embeds"):
+        engine.capture([{"prompt_embeds": torch.zeros(3, 64)}], HIDDEN)
     with pytest.raises(SpecError, match="prompt 1 is a int"):
         engine.capture(["a", 5], HIDDEN)
     with pytest.raises(LayerError, match=r"no layer 4: it has 4 decoder layers, 0 to 3 \(or -4 to -1\)"):
@@ -245,6 +252,22 @@ def test_what_cannot_be_asked_for_is_refused(engine):
     with pytest.raises(SpecError, match="positive"):
         engine.capture(prompts(), HIDDEN, budget_bytes=0)
     assert [state["capture_id"] for state in engine.status()] == [""]
+
+
+def test_token_ids_are_prompts(engine, known):
+    """Lists of token ids do without a dict around them, as for vLLM; one list is one prompt."""
+    lists = [prompt["prompt_token_ids"] for prompt in prompts()]
+    compare(engine.capture(lists, HIDDEN), known)
+    assert engine.capture(lists[0], HIDDEN)[0].token_ids[: len(lists[0])].tolist() == lists[0]
+
+
+def test_layers_can_be_asked_for(engine):
+    """A sample's streams are mappings: `in` and `get` answer for layers that were not captured, negative ones too."""
+    rows = engine.capture(prompts([5]), Spec(hidden_states=[1, -1]))[0].hidden_states
+    last = 3
+    assert [layer in rows for layer in (0, 1, last, -1, -2, 99, "x", None)] == [False, True, True, True, *[False] * 4]
+    assert rows.get(0) is None
+    assert rows.get(-1).equal(rows[last])
 
 
 def test_tensors_outlive_the_engine_object(engine, known):

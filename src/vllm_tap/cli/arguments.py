@@ -48,10 +48,11 @@ def numbers(text: str, rule: str) -> list[int]:
 def size(text: str) -> int:
     """Read a number of bytes, such as 4GiB or 500MB."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2].upper() not in UNITS:
+    nbytes = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if nbytes < 1:
         units = "KB, MB, GB, KiB, MiB or GiB"
-        raise argparse.ArgumentTypeError(f"a size is a number of bytes, or one with {units}; got {text!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+        raise argparse.ArgumentTypeError(f"a size is a number of bytes from 1 on, or one with {units}; got {text!r}")
+    return nbytes
 
 
 def positive(text: str) -> int:

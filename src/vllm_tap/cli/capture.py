@@ -10,7 +10,7 @@ from vllm_tap.cli import arguments, checks
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import size_text, summary
-from vllm_tap.errors import PluginNotLoadedError
+from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
 from vllm_tap.spec import Spec
 
 
@@ -137,12 +137,17 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
     from vllm_tap.client.engine import pools
 
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
-    return capture(
-        llm,
-        prompts,
-        spec,
-        transport=options.transport,
-        staging=options.staging,
-        budget_bytes=options.budget_bytes,
-        **sampling,
-    )
+    try:
+        return capture(
+            llm,
+            prompts,
+            spec,
+            transport=options.transport,
+            staging=options.staging,
+            budget_bytes=options.budget_bytes,
+            **sampling,
+        )
+    except ValueError as error:
+        if isinstance(error, TapError):
+            raise
+        raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ def check_target(path: Path, force: bool) -> None:
     """Refuse a target before anything expensive happens.
 
     Raises:
-        SpecError: safetensors is missing, the file exists, or its folder does not.
+        SpecError: safetensors is missing, the file exists, or its folder does not or cannot be written to.
     """
     if importlib.util.find_spec("safetensors") is None:
         raise SpecError("--save needs the package safetensors: pip install safetensors.")
@@ -29,6 +30,14 @@ def check_target(path: Path, force: bool) -> None:
         raise SpecError(f"{path} exists already: {advice}.", path=str(path))
     if not path.parent.is_dir():
         raise SpecError(f"{path.parent} is not a folder: create it first.", path=str(path))
+    draft = _draft(path)
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise SpecError(
+            f"{path} cannot be written ({error.strerror}): choose another place or name.", path=str(path)
+        ) from error
 
 
 def save(result: Any, path: Path, model: str) -> int:
@@ -51,17 +60,25 @@ def save(result: Any, path: Path, model: str) -> int:
     Cost:
         One gather for each sample and layer, all held in memory until the file is written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = _draft(path)
     try:
         save_file(tensors(result), draft, metadata(result, model))
         draft.replace(path)
-    except OSError as error:
-        raise SpecError(f"{path} could not be written: {error.strerror or error}.", path=str(path)) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path} could not be written: {reason}.", path=str(path)) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def _draft(path: Path) -> Path:
+    """Return the file that is written before it takes its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def tensors(result: Any) -> dict[str, Any]:

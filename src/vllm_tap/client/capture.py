@@ -33,8 +33,8 @@ def capture(
 
     Args:
         llm: A `vllm.LLM`, started without any special argument.
-        prompts: A prompt or a list of them, as `LLM.generate` takes them: strings, or dicts with `prompt` or
-            `prompt_token_ids`.
+        prompts: A prompt or a list of them, as `LLM.generate` takes them: strings, lists of token ids, or dicts with
+            `prompt` or `prompt_token_ids`.
         spec: What to capture.
         transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
@@ -48,7 +48,7 @@ def capture(
         Capture: one sample per prompt; rows of a sample are its prompt tokens and generated tokens minus one.
 
     Raises:
-        SpecError: No prompts, no `Spec`, an unknown layer or argument.
+        SpecError: No prompts, no `Spec`, an unknown layer or argument, or requests of yours wait in the engine.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
@@ -61,6 +61,8 @@ def capture(
         One write per row in the worker; none here until rows are read (see `LayerMap`).
     """
     begin = time.perf_counter()
+    engine.require_llm(llm)
+    engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
     prompts = _checked_prompts(prompts)
     params = _params(llm, len(prompts), sampling_params, sampling)
     recording = Recording(
@@ -96,19 +98,26 @@ def capture(
 
 
 def _checked_prompts(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
         prompts = [prompts]
     if not isinstance(prompts, Sequence):
         raise SpecError(f"prompts is a list of strings or dicts, got {type(prompts).__name__}.")
     if not prompts:
         raise SpecError("prompts is empty: there is nothing to capture.")
-    for index, prompt in enumerate(prompts):
+    checked = [{"prompt_token_ids": prompt} if _is_token_ids(prompt) else prompt for prompt in prompts]
+    for index, prompt in enumerate(checked):
         if not isinstance(prompt, str | Mapping):
             raise SpecError(
                 f"prompt {index} is a {type(prompt).__name__}: pass strings, or dicts such as "
                 '{"prompt_token_ids": [...]}.'
             )
-    return list(prompts)
+        if not isinstance(prompt, str) and prompt.get("prompt_embeds") is not None:
+            raise SpecError(f"prompt {index} has prompt_embeds: rows are labelled by token ids. Pass prompt_token_ids.")
+    return checked
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(token, int) for token in prompt)
 
 
 def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> list[Any]:

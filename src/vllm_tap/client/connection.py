@@ -27,8 +27,8 @@ from vllm_tap.labels import NO_TAPS
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.reader import SegmentReader
 
-PROBE_TOKENS = list(range(1, 17))
-"""A prompt for the one forward pass that an engine may want before it can say what its layers return."""
+PROBE_TOKENS = range(1, 17)
+"""Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
 
 ENGINE_IS_GONE = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
 """What vLLM 0.26 to 0.33 says in its errors when the core, or a worker below it, has ended."""
@@ -50,20 +50,26 @@ class Connection:
     """
 
     def __init__(self, llm: Any) -> None:
-        if not callable(getattr(llm, "collective_rpc", None)):
-            raise SpecError(f"expected a vllm.LLM, got {type(llm).__name__}")
         self._llm = weakref.ref(llm)
         self._readers: dict[int, SegmentReader] = {}
         self._callers: list[Caller] = []
         self.hellos = self._greet()
-        if any(hello.wants_rows for hello in self.hellos):
-            fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
-            params = engine.new_params(llm, fields)
-            engine.generate(llm, [{"prompt_token_ids": PROBE_TOKENS}], [params], use_tqdm=False)
+        wanted = max(hello.wants_rows for hello in self.hellos)
+        if wanted:
+            self._pass_rows(llm, wanted)
             self.hellos = self._greet()
         for hello in self.hellos:
             if hello.refusal:
                 raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")
+
+    def _pass_rows(self, llm: Any, num_tokens: int) -> None:
+        """Send prompts of so many tokens through the model."""
+        engine.require_no_others(llm, "make a Recording, which asks the workers, before you add any")
+        longest = llm.model_config.max_model_len - 1
+        lengths = [min(longest, num_tokens - begin) for begin in range(0, num_tokens, longest)]
+        fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
+        prompts = [{"prompt_token_ids": list(itertools.islice(itertools.cycle(PROBE_TOKENS), n))} for n in lengths]
+        engine.generate(llm, prompts, [engine.new_params(llm, fields)] * len(prompts), use_tqdm=False)
 
     def _greet(self) -> list[messages.Hello]:
         return sorted(self.call(messages.Hello, "open"), key=lambda hello: hello.rank.rank)
@@ -280,6 +286,7 @@ _connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictio
 
 def connect(llm: Any) -> Connection:
     """Return the connection to an engine, made on first use and kept as long as the engine object lives."""
+    engine.require_llm(llm)
     connection = _connections.get(llm)
     if connection is None:
         connection = _connections[llm] = Connection(llm)

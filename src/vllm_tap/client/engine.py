@@ -30,6 +30,33 @@ STEPS_BETWEEN: Final = 16
 """After so many outputs, what the engine has generated is read: 0.3 ms of one wait for 256 requests."""
 
 
+def require_llm(llm: Any) -> None:
+    """Refuse what is no offline engine.
+
+    Raises:
+        SpecError: It is something else.
+    """
+    if not all(hasattr(llm, name) for name in ("collective_rpc", "model_config", "llm_engine")):
+        raise SpecError(
+            f"expected a vllm.LLM, got {type(llm).__name__}: start one with vllm.LLM(model). Servers and AsyncLLM "
+            "cannot be captured from."
+        )
+
+
+def require_no_others(llm: Any, advice: str) -> None:
+    """Refuse an engine in which requests wait: vLLM would return their outputs among ours, and nobody takes them.
+
+    Raises:
+        SpecError: There are some.
+    """
+    waiting = len(_unfinished(llm))
+    if waiting:
+        raise SpecError(
+            f"{waiting} requests that were added before wait in this engine, and their outputs would be lost. Take "
+            f"these first (llm.wait_for_completion()), or {advice}."
+        )
+
+
 def pools(llm: Any) -> bool:
     """Tell whether an engine embeds rather than generates."""
     return getattr(llm.model_config, "runner_type", "generate") == "pooling"

@@ -35,7 +35,6 @@ class RankRows:
     """
 
     def __init__(self, descriptor: Descriptor, memory: RankMemory, sequences: Sequences) -> None:
-        self.rank = descriptor.rank
         self._streams = descriptor.streams
         self._memory = memory
         self.places = {

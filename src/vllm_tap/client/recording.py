@@ -34,8 +34,8 @@ SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
 class Recording:
     """A capture under way in an engine; an engine runs one at a time.
 
-    `prompts` may be given the prompts' token ids while the engine computes: `finish` then takes some milliseconds less
-    for 100,000 tokens.
+    While the engine computes, `tokens.read` may be given the lists of token ids that will come back in its outputs, the
+    same objects: `finish` then takes some milliseconds less for 100,000 tokens.
 
     Args:
         llm: A `vllm.LLM`, started without any special argument.
@@ -87,13 +87,14 @@ class Recording:
             staging=staging,
             expected_rows=expected_rows if spec.positions == "all" else 0,
         )
-        self._starting: Callable[[], object] | None = connection.ask(messages.Started, self._start, shared)
-        if wait:
-            try:
+        self._starting: Callable[[], object] | None = None
+        try:
+            self._starting = connection.ask(messages.Started, self._start, shared)
+            if wait:
                 self.started()
-            except BaseException:
-                self.stop()  # where it has begun: a rank may have failed alone, or the wait been interrupted
-                raise
+        except BaseException:
+            self.stop()  # where it has begun: a rank may have failed alone, or the call been interrupted
+            raise
 
     def started(self) -> None:
         """Wait until all workers have begun, in the thread that made this object.

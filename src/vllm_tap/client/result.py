@@ -40,6 +40,16 @@ class LayerMap(Mapping[int, torch.Tensor]):
         """
         return self._capture.rows(self._stream, layer, *self._range)
 
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int | np.integer) and self._capture._owner_of(self._stream, layer) is not None
+
+    def get(self, layer: int, default: Any = None) -> Any:
+        """Return the rows of a layer, or `default` if it is not in this capture."""
+        try:
+            return self[layer]
+        except LayerError:
+            return default
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._capture.layers[self._stream])
 
@@ -195,7 +205,7 @@ class Capture(Sequence[Sample]):
             raise RowsMissingError(f"sample {index} has no completion {completion}", sample=index) from None
 
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Return rows of a layer over all samples, sample after sample.
+        """Return rows of a layer over all samples, sample after sample; `start` and `stop` are those of a slice.
 
         Returns:
             Tensor [R, D] in the stream's dtype, CPU; see `LayerMap` for its lifetime.
@@ -210,15 +220,19 @@ class Capture(Sequence[Sample]):
             No copy when the rows lie in one block, else one gather.
         """
         self.require(stream)
-        absolute = layer + self.num_layers if layer < 0 else layer
-        owner = self._owner.get((stream, absolute))
+        owner = self._owner_of(stream, layer)
         if owner is None:
             raise LayerError(
                 f"layer {layer} was not captured: {stream} of this result has layers {self.layers[stream]}. "
                 f"Capture again with Spec({stream}=[..., {layer}]).",
                 layer=layer,
             )
-        return owner.rows(stream, absolute, start, self.num_rows if stop is None else stop)
+        start, stop, _ = slice(start, stop).indices(self.num_rows)
+        return owner.rows(stream, layer % self.num_layers, start, max(stop, start))
+
+    def _owner_of(self, stream: str, layer: int | np.integer[Any]) -> RankRows | None:
+        """Return who has the rows of a layer; None if it is not in this capture."""
+        return self._owner.get((stream, int(layer) + self.num_layers if layer < 0 else int(layer)))
 
     def require(self, stream: str) -> None:
         """Refuse a stream that is not in this capture.

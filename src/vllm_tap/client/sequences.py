@@ -5,19 +5,12 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.spec import selected
-
-
-class Slot(NamedTuple):
-    """One sequence: a sample, and which of its completions."""
-
-    sample: int
-    completion: int
 
 
 class TokenArrays:

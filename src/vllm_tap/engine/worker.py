@@ -20,7 +20,7 @@ from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile,
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import Taps
-from vllm_tap.engine.tap import ADD, Tap
+from vllm_tap.engine.tap import ADD, PROBE_ROWS, Tap
 from vllm_tap.engine.taps import SOURCES, ModelTaps
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
@@ -160,6 +160,7 @@ class TapWorker(host_runner.Recorder):
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
         rank = host_runner.read_rank(worker)
+        unclear = {verdict.reason, *(found.reason for found in routing.values())}
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
@@ -171,11 +172,16 @@ class TapWorker(host_runner.Recorder):
             residual=verdict.convention,
             reasons=reasons,
             routing={} if rank.tp_rank else routing,
-            wants_rows=NO_ROWS in {verdict.reason, *(found.reason for found in routing.values())},
+            wants_rows=self._eager_rows() if NO_ROWS in unclear else 0,
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,
             refusal=refusal,
         )
+
+    def _eager_rows(self) -> int:
+        """Return of how many tokens a step is that replays no CUDA graph, in which taps learn nothing."""
+        graph_rows = host_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
+        return max(graph_rows + 1, PROBE_ROWS)
 
     def _streams(self, taps: ModelTaps, residual: str, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
         places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}

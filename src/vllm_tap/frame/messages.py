@@ -32,6 +32,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     version: int = VERSION
 
 
+class _Versioned(msgspec.Struct):
+    """What is read of a message whose fields are not known."""
+
+    version: int
+
+
 class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a worker stands in the engine."""
 
@@ -56,10 +62,10 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     """Reply to `vllm_tap_open`: what this worker can capture, or why it cannot.
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
-    missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for one real forward pass
-    and another call: the dummy passes did not tell the convention. `routing` says how the router of each layer of this
-    stage chooses; of tensor-parallel ranks, the first one says it. `address` is the socket that hands out segments,
-    `calls` the one that takes calls.
+    missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
+    of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention.
+    `routing` says how the router of each layer of this stage chooses; of tensor-parallel ranks, the first one says it.
+    `address` is the socket that hands out segments, `calls` the one that takes calls.
     """
 
     rank: Rank
@@ -72,7 +78,7 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     residual: str
     reasons: dict[str, str]
     routing: dict[int, Routing]
-    wants_rows: bool
+    wants_rows: int
     address: str
     calls: str
     refusal: str
@@ -225,6 +231,7 @@ M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()
 _reply_decoder = msgspec.msgpack.Decoder(Reply)
+_version_decoder = msgspec.msgpack.Decoder(_Versioned)
 _call_decoder = msgspec.msgpack.Decoder(Call)
 
 
@@ -251,10 +258,23 @@ def _decode(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:
     try:
         message = decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        _require_version(_version_of(data))  # fields may differ because it does
         raise DescriptorError(f"a message did not decode: {error}") from None
-    if message.version != VERSION:
-        raise DescriptorError(
-            f"the engine runs message version {message.version}, this client {VERSION}: "
-            "install the same vllm-tap in both environments"
-        )
+    _require_version(message.version)
     return message
+
+
+def _version_of(data: bytes) -> int:
+    """Return what a message that does not decode says of its version; ours if that cannot be read either."""
+    try:
+        return _version_decoder.decode(data).version
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return VERSION
+
+
+def _require_version(version: int) -> None:
+    if version != VERSION:
+        raise DescriptorError(
+            f"a message of version {version} came where version {VERSION} runs: install the same vllm-tap in the "
+            "environments of the engine and of the client"
+        )

@@ -36,6 +36,8 @@ def offer_vllm_hidden_states() -> None:
 def install_vllm_hidden_states() -> ModuleType | None:
     """Put the module `vllm.hidden_states` in place, unless there is one. May be called again.
 
+    It can be imported without vLLM; once that is loaded, it is an attribute of it.
+
     Returns:
         The loaded module; None if vLLM ships one that is not loaded yet, which is left to Python's own import.
     """
@@ -45,7 +47,10 @@ def install_vllm_hidden_states() -> ModuleType | None:
     module = _stand_in() if present is None else present
     sys.modules[NAME] = module
     parent = sys.modules.get(PARENT)
-    if parent is not None and not hasattr(parent, "hidden_states"):
+    if parent is None:
+        if _PARENT_FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _PARENT_FINDER)
+    elif not hasattr(parent, "hidden_states"):
         parent.hidden_states = module  # type: ignore[attr-defined]
     return module
 
@@ -63,7 +68,27 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing: functions are looked up when they are first used."""
 
 
+class _ParentFinder(MetaPathFinder):
+    """Asked first for vLLM, once: Python makes no attribute of a module that was there before its parent."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname != PARENT:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(PARENT)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_install(module: ModuleType) -> None:
+                execute(module)
+                install_vllm_hidden_states()
+
+            spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
+        return spec
+
+
 _FINDER: Final = _Finder()
+_PARENT_FINDER: Final = _ParentFinder()
 
 
 def _shipped_by_vllm() -> bool:

@@ -22,6 +22,7 @@ def embed(llm: Any, texts: Any, spec: Spec) -> Capture:
     Raises:
         SpecError: The engine generates.
     """
+    engine.require_llm(llm)
     if not engine.pools(llm):
         raise SpecError(
             "this engine generates and does not embed: call the function that ends in _generate, or start it with "
@@ -39,6 +40,7 @@ def generate(llm: Any, prompts: Any, spec: Spec, max_tokens: int, sampling: dict
     Raises:
         SpecError: The engine embeds, or more than one completion a prompt is asked for.
     """
+    engine.require_llm(llm)
     if engine.pools(llm):
         raise SpecError("this engine embeds and does not generate: call the function without _generate.")
     if sampling.get("n") not in (None, 1):

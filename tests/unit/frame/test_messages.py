@@ -36,7 +36,7 @@ CHUNK_OFFSET, CHUNK_BYTES = 4096, 1 << 16
 HELLO = Hello(
     rank=Rank(0, 0, 1, 0, 1), pid=1, engine="0.32.0", runner="V1", device="cpu", num_layers=6,
     streams=(StreamInfo("hidden_states", "bfloat16", 64, (0, 5), "hidden"),), residual="hidden", reasons={"x": "why"},
-    routing={5: Routing(scoring="sigmoid", num_chosen=2, bias=(0.5, -0.25))}, wants_rows=False, address="a", calls="b",
+    routing={5: Routing(scoring="sigmoid", num_chosen=2, bias=(0.5, -0.25))}, wants_rows=0, address="a", calls="b",
     refusal="",
 )  # fmt: skip
 START = Start(
@@ -142,10 +142,11 @@ def test_a_missing_field_is_refused() -> None:
         messages.decode_reply(msgspec.msgpack.encode(fields))
 
 
-def test_another_version_says_what_to_do() -> None:
-    """Two versions of the package give an error that names both and the cure."""
-    with pytest.raises(DescriptorError, match=r"version 2, this client 1: install the same vllm-tap"):
-        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": 2, "rank": 0}))
+@pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 0, "new": 1}, {}, {"type": "Unheard of"}])
+def test_another_version_says_what_to_do(fields: dict[str, Any]) -> None:
+    """Two versions of the package give an error that names both and the cure, whether or not fields differ."""
+    with pytest.raises(DescriptorError, match=r"version 2 came where version 1 runs: install the same vllm-tap"):
+        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": 2, **fields}))
 
 
 def test_oversized_messages_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

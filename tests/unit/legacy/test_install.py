@@ -78,6 +78,27 @@ def test_vllm_that_is_loaded_later_gets_it_on_import(vllm: Path) -> None:
     assert run(vllm.parent, code) == "vllm was loaded\n"
 
 
+@pytest.mark.parametrize("later", ["import vllm", "import vllm.hidden_states", "from vllm import hidden_states"])
+def test_vllm_that_is_loaded_later_gets_the_attribute(vllm: Path, later: str) -> None:
+    """As where `easysteer.hidden_states` is imported before vLLM; vLLM is loaded as it would be without."""
+    code = f"module = install(); {later}; import vllm; assert vllm.hidden_states is module; print(vllm.__file__)"
+    assert run(vllm.parent, code) == f"vllm was loaded\n{vllm / '__init__.py'}\n"
+
+
+def test_vllm_that_cannot_be_loaded_says_so_itself(vllm: Path) -> None:
+    """What it raises is its own, and the next attempt is made anew."""
+    (vllm / "__init__.py").write_text("raise ImportError('no CUDA here')\n")
+    code = """
+install()
+for _ in range(2):
+    try:
+        import vllm
+    except ImportError as error:
+        print(error)
+"""
+    assert run(vllm.parent, code) == "no CUDA here\n" * 2
+
+
 def test_real_module_on_disk_is_left_to_python(vllm: Path) -> None:
     """Should vLLM ship the module, nothing is put in its place, and vLLM is not loaded to find out."""
     (vllm / "hidden_states.py").write_text("print('the real one')\n")
