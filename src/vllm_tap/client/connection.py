@@ -23,7 +23,6 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.routing import Routing
-from vllm_tap.labels import NO_TAPS
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.reader import SegmentReader
 
@@ -72,7 +71,11 @@ class Connection:
         engine.generate(llm, prompts, [engine.new_params(llm, fields)] * len(prompts), use_tqdm=False)
 
     def _greet(self) -> list[messages.Hello]:
-        return sorted(self.call(messages.Hello, "open"), key=lambda hello: hello.rank.rank)
+        try:
+            hellos = self.call(messages.Hello, "open")
+        except PluginNotLoadedError as error:
+            raise _not_loaded(str(error)) from None
+        return sorted(hellos, key=lambda hello: hello.rank.rank)
 
     @property
     def num_layers(self) -> int:
@@ -216,7 +219,12 @@ class Connection:
 
         def fetch(segment_id: int, offset: int, nbytes: int) -> bytes:
             pieces: list[bytes] = self._rpc("fetch", rank, segment_id, offset, nbytes)
-            return next(piece for piece in pieces if piece)
+            piece = next(filter(None, pieces), b"")
+            if len(piece) != nbytes:
+                raise CaptureError(
+                    f"rank {rank} sent {len(piece)} of {nbytes} bytes of segment {segment_id}: see its log."
+                )
+            return piece
 
         try:
             return FetchedMemory(descriptor, fetch)
@@ -264,21 +272,21 @@ def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
 def _explain(error: Exception) -> Exception:
     """Turn what vLLM raised for a call into an error that says what to do."""
     text = f"{type(error).__name__}: {error}"
-    if NO_TAPS in text or "vllm_tap_open" in text:
-        allowed = os.environ.get("VLLM_PLUGINS")
-        reason = (
-            f"VLLM_PLUGINS={allowed!r} does not name it: add vllm_tap to the list, or unset it"
-            if allowed is not None and "vllm_tap" not in allowed.split(",")
-            else "VLLM_TAP=0 switches it off: unset it"
-            if os.environ.get("VLLM_TAP") == "0"
-            else text
-            if NO_TAPS in text
-            else "install vllm-tap in the environment that the engine runs in"
-        )
-        return PluginNotLoadedError(f"the engine's workers did not load the vllm-tap plugin. {reason}, and restart.")
+    if "vllm_tap_open" in text:
+        return _not_loaded("install vllm-tap in the environment that the engine runs in")
     if any(word in text for word in ENGINE_IS_GONE):
         return EngineDiedError(f"the engine died during a call ({text}). Start a new LLM.")
     return CaptureError(f"a call to the workers failed: {text}")
+
+
+def _not_loaded(reason: str) -> PluginNotLoadedError:
+    """Return what to raise where the workers have no taps; of what this process can see, the reason is better."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "vllm_tap" not in allowed.split(","):
+        reason = f"VLLM_PLUGINS={allowed!r} does not name it: add vllm_tap to the list, or unset it"
+    elif os.environ.get("VLLM_TAP") == "0":
+        reason = "VLLM_TAP=0 switches it off: unset it"
+    return PluginNotLoadedError(f"the engine's workers did not load the vllm-tap plugin. {reason}, and restart.")
 
 
 _connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictionary()

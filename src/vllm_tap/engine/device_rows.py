@@ -67,7 +67,6 @@ class DeviceRows(Rows):
         self._header_address, self._counts_address = self.header.data_ptr(), self.counts.data_ptr()
         self._context = cuda.current_context()
         self._write = cuda.bare_write()
-        self._num_tokens = 0
         self._num_identity = 0
         self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
@@ -139,14 +138,14 @@ class DeviceRows(Rows):
         if selection is not self._selection:
             self._send_selection(selection)
         self.switch.on = self._on
-        self._num_tokens = header[0]
+        self.num_tokens = header[0]
         cuda.write_words(self._header_address, _pack_header(*header), stream)
         self.active = self._dirty = True
 
     def arm_again(self, distance: int, stream: int) -> None:
         """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
         self.switch.on = self._on
-        code = self._write(self._header_address, _pack_start(self._num_tokens, distance), _START_BYTES, stream)
+        code = self._write(self._header_address, _pack_start(self.num_tokens, distance), _START_BYTES, stream)
         if code:
             cuda.check(code, "cuMemcpyHtoDAsync")
         self.active = self._dirty = True

@@ -10,7 +10,7 @@ from vllm_tap.engine import kernel
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.expert_kernel import launch_tap_experts, warm_experts
 from vllm_tap.engine.held_experts import Layer, dtypes
-from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat
+from vllm_tap.engine.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat, require_rows
 from vllm_tap.errors import CaptureError
 
 _by_pointer: dict[int, Tap] = {}
@@ -49,6 +49,7 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
     _learn(tap, rows, hidden, residual)
     if not rows.active or rows.sink is None or not rows.sink.wants(tap):
         return
+    require_rows(tap, hidden)
 
     def write(address: int) -> None:
         assert tap.dtype is not None
@@ -86,6 +87,9 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     if not rows.active or rows.sink is None:
         return
     wanted = [tap for tap in taps if rows.sink.wants(tap)]
+    for tap, tensor in zip(taps, tensors, strict=True):
+        if tap in wanted:
+            require_rows(tap, tensor)
     if any(rows.sink.goes_by_planes(tap) for tap in wanted):
         for tap, tensor in zip(taps, tensors, strict=True):
             _pass(tap, rows, tensor, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vllm_tap import __version__
 from vllm_tap.engine.assumptions import Assumption, why
-from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.errors import EngineUnsupportedError, PluginNotLoadedError
 from vllm_tap.labels import KEY, NO_TAPS
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ GRAPH_VERSION: Final = 1
 
 RPC_METHODS: Final = ("open", "call", "fetch", "release", "status", "profile")
 """Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
+
+REPLYING: Final = ("open", "call", "release")
+"""Those of them whose replies are messages."""
 
 LEGACY_METHODS: Final = (
     "enable_hidden_states_capture",
@@ -168,11 +171,25 @@ def _watched(init_device: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _without_taps(name: str, rank: int) -> Any:
+    """Return what a worker without taps replies.
+
+    It does not raise: vLLM stops at the failure of the first of several ranks, and takes the replies of the others for
+    those to its next call.
+    """
+    text = f"{NO_TAPS}: it was made with VLLM_TAP=0 or with an additional_config that is no dict"
+    if name in REPLYING:
+        from vllm_tap.frame import messages
+
+        return messages.encode(messages.Failure(rank=rank, error=PluginNotLoadedError.__name__, message=text))
+    return {"error": f"{PluginNotLoadedError.__name__}: {text}"}
+
+
 def _rpc(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
         tap_worker: TapWorker | None = getattr(self, "vllm_tap", None)
         if tap_worker is None:
-            raise RuntimeError(f"{NO_TAPS}: it was made with VLLM_TAP=0 or with an additional_config that is no dict")
+            return _without_taps(name, self.rank)
         with tap_worker.lock:
             return getattr(tap_worker, name)(*args)
 

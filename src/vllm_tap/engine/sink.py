@@ -45,6 +45,8 @@ class HostSink:
             ).view(shape)
             for tap, plane in zip(taps, planes.unbind(), strict=True):
                 tap.plane = plane
+        self._rows.failure = None
+        self._rows.num_tokens = int(selection.sources.max(initial=-1)) + 1
         self._rows.runs = selection.runs
         self._rows.sources = torch.from_numpy(selection.sources) if len(selection.runs) > GATHER_ABOVE else None
 
@@ -53,7 +55,11 @@ class HostSink:
         return False
 
     def end(self) -> list[Tap]:
-        """Stop letting rows through. Returns the taps that no row passed in this step."""
+        """Stop letting rows through. Returns the taps that no row passed in this step.
+
+        Raises:
+            TapError: What went wrong in a tap of this step.
+        """
         silent = []
         for _, taps in self._streams:
             for tap in taps:
@@ -61,6 +67,8 @@ class HostSink:
                 if tap.step != self._rows.step:
                     silent.append(tap)
         self._rows.clear()
+        if self._rows.failure is not None:
+            raise self._rows.failure
         return silent
 
     def send(self, generates: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from vllm_tap.engine.rows import Run
+from vllm_tap.errors import CaptureError
 
 # A control word is an int64 tensor [4] of its own storage: graph inputs that share storage would be cloned.
 ADDRESS: Final = 0  # of the destination's first row; 0 = off
@@ -35,12 +36,24 @@ class Probe:
 
 
 class Rows:
-    """The rows of the current step, shared by all taps of one engine. Empty between captured steps."""
+    """The rows of the current step, shared by all taps of one engine. Empty between captured steps.
+
+    Attributes:
+        num_tokens: Rows that a tensor has at least, if all of the step's are in it.
+        failure: What went wrong in a tap of the step.
+    """
 
     def __init__(self) -> None:
         self.step = 0
         self.runs: Sequence[Run] = ()
         self.sources: torch.Tensor | None = None
+        self.num_tokens = 0
+        self.failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what went wrong in a tap, and skip every row; the model's forward pass goes on."""
+        self.failure = error
+        self.clear()
 
     @property
     def num_graph_nodes(self) -> int:
@@ -132,11 +145,29 @@ def expert_taps(first: Tap) -> list[Tap]:
     return REGISTRY[first.index : first.index + 3]
 
 
+def require_rows(tap: Tap, hidden: torch.Tensor) -> None:
+    """Refuse a tensor that does not have all rows of the step.
+
+    Raises:
+        CaptureError: It has fewer.
+    """
+    if len(hidden) < tap.rows.num_tokens:
+        raise CaptureError(
+            f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {tap.rows.num_tokens}: this "
+            "model leaves rows out in some layers, and the rest cannot be told apart. Capture layers before that one, "
+            "and report the model."
+        )
+
+
 def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-    if not tap.width or tap.keep_probe:
-        tap.observe(hidden, residual)
-    if tap.plane is not None and tap.rows.runs:
-        tap.write(hidden, residual)
+    try:
+        if not tap.width or tap.keep_probe:
+            tap.observe(hidden, residual)
+        if tap.plane is not None and tap.rows.runs:
+            require_rows(tap, hidden)
+            tap.write(hidden, residual)
+    except Exception as error:
+        tap.rows.fail(error)
 
 
 def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:

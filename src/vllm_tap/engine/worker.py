@@ -260,10 +260,14 @@ class TapWorker(host_runner.Recorder):
         return messages.Stopped(rank=self.rank)
 
     def fetch(self, rank: int, segment_id: int, offset: int, nbytes: int) -> bytes:
-        """Return bytes of an inline block of this rank; other ranks return nothing."""
+        """Return bytes of an inline block; nothing if it is that of another rank, or there is none."""
         if rank != self.rank:
             return b""
-        return bytes(self._pool(False).segment(segment_id).view[offset : offset + nbytes])
+        try:
+            return bytes(self._pool(False).segment(segment_id).view[offset : offset + nbytes])
+        except TapError:
+            logger.exception("vllm-tap: fetch failed")
+            return b""
 
     @_replying
     def release(self, rank: int, block_ids: list[int]) -> messages.Stopped:

@@ -434,6 +434,24 @@ def test_rows_may_be_kept_to_be_looked_at_while_they_are_captured(cuda: Simulate
     assert cuda.conflicts == []
 
 
+@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(cuda: SimulatedCuda, places: list[Place]) -> None:
+    """Outside graphs, where the kernel would read past the end of the tensor; the model runs on."""
+    engine = Engine(cuda, places)
+    session = engine.start()
+    make, last = engine.model._make, places[-1]
+    engine.model._make = (
+        lambda place, *rest: (  # type: ignore[method-assign]
+            tuple(x if x is None else x[:-1] for x in make(place, *rest)) if place == last else make(place, *rest)
+        )
+    )
+    engine.step(session, STEPS[0])
+    assert not engine.model.rows.active
+    with pytest.raises(CaptureError, match=rf"{last.stream}\[{last.layer}\] passed 15 rows in a step of at least 16"):
+        session.finish()
+    session.close()
+
+
 def test_experts_that_are_tapped_one_by_one(cuda: SimulatedCuda) -> None:
     """As where a router may change the logits that it is given."""
     engine = Engine(cuda, ROUTER, joins_experts=False)

@@ -11,9 +11,10 @@ import torch
 from vllm_tap import Spec
 from vllm_tap.client.recording import _resolve
 from vllm_tap.engine import host_model
-from vllm_tap.engine.tap import Rows
+from vllm_tap.engine.rows import Run
+from vllm_tap.engine.tap import Rows, Tap
 from vllm_tap.engine.taps import ModelTaps
-from vllm_tap.errors import EngineUnsupportedError, LayerError
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError
 
 NUM_EXPERTS = 4
 CPU = torch.device("cpu")
@@ -139,3 +140,17 @@ def test_a_model_without_experts() -> None:
     for spec in (Spec(router_logits=[1]), Spec(routed_experts=[-1])):
         with pytest.raises(LayerError, match="belongs to a model without experts"):
             _resolve(connection, spec)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> None:
+    """A single row would be copied to all places, fewer would be an error in the model's forward pass."""
+    rows = Rows()
+    tap = Tap("hidden_states", 0, rows, CPU)
+    tap.plane = torch.zeros(3, 4)
+    rows.runs, rows.num_tokens = (Run(0, 0, 3),), 3
+    torch.ops.vllm_tap.tap(torch.ones(num_rows, 4), None, tap.control)
+    assert isinstance(rows.failure, CaptureError)
+    assert f"hidden_states[0] passed {num_rows} rows in a step of at least 3" in str(rows.failure)
+    assert not rows.runs
+    assert not tap.plane.any()
