@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 PROGRAM = """
-import os, sys
+import gc, os, sys, threading, weakref
 from engine.engines import Engine, References, compare, prompts, wait_until
 from pathlib import Path
 from vllm_tap import Spec
@@ -27,11 +27,25 @@ for transport in ("segment", "inline"):
     assert (engine.used_bytes() > 0) == (transport == "segment")
     del result
     wait_until(lambda: engine.used_bytes() == 0, "the release of all rows")
+
+core = engine.llm.llm_engine.engine_core.engine_core
+layer = weakref.ref(core.model_executor.driver_worker.worker.model_runner.get_model().model.layers[1])
+del core
+result = engine.capture(prompts(), Spec(hidden_states="all"))
+engine.llm = None
+gc.collect()
+assert layer() is None
+compare(result, known)
+listeners = {"vllm-tap-segments", "vllm-tap-calls"}
+wait_until(lambda: not listeners & {thread.name for thread in threading.enumerate()}, "the end of threads")
 """
 
 
 def test_rows_of_an_engine_in_the_same_process(tiny_model: Callable[..., Path]):
-    """Worker and client in one process: rows are right by either transport, and free when they are dropped."""
+    """Worker and client in one process: rows are right by either transport, and free when they are dropped.
+
+    An engine that is let go of takes its layers and threads along, and leaves the rows.
+    """
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PROGRAM, str(tiny_model("llama"))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -36,7 +36,12 @@ class DeviceBackend:
         runner, self._device = worker.model_runner, worker.device
         self._max_rows = host_runner.max_rows(worker)
         self._graph_rows = host_runner.graph_rows(worker)
-        headroom = functools.partial(host_runner.step_headroom, worker)
+        reference = weakref.ref(worker)  # taps, and what they know, stay until the process ends
+
+        def headroom() -> int:
+            owner = reference()
+            return host_runner.step_headroom(owner) if owner is not None else 0
+
         self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 

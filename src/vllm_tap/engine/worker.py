@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Final
@@ -22,7 +24,7 @@ from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import Taps
 from vllm_tap.engine.tap import ADD, PROBE_ROWS, Tap
 from vllm_tap.engine.taps import SOURCES, ModelTaps
-from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError, TransportError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
 from vllm_tap.frame.routing import Routing
@@ -61,6 +63,33 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
     return call
 
 
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a method and does not keep its object: for threads, which would keep the engine.
+
+    It raises a `TransportError` when the object is gone.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        bound = reference()
+        if bound is None:
+            raise TransportError("the engine is gone")
+        return bound(*args)
+
+    return call
+
+
+def _close_all(things: Sequence[SegmentPool | SegmentServer | CallServer]) -> None:
+    """Close them, the youngest first, in a thread of its own: this one may hold any lock when an object goes."""
+
+    def close() -> None:
+        for thing in reversed(things):
+            thing.close()
+
+    if things:
+        threading.Thread(target=close, name="vllm-tap-close", daemon=True).start()
+
+
 def dtype_name(place: Tap) -> str:
     """Return the dtype of a tap's rows as descriptors write it.
 
@@ -97,6 +126,9 @@ class TapWorker(host_runner.Recorder):
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._profile: Profile | None = None
+        self._closing: list[SegmentPool | SegmentServer | CallServer] = []
+        # In a process that outlives the engine; the end of a process does the same faster.
+        weakref.finalize(self, _close_all, self._closing).atexit = False
 
     @classmethod
     def install(cls, worker: Any) -> TapWorker:
@@ -344,12 +376,15 @@ class TapWorker(host_runner.Recorder):
 
     def _new_pool(self, shared: bool) -> SegmentPool:
         assert self._backend is not None
-        return self._backend.new_pool(shared)
+        pool = self._backend.new_pool(shared)
+        self._closing.append(pool)
+        return pool
 
     def _shared_server(self) -> SegmentServer:
         if self._server is None:
             self._server = SegmentServer(self._pool(True))
-            self._server.on_disconnect = self._client_gone
+            self._server.on_disconnect = _weakly(self._client_gone)
+            self._closing.append(self._server)
         return self._server
 
     def _client_gone(self, client: int) -> None:
@@ -361,5 +396,6 @@ class TapWorker(host_runner.Recorder):
 
     def _call_server(self) -> CallServer:
         if self._calls is None:
-            self._calls = CallServer(self.call)
+            self._calls = CallServer(_weakly(self.call))
+            self._closing.append(self._calls)
         return self._calls
