@@ -1,7 +1,7 @@
 # make setup | demo | test | test-all | test-versions | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
-# already is used as it is:  make test VENV=$$VIRTUAL_ENV
+# already is used as it is:  make test VENV=$VIRTUAL_ENV
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -113,7 +113,7 @@ bench: $(VENV)/.dev
 bench-codecs: $(MODEL)/config.json
 	@mkdir -p build
 	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 \
-	    --enforce-eager --save build/states.safetensors
+	    --enforce-eager --save build/states.safetensors --force
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
 	$(MAKE) bench-render
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -14,17 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import handover, wire
 from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.memory import SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
 from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import InlineReader, SegmentReader
+from vllm_tap.transport.reader import SegmentReader
 
 MIB = 1 << 20
 SIZE = 64 * 1024
@@ -404,6 +404,49 @@ def test_memory_that_is_not_shared_is_not_handed_over():
     finish(reader, server, pool)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_server_without_descriptors_accepts_again_later(others, caplog, monkeypatch):
+    """A failed accept is logged and tried again, also when nobody is connected who could leave."""
+    real, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def accept(self: socket.socket) -> tuple[socket.socket, object]:
+        if failures:
+            raise failures.pop()
+        return real(self)
+
+    pool = SegmentPool(4 * MIB, segment_bytes=2 * MIB)
+    server = SegmentServer(pool)
+    earlier = [SegmentReader(server.address) for _ in range(others)]
+    monkeypatch.setattr(handover, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    reader = SegmentReader(server.address)
+    assert "Too many open files" in caplog.text
+    for each in (*earlier, reader):
+        assert_serves(each, server, pool)
+    for each in earlier:
+        each.close()
+    finish(reader, server, pool)
+
+
+def test_a_segment_for_which_there_is_no_descriptor_is_refused_alone(served, caplog, monkeypatch):
+    """The client is told, and its connection stands: the next lease finds the segment."""
+    reader, server, pool = served
+    block = pool.reserve(10)
+    server.publish(reader.client, [block.block_id])
+
+    def exhausted(segment_id: int) -> None:
+        raise OSError(errno.EMFILE, f"Too many open files for {segment_id}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "duplicate_fd", exhausted)
+        with pytest.raises(DescriptorError, match="no descriptor left"):
+            reader.lease(block)
+    assert "Too many open files" in caplog.text
+    assert reader.alive
+    pool.release(block.block_id)
+    assert_serves(*served)
+
+
 def test_on_disconnect_may_fail(served, caplog):
     """An exception in the callback is logged, and the server goes on."""
     _, server, _ = served
@@ -417,39 +460,3 @@ def test_on_disconnect_may_fail(served, caplog):
     wait_until(lambda: not server.is_connected(number))
     assert_serves(*served)
     wait_until(lambda: f"on_disconnect failed for client {number}" in caplog.text)
-
-
-@pytest.mark.parametrize("fetched", [b"", b"x" * 99, b"x" * 101])
-def test_inline_bytes_of_another_length_are_refused(fetched):
-    """A block that arrives short or long is refused, and stays in the worker."""
-    released: list[int] = []
-    reader = InlineReader(lambda _: fetched, released.extend)
-    with pytest.raises(DescriptorError, match=f"arrived with {len(fetched)} bytes"):
-        reader.lease(Block(1, 0, 100, 5))
-    assert released == []
-
-
-def test_inline_blocks_are_released_when_they_have_arrived():
-    """The bytes are the client's own: the worker's copy is freed at once, and leasing again fetches nothing."""
-    fetches: list[int] = []
-    released: list[int] = []
-
-    def fetch(block_id: int) -> bytes:
-        fetches.append(block_id)
-        return bytes(range(100))
-
-    reader = InlineReader(fetch, released.extend)
-    lease = reader.lease(Block(1, 0, 100, 5))
-    again = reader.lease(Block(1, 0, 100, 5))
-    assert (fetches, released) == ([5], [5])
-    row = again.array[90:]
-    del lease, again
-    np.testing.assert_array_equal(row, np.arange(90, 100, dtype=np.uint8))
-
-
-@pytest.mark.parametrize("block", OUT_OF_BOUNDS[5:], ids=repr)
-def test_inline_blocks_with_impossible_numbers_are_refused(block):
-    """The same descriptors are refused as over shared memory, before anything is fetched."""
-    reader = InlineReader(lambda _: pytest.fail("fetched"), lambda _: pytest.fail("released"))
-    with pytest.raises(DescriptorError, match="block"):
-        reader.lease(block)

@@ -16,7 +16,7 @@ import torch
 from vllm_tap.bench.channel import Channel
 from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import InlineReader, SegmentReader
+from vllm_tap.transport.reader import SegmentReader
 
 Layers = list[torch.Tensor]
 
@@ -50,7 +50,6 @@ class Worker:
         self.pool = pool
         self.server = server
         self.client = client
-        self.private = SegmentPool(pool.budget_bytes, shared=False, segment_bytes=pool.budget_bytes)
 
 
 class Client:
@@ -131,24 +130,6 @@ class Bfloat16Bytes(Method):
         ]
 
 
-class Inline(Method):
-    """A block of private memory whose bytes go through the channel."""
-
-    name = "inline"
-    label = "vllm-tap, inline"
-
-    def send(self, worker: Worker, stack: torch.Tensor) -> None:
-        block = _reserve_and_copy(worker.private, stack)
-        worker.channel.send(_encode(_descriptor(block, stack)))
-        worker.channel.send(worker.private.view(block))
-        worker.private.release(block.block_id)
-
-    def receive(self, client: Client) -> Layers:
-        descriptor = _decode_descriptor(client.channel.receive())
-        reader = InlineReader(lambda _: client.channel.receive(), lambda _: None)
-        return _tensors(reader.lease(Block(*descriptor.block)).array, descriptor)
-
-
 class SegmentCopy(Method):
     """A block of a segment, filled with one copy by the worker."""
 
@@ -184,8 +165,7 @@ class SegmentInPlace(SegmentCopy):
 
 
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (Lists(), Float32Bytes(), Bfloat16Bytes(), Inline(), SegmentCopy(), SegmentInPlace())
+    method.name: method for method in (Lists(), Float32Bytes(), Bfloat16Bytes(), SegmentCopy(), SegmentInPlace())
 }
 
 

@@ -1,4 +1,4 @@
-"""The command `vllm-tap`. Runs in the user's process; `capture` and `doctor MODEL` start an engine beside it."""
+"""The command `vllm-tap`. Runs in the user's process; all but `doctor` without a model start an engine beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for an error that was reported, 2 for wrong usage."""
+    """Run a command and return its exit code: 0, 1 for a reported error, 2 for wrong usage, 130 for Ctrl-C."""
     for name, value in ENGINE_LOG.items():
         os.environ.setdefault(name, value)
     options = _parser().parse_args(join_negative(sys.argv[1:] if argv is None else argv))

@@ -62,7 +62,6 @@ def capture(
     """
     begin = time.perf_counter()
     engine.require_llm(llm)
-    engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
     prompts = _checked_prompts(prompts)
     params = _params(llm, len(prompts), sampling_params, sampling)
     recording = Recording(
@@ -75,6 +74,8 @@ def capture(
         wait=False,
     )
     try:
+        # Behind the connection, which says so if the engine is gone: its requests stay for ever.
+        engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
         marked = recording.mark_all(params)
         started = time.perf_counter()
         show = bar(progress, recording.counts)

@@ -226,6 +226,26 @@ PARTS: Final = (
                 "captures of embedding models fail",
             ),
             Assumption(
+                "vllm.config.model.ModelConfig", ("runner_type", "max_model_len"),
+                "to tell whether an engine embeds, and to send a prompt that fits", _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.sampling_params.SamplingParams", ("skip_clone",),
+                "to have parameters that are copied already taken as they are", "vLLM copies them once more",
+            ),
+            Assumption(
+                "vllm.config.model.ModelConfig", ("get_num_experts",),
+                "to refuse a model whose experts were not found", "router logits of the former interface fail",
+            ),
+            Assumption(
+                "vllm.outputs.EmbeddingRequestOutput", ("from_base",), "to return what `LLM.embed` returns",
+                "the embedding functions of the former interface fail",
+            ),
+            Assumption(
+                "vllm.config.model.ModelConfig", ("get_vocab_size", "skip_tokenizer_init"),
+                "to choose tokens of prompts", "`vllm-tap verify` fails",
+            ),
+            Assumption(
                 "vllm.v1.engine.llm_engine.LLMEngine",
                 ("engine_core", "output_processor", "abort_request", "vllm_config"),
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,

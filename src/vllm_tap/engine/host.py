@@ -27,7 +27,7 @@ logger = logging.getLogger("vllm_tap")
 OLDEST: Final = (0, 26)
 NEWEST: Final = (0, 33)
 
-GRAPH_VERSION: Final = 1
+GRAPH_VERSION: Final = 2
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
 RPC_METHODS: Final = ("open", "call", "fetch", "release", "status", "profile")

@@ -214,8 +214,9 @@ class LegacyTapWorker(TapWorker):
     def _ready(self) -> ModelTaps:
         if self.refusal or self._taps is None:
             raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
+        self._pass_dummy_rows(self._taps)
         if not self._taps.seen:
-            host_runner.run_dummy(self._worker.model_runner)
+            raise EngineUnsupportedError("no forward pass has gone through this engine yet: send it a request first.")
         return self._taps
 
     def _check(self, stream: str) -> None:

@@ -1,8 +1,8 @@
-"""The tap: an operator in the model's compiled graph that writes chosen rows of a tensor where its control word says.
+"""The tap: an operator in the model's compiled graph that takes chosen rows of a tensor.
 
-Runs in the worker process. The operator mutates its control word, so that no compiler drops or reorders it; everything
-that changes from step to step (destination, rows, on or off) is data behind that word, never part of the graph. One
-compiled or captured graph therefore serves every capture and costs next to nothing when idle.
+Runs in the worker process. The operator mutates its control word, so that no compiler drops or reorders it; what
+changes from step to step (destination, rows, on or off) is data beside the graph, never part of it. One compiled or
+captured graph therefore serves every capture and costs next to nothing when idle.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ import torch
 
 from vllm_tap.engine.rows import Run
 from vllm_tap.errors import CaptureError
-
-# A control word is an int64 tensor [4] of its own storage: graph inputs that share storage would be cloned.
-ADDRESS: Final = 0  # of the destination's first row; 0 = off
-MODE: Final = 1  # ADD or FIRST
-INDEX: Final = 2  # of the tap in REGISTRY; also survives a clone of the word
 
 ADD: Final = 0  # the row is hidden + residual
 FIRST: Final = 1  # the row is hidden alone: the layer returns the whole stream in its first item
@@ -93,7 +88,8 @@ class Tap:
         self.step = -1
         self.index = len(REGISTRY)
         REGISTRY.append(self)
-        self.control = torch.tensor([0, ADD, self.index, 0], dtype=torch.int64, device=device)
+        # Of its own storage: graph inputs that share one would be cloned.
+        self.control = torch.tensor([self.index], dtype=torch.int64, device=device)
 
     def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Learn width and dtype, and keep a probe if asked to."""
@@ -171,11 +167,11 @@ def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> 
 
 
 def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
-    _pass_cpu(REGISTRY[int(control[INDEX])], flat(hidden), flat(residual))  # type: ignore[arg-type]
+    _pass_cpu(REGISTRY[int(control)], flat(hidden), flat(residual))  # type: ignore[arg-type]
 
 
 def _tap_experts_cpu(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
-    for place, rows in zip(expert_taps(REGISTRY[int(control[INDEX])]), (logits, ids, weights), strict=True):
+    for place, rows in zip(expert_taps(REGISTRY[int(control)]), (logits, ids, weights), strict=True):
         _pass_cpu(place, rows, None)
 
 

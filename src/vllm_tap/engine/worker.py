@@ -184,10 +184,7 @@ class TapWorker(host_runner.Recorder):
         verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
-            # Data parallel engines run in step: a forward pass of one alone waits for the others. The client sends a
-            # request instead, as it does where dummy rows tell nothing.
-            if not taps.seen and not host_runner.runs_in_step(worker):
-                host_runner.run_dummy(worker.model_runner)
+            self._pass_dummy_rows(taps)
             refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
@@ -209,6 +206,15 @@ class TapWorker(host_runner.Recorder):
             calls="" if refusal else self._call_server().address,
             refusal=refusal,
         )
+
+    def _pass_dummy_rows(self, taps: ModelTaps) -> None:
+        """Have the taps learn shapes, if they have seen nothing yet.
+
+        Not in data parallel engines, which run in step: a forward pass of one alone waits for the others. There, and
+        where dummy rows tell nothing, the client sends a request.
+        """
+        if not taps.seen and not host_runner.runs_in_step(self._worker):
+            host_runner.run_dummy(self._worker.model_runner)
 
     def _eager_rows(self) -> int:
         """Return of how many tokens a step is that replays no CUDA graph, in which taps learn nothing."""

@@ -116,7 +116,8 @@ def deserialize(payload: Mapping[Any, Any], *, limit_bytes: int = LIMIT_BYTES) -
         got = type(payload).__name__
         raise DescriptorError(f"a payload is a dict of one worker, got {got}: pass one item of the RPC's list")
     if set(payload) == {"error"}:
-        raise CaptureError(f"the worker could not: {str(payload['error'])[:MAX_MESSAGE]}")
+        error = payload["error"]
+        raise CaptureError(f"the worker could not: {error[:MAX_MESSAGE] if isinstance(error, str) else _short(error)}")
     entries = sorted((_check(key, entry) for key, entry in payload.items()), key=lambda entry: entry.layer)
     for before, after in pairwise(entries):
         if before.layer == after.layer:
@@ -303,7 +304,7 @@ def _read_lists(entry: Entry) -> torch.Tensor:
     result = torch.empty(entry.num_elements, dtype=DTYPES[entry.dtype])
     start = 0
     for row in _rows(entry, entry.data, 0):
-        result[start : start + len(row)] = torch.from_numpy(_numbers(entry, row))
+        result[start : start + len(row)] = _cast(entry, _numbers(entry, row))
         start += len(row)
     return result.reshape(entry.shape)
 
@@ -324,10 +325,16 @@ def _numbers(entry: Entry, row: list[Any]) -> np.ndarray[Any, Any]:
     return values
 
 
+def _cast(entry: Entry, values: np.ndarray[Any, Any]) -> torch.Tensor:
+    cast = torch.from_numpy(values).to(DTYPES[entry.dtype])
+    if cast.is_floating_point() and int(cast.isinf().sum()) > int(np.isinf(values).sum()):
+        _refuse(entry.layer, f"has a number that {entry.dtype} cannot hold", "send it with its own dtype")
+    return cast
+
+
 def _narrow(wide: np.ndarray[Any, Any], entry: Entry) -> torch.Tensor:
     """Cast chunk by chunk into a new tensor, so that no whole copy stands in between."""
     result = torch.empty(entry.num_elements, dtype=DTYPES[entry.dtype])
     for start in range(0, entry.num_elements, CHUNK):
-        chunk = torch.from_numpy(wide[start : start + CHUNK].copy())
-        result[start : start + CHUNK] = chunk
+        result[start : start + CHUNK] = _cast(entry, wide[start : start + CHUNK].copy())
     return result.reshape(entry.shape)

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 16
 
+RETRY_SECONDS = 1.0
+"""After so long, a client that could not be accepted is tried again."""
+
 
 class _Client:
     """One connection and what belongs to it."""
@@ -57,6 +60,7 @@ class SegmentServer:
         self._numbers = itertools.count(1)
         self._dropped: deque[int] = deque()
         self._closing = False
+        self._is_listening = True
         self._listener = _listen(self.address)
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
@@ -106,7 +110,10 @@ class SegmentServer:
     def _run(self) -> None:
         try:
             while not self._closing:
-                for key, events in self._selector.select():
+                ready = self._selector.select(None if self._is_listening else RETRY_SECONDS)
+                if not self._is_listening:
+                    self._listen_again()
+                for key, events in ready:
                     self._handle(key, events)
         except BaseException:
             logger.exception("the thread that serves segments has failed; clients lose their connection")
@@ -123,6 +130,10 @@ class SegmentServer:
         else:
             self._serve(key.data, events)
 
+    def _listen_again(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._is_listening = True
+
     def _close_sockets(self) -> None:
         with self._lock:
             clients, self._clients = self._clients, {}
@@ -137,8 +148,9 @@ class SegmentServer:
             return
         except OSError as error:
             # The waiting client keeps the listener readable: watching it would spin until a descriptor is free.
-            logger.error("no further client is accepted until one disconnects: %s", error)
+            logger.error("no further client is accepted for the moment: %s", error)
             self._selector.unregister(self._listener)
+            self._is_listening = False
             return
         allowed = {0, os.geteuid()}
         uid = wire.peer_uid(connection)
@@ -209,7 +221,7 @@ class SegmentServer:
         self._selector.modify(client.connection, events, client)
 
     def _send_one(self, client: _Client, reply: wire.Reply) -> None:
-        opened = self._pool.duplicate_fd(reply.segment_id) if reply.kind == wire.MAPPED else None
+        opened = self._open(reply.segment_id) if reply.kind == wire.MAPPED else None
         if opened is None:
             client.connection.send(reply.encode(), socket.MSG_NOSIGNAL)
             return
@@ -220,6 +232,13 @@ class SegmentServer:
         finally:
             os.close(fd)
         client.mapped.add(reply.segment_id)
+
+    def _open(self, segment_id: int) -> tuple[int, int] | None:
+        try:
+            return self._pool.duplicate_fd(segment_id)
+        except OSError as error:  # out of descriptors: the client is told that it gets none
+            logger.error("segment %d cannot be handed to a client: %s", segment_id, error)
+            return None
 
     def _segment_closed(self, segment: Segment) -> None:
         self._dropped.append(segment.segment_id)
@@ -241,8 +260,8 @@ class SegmentServer:
         client.connection.close()
         for block_id in client.block_ids:
             self._pool.release(block_id)
-        if self._listener not in self._selector.get_map():
-            self._selector.register(self._listener, selectors.EVENT_READ)
+        if not self._is_listening:
+            self._listen_again()
         if self.on_disconnect is not None:
             try:
                 self.on_disconnect(client.number)

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -263,7 +263,8 @@ class SegmentReader:
                 if reply.segment_id != segment_id or len(fds) != 1:
                     raise DescriptorError(
                         f"segment {segment_id} was asked for; the worker answered with segment {reply.segment_id} and "
-                        f"{len(fds)} file descriptors: it has no such segment, or it does not share it.",
+                        f"{len(fds)} file descriptors: it has no such segment, does not share it, or has no descriptor "
+                        "left; see its log.",
                         segment_id=segment_id,
                     )
                 return _Mapping(fds[0], segment_id, reply.nbytes)
@@ -278,48 +279,6 @@ class SegmentReader:
             for fd in fds:
                 os.close(fd)
             self._mappings.pop(wire.Reply.decode(packet).segment_id, None)
-
-
-class InlineReader:
-    """Reads blocks through a function that brings their bytes, for clients that cannot map the worker's memory.
-
-    Args:
-        fetch: returns the bytes of a block, given its number.
-        release: frees blocks in the worker, given their numbers; called as soon as their bytes are here.
-    """
-
-    def __init__(
-        self, fetch: Callable[[int], bytes | bytearray | memoryview], release: Callable[[list[int]], None]
-    ) -> None:
-        self._fetch = fetch
-        self._release = release
-        self._leased: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
-
-    def lease(self, block: Block) -> Lease:
-        """Return the bytes of a block; they are this process's own, so the worker frees the block at once.
-
-        Returns:
-            Lease whose array is uint8 [nbytes], CPU, over the bytes that were fetched. Treat it as read-only.
-
-        Raises:
-            DescriptorError: the block is malformed, or what was fetched has another length.
-
-        Cost:
-            One copy in the worker and whatever the channel takes; none here.
-        """
-        _check_block(block)
-        pages = self._leased.get(block.block_id)
-        if pages is not None:
-            return Lease(block, _same_block(pages, block))
-        data = np.frombuffer(self._fetch(block.block_id), np.uint8)
-        if data.nbytes != block.nbytes:
-            raise DescriptorError(f"{_name(block)} arrived with {data.nbytes} bytes", block_id=block.block_id)
-        self._release([block.block_id])
-        pages = self._leased[block.block_id] = _Pages(data.ctypes.data, data.nbytes, data)
-        return Lease(block, pages.array())
-
-    def close(self) -> None:
-        """Do nothing: arrays own their bytes. Here so that both readers can be used alike."""
 
 
 def _leased_pages(block: Block, mappings: dict[int, _Mapping], link: Link) -> _Pages:

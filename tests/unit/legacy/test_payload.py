@@ -169,6 +169,7 @@ LISTS = {**OLD, "data": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]}
         ({**LISTS, "data": [[0.0, 1.0, None], [3.0, 4.0, 5.0]]}, "has None among its numbers"),
         ({**LISTS, "data": [[0.0, 1.0, 1e300], [3.0, 4.0, 5.0]]}, "a number that float32 cannot hold"),
         ({**LISTS, "data": [[0.0, 1.0, 10**400], [3.0, 4.0, 5.0]]}, "a number that float32 cannot hold"),
+        ({"data": [1.0, 1e6], "shape": [2], "dtype": "torch.float16"}, "a number that torch.float16 cannot hold"),
         ({**LISTS, "dtype": "torch.int64"}, "has 0.0 among its numbers"),
         ({"data": [300], "shape": [1], "dtype": "torch.uint8"}, "torch.uint8 cannot hold"),
         ({"data": [1 << 64], "shape": [1], "dtype": "torch.int64"}, "int64 cannot hold"),
