@@ -305,7 +305,7 @@ PARTS: Final = (
                 "layers are taken to have no experts",
             ),
             Assumption(
-                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_experts",),
+                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_experts", "num_logical_experts"),
                 "to tap the router logits",
             ),
             Assumption(

@@ -19,12 +19,14 @@ class Experts(NamedTuple):
 
     `runner` has the method `_maybe_dispatch(hidden_states, router_logits)`, which every model's true logits pass once;
     `router` has `select_experts(hidden_states, router_logits, ...)`, which returns weights and ids as chosen, of the
-    rows of the step unless `hides_choice` says what is done instead.
+    rows of the step unless `hides_choice` says what is done instead. `num_experts` counts replicas too, of which the
+    ids may be; `num_logits` are what a router tells apart.
     """
 
     runner: Any
     router: Any
     num_experts: int
+    num_logits: int
     has_fused_gate: bool
     hides_choice: str
 
@@ -41,7 +43,9 @@ def find_experts(layer: torch.nn.Module) -> Experts | None:
                 hides_choice = f"lets a kernel ({type(method).__name__}) choose, which returns neither ids nor weights"
             elif getattr(module, "do_naive_dispatch_combine", False):
                 hides_choice = "gathers the rows of all data parallel engines before it chooses"
-            return Experts(module, getattr(module, "router", None), int(config.num_experts), fused, hides_choice)
+            num_experts = int(config.num_experts)
+            num_logits = int(getattr(config, "num_logical_experts", num_experts))
+            return Experts(module, getattr(module, "router", None), num_experts, num_logits, fused, hides_choice)
     return None
 
 

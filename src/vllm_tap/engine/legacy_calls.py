@@ -233,6 +233,10 @@ class LegacyTapWorker(TapWorker):
     def _begin_session(self) -> None:
         streams = tuple(self._wanted())
         if not streams:
+            if not any(taken.parts for taken in self._streams_taken.values()):
+                self._known = {}  # a server meets requests for ever
+                for taken in self._streams_taken.values():
+                    taken.since = 0
             return
         start = messages.Start(
             capture_id=NAME,

@@ -88,10 +88,10 @@ class ModelTaps:
             reasons["final_hidden_states"] = "it has no norm behind its last layer, whose hidden_states are final"
         for layer, experts in self._experts.items():
             width = self.by_place["router_logits", layer].width
-            if width not in (0, experts.num_experts):
+            if width not in (0, experts.num_logits):
                 # vLLM's Transformers backend hands the weights of the chosen experts on where others hand logits on.
                 reasons["router_logits"] = (
-                    f"layer {layer} passes {width} numbers on where its {experts.num_experts} experts' logits would be"
+                    f"layer {layer} passes {width} numbers on where its {experts.num_logits} experts' logits would be"
                 )
             if experts.hides_choice:
                 reasons["expert_ids"] = reasons["expert_weights"] = (
@@ -169,11 +169,11 @@ def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
 
 
 def _tap_logits(experts: Experts, place: Tap) -> None:
-    control, num_experts = place.control, experts.num_experts
+    control, num_logits = place.control, experts.num_logits
 
     def then(logits: torch.Tensor) -> None:
         # With a fused gate, the columns of the shared experts follow the routed ones.
-        tap(logits[:, :num_experts] if experts.has_fused_gate else logits, None, control)
+        tap(logits[:, :num_logits] if experts.has_fused_gate else logits, None, control)
 
     host_model.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
 
@@ -189,11 +189,11 @@ def _tap_choice(experts: Experts, ids: Tap, weights: Tap) -> None:
 
 
 def _tap_logits_and_choice(experts: Experts, logits: Tap) -> None:
-    control, num_experts = logits.control, experts.num_experts
+    control, num_logits = logits.control, experts.num_logits
 
     def then(result: Any, router_logits: torch.Tensor) -> None:
         # With a fused gate, the columns of the shared experts follow the routed ones.
-        routed = router_logits[:, :num_experts] if experts.has_fused_gate else router_logits
+        routed = router_logits[:, :num_logits] if experts.has_fused_gate else router_logits
         tap_experts(routed, result[1], result[0], control)
 
     host_model.tap_outputs(experts.router, then, "select_experts", ("router_logits",))

@@ -101,6 +101,16 @@ def test_a_router_is_tapped_and_what_it_states_is_confirmed() -> None:
         _resolve(connection_of(taps), Spec(routed_experts=[0]))
 
 
+def test_replicas_of_experts_have_no_logits_of_their_own() -> None:
+    """As with redundant experts (EPLB): logits are one for each expert, and ids may be those of replicas."""
+    experts = Experts()
+    experts.moe_config = SimpleNamespace(num_experts=300, num_logical_experts=NUM_EXPERTS)
+    taps = tapped(Layer(experts))
+    assert "router_logits" not in taps.reasons()
+    assert taps.by_place["router_logits", 0].width == NUM_EXPERTS
+    assert taps.by_place["expert_ids", 0].dtype == torch.int16
+
+
 def test_only_the_first_rows_are_kept_for_it() -> None:
     """An idle engine keeps no rows of its routers after the first forward pass, and none after the statement."""
     taps = tapped(Layer(Experts()))
