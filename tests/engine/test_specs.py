@@ -266,7 +266,9 @@ def test_layers_can_be_asked_for(engine):
     rows = engine.capture(prompts([5]), Spec(hidden_states=[1, -1]))[0].hidden_states
     last = 3
     assert [layer in rows for layer in (0, 1, last, -1, -2, 99, "x", None)] == [False, True, True, True, *[False] * 4]
-    assert rows.get(0) is None
+    assert [rows.get(layer) for layer in (0, "x", None, 1.0)] == [None] * 4
+    with pytest.raises(LayerError, match=r"layer 1\.5 was not captured"):
+        rows[1.5]
     assert rows.get(-1).equal(rows[last])
 
 

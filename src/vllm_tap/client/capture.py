@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_tap.client import engine
+from vllm_tap.client.connection import connect
 from vllm_tap.client.progress import bar
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
@@ -62,6 +63,7 @@ def capture(
     """
     begin = time.perf_counter()
     engine.require_llm(llm)
+    _require_no_others(llm)
     prompts = _checked_prompts(prompts)
     params = _params(llm, len(prompts), sampling_params, sampling)
     recording = Recording(
@@ -74,8 +76,6 @@ def capture(
         wait=False,
     )
     try:
-        # Behind the connection, which says so if the engine is gone: its requests stay for ever.
-        engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
         marked = recording.mark_all(params)
         started = time.perf_counter()
         show = bar(progress, recording.counts)
@@ -96,6 +96,12 @@ def capture(
         raise
     result.seconds.update(start=started - begin, generate=generated - started)
     return result
+
+
+def _require_no_others(llm: Any) -> None:
+    if engine.unfinished(llm):
+        connect(llm).status()  # says so if the engine is gone: its requests stay for ever
+    engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
 
 
 def _checked_prompts(prompts: Any) -> list[Any]:

@@ -52,11 +52,10 @@ class Connection:
         self._llm = weakref.ref(llm)
         self._readers: dict[int, SegmentReader] = {}
         self._callers: list[Caller] = []
-        self.hellos = self._greet()
-        wanted = max(hello.wants_rows for hello in self.hellos)
-        if wanted:
-            self._pass_rows(llm, wanted)
-            self.hellos = self._greet()
+        self.greet()
+        if self.wants_rows:
+            self._pass_rows(llm, self.wants_rows)
+            self.greet()
         for hello in self.hellos:
             if hello.refusal:
                 raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")
@@ -64,18 +63,28 @@ class Connection:
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
         engine.require_no_others(llm, "make a Recording, which asks the workers, before you add any")
-        longest = llm.model_config.max_model_len - 1
+        longest = max(llm.model_config.max_model_len - 1, 1)
+        if num_tokens > longest:
+            num_tokens *= 3  # the first step may begin with the first of several prompts; one of the next ones is full
         lengths = [min(longest, num_tokens - begin) for begin in range(0, num_tokens, longest)]
         fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
+        params = engine.new_params(llm, fields)
+        params.skip_reading_prefix_cache = True
         prompts = [{"prompt_token_ids": list(itertools.islice(itertools.cycle(PROBE_TOKENS), n))} for n in lengths]
-        engine.generate(llm, prompts, [engine.new_params(llm, fields)] * len(prompts), use_tqdm=False)
+        engine.generate(llm, prompts, [params] * len(prompts), use_tqdm=False)
 
-    def _greet(self) -> list[messages.Hello]:
+    def greet(self) -> None:
+        """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
         try:
             hellos = self.call(messages.Hello, "open")
         except PluginNotLoadedError as error:
-            raise _not_loaded(str(error)) from None
-        return sorted(hellos, key=lambda hello: hello.rank.rank)
+            raise _not_loaded(str(error)) from error.__cause__
+        self.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
+
+    @property
+    def wants_rows(self) -> int:
+        """Tokens of a forward pass that the workers want before they can say everything; 0 for none."""
+        return max(hello.wants_rows for hello in self.hellos)
 
     @property
     def num_layers(self) -> int:
@@ -273,7 +282,7 @@ def _explain(error: Exception) -> Exception:
     """Turn what vLLM raised for a call into an error that says what to do."""
     text = f"{type(error).__name__}: {error}"
     if "vllm_tap_open" in text:
-        return _not_loaded("install vllm-tap in the environment that the engine runs in")
+        return PluginNotLoadedError("install vllm-tap in the environment that the engine runs in")
     if any(word in text for word in ENGINE_IS_GONE):
         return EngineDiedError(f"the engine died during a call ({text}). Start a new LLM.")
     return CaptureError(f"a call to the workers failed: {text}")
@@ -298,6 +307,8 @@ def connect(llm: Any) -> Connection:
     connection = _connections.get(llm)
     if connection is None:
         connection = _connections[llm] = Connection(llm)
+    elif connection.wants_rows:
+        connection.greet()
     return connection
 
 

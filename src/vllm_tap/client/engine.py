@@ -49,7 +49,7 @@ def require_no_others(llm: Any, advice: str) -> None:
     Raises:
         SpecError: There are some.
     """
-    waiting = len(_unfinished(llm))
+    waiting = len(unfinished(llm))
     if waiting:
         raise SpecError(
             f"{waiting} requests that were added before wait in this engine, and their outputs would be lost. Take "
@@ -116,7 +116,7 @@ def generate(
     Raises:
         EngineDiedError: The engine died on the way.
     """
-    others = set(_unfinished(llm))
+    others = set(unfinished(llm))
     try:
         with _watched(llm):
             if pools(llm):
@@ -127,7 +127,7 @@ def generate(
                 with _first_step_first(llm):
                     llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
                 queued()
-                mine = set(_unfinished(llm)) - others
+                mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
                 read()
                 with _outputs_watched(llm, mine, read, computed):
@@ -253,12 +253,13 @@ def _token_lists(llm: Any, request_ids: set[str]) -> list[list[int]]:
     return [ids for ids in prompts + generated if ids is not None]
 
 
-def _unfinished(llm: Any) -> list[str]:
+def unfinished(llm: Any) -> list[str]:
+    """Return the requests that wait in an engine or run."""
     return list(llm.llm_engine.output_processor.request_states)
 
 
 def _abort(llm: Any, others: set[str]) -> None:
     """Abort the requests that are not among `others`."""
-    mine = [request_id for request_id in _unfinished(llm) if request_id not in others]
+    mine = [request_id for request_id in unfinished(llm) if request_id not in others]
     if mine:
         llm.llm_engine.abort_request(mine, internal=True)

@@ -48,7 +48,8 @@ class Recording:
         wait: Return when all workers have begun; otherwise `started` waits, after requests have been added.
 
     Raises:
-        SpecError: An argument or a layer that cannot be.
+        SpecError: An argument or a layer that cannot be; or requests wait in the engine, the first Recording of which
+            has to send a prompt of its own.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         CaptureError: Another capture is under way.
     """

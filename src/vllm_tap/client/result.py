@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,14 +42,11 @@ class LayerMap(Mapping[int, torch.Tensor]):
         return self._capture.rows(self._stream, layer, *self._range)
 
     def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, int | np.integer) and self._capture._owner_of(self._stream, layer) is not None
+        return self._capture._owner_of(self._stream, layer) is not None
 
     def get(self, layer: int, default: Any = None) -> Any:
         """Return the rows of a layer, or `default` if it is not in this capture."""
-        try:
-            return self[layer]
-        except LayerError:
-            return default
+        return self[layer] if layer in self else default  # noqa: SIM401 (this is `get`)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._capture.layers[self._stream])
@@ -228,11 +226,19 @@ class Capture(Sequence[Sample]):
                 layer=layer,
             )
         start, stop, _ = slice(start, stop).indices(self.num_rows)
-        return owner.rows(stream, layer % self.num_layers, start, max(stop, start))
+        return owner.rows(stream, self._absolute(layer), start, max(stop, start))
 
-    def _owner_of(self, stream: str, layer: int | np.integer[Any]) -> RankRows | None:
-        """Return who has the rows of a layer; None if it is not in this capture."""
-        return self._owner.get((stream, int(layer) + self.num_layers if layer < 0 else int(layer)))
+    def _owner_of(self, stream: str, layer: object) -> RankRows | None:
+        """Return who has the rows of a layer; None if it is not in this capture, or no number."""
+        return self._owner.get((stream, self._absolute(layer)))
+
+    def _absolute(self, layer: Any) -> int:
+        """Return the number of a layer from the first on; -1 for what is no layer's number."""
+        try:
+            number = operator.index(layer)
+        except TypeError:
+            return -1
+        return number + self.num_layers if number < 0 else number
 
     def require(self, stream: str) -> None:
         """Refuse a stream that is not in this capture.

@@ -226,8 +226,12 @@ PARTS: Final = (
                 "captures of embedding models fail",
             ),
             Assumption(
-                "vllm.config.model.ModelConfig", ("runner_type", "max_model_len"),
-                "to tell whether an engine embeds, and to send a prompt that fits", _NO_CLIENT,
+                "vllm.config.model.ModelConfig", ("runner_type",), "to tell whether an engine embeds",
+                "engines are taken to generate",
+            ),
+            Assumption(
+                "vllm.config.model.ModelConfig", ("max_model_len",), "to send a prompt that fits",
+                "engines whose first rows tell nothing cannot be captured from",
             ),
             Assumption(
                 "vllm.sampling_params.SamplingParams", ("skip_clone",),
@@ -305,8 +309,12 @@ PARTS: Final = (
                 "layers are taken to have no experts",
             ),
             Assumption(
-                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_experts", "num_logical_experts"),
+                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_experts",),
                 "to tap the router logits",
+            ),
+            Assumption(
+                "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig", ("num_logical_experts",),
+                "to tell experts from their replicas", "router logits are refused where there are replicas",
             ),
             Assumption(
                 "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner",

@@ -105,8 +105,8 @@ class DeviceSink:
                 modes[tap.index] = plane, tap.mode | labels
         plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
         self._planes, self._steps = Ring(0, rows.events), Ring(0, rows.events)
-        rows.slabs.keep()
         self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)
+        rows.slabs.keep()
         rows.switch_on(self, modes)
 
     def _take_slab(self, plane_bytes: int, step_bytes: int, staging: str) -> Slab | None:

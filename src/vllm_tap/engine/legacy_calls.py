@@ -231,12 +231,12 @@ class LegacyTapWorker(TapWorker):
         )
 
     def _begin_session(self) -> None:
+        if not any(taken.parts for taken in self._streams_taken.values()):
+            self._known = {}  # a server meets requests for ever; those that run are met again, as not new
+            for taken in self._streams_taken.values():
+                taken.since = 0
         streams = tuple(self._wanted())
         if not streams:
-            if not any(taken.parts for taken in self._streams_taken.values()):
-                self._known = {}  # a server meets requests for ever
-                for taken in self._streams_taken.values():
-                    taken.since = 0
             return
         start = messages.Start(
             capture_id=NAME,
@@ -255,6 +255,7 @@ class LegacyTapWorker(TapWorker):
         sink = self._sink(start, streams, pool)
         self._session = self._every = EverySession(start, self.rank, streams, sink, pool, taps.rows)
         self._every.known = self._known
+        self._closing.append(self._every)
 
     def _wanted(self) -> Iterable[Stream]:
         if host_runner.read_rank(self._worker).tp_rank:
@@ -289,7 +290,7 @@ class LegacyTapWorker(TapWorker):
                     error if isinstance(error, TapError) else CaptureError(f"{type(error).__name__}: {error}")
                 )
         finally:
-            session.close()
+            self._close(session)
         if part is None or not len(part.numbers):
             self._release(session)
             return

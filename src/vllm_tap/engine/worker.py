@@ -79,12 +79,13 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _close_all(things: Sequence[SegmentPool | SegmentServer | CallServer]) -> None:
+def _close_all(things: Sequence[Session | SegmentPool | SegmentServer | CallServer], backend: Backend) -> None:
     """Close them, the youngest first, in a thread of its own: this one may hold any lock when an object goes."""
 
     def close() -> None:
-        for thing in reversed(things):
-            thing.close()
+        with backend.on_stream():
+            for thing in reversed(things):
+                thing.close()
 
     if things:
         threading.Thread(target=close, name="vllm-tap-close", daemon=True).start()
@@ -126,9 +127,7 @@ class TapWorker(host_runner.Recorder):
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._profile: Profile | None = None
-        self._closing: list[SegmentPool | SegmentServer | CallServer] = []
-        # In a process that outlives the engine; the end of a process does the same faster.
-        weakref.finalize(self, _close_all, self._closing).atexit = False
+        self._closing: list[Session | SegmentPool | SegmentServer | CallServer] = []
 
     @classmethod
     def install(cls, worker: Any) -> TapWorker:
@@ -137,6 +136,8 @@ class TapWorker(host_runner.Recorder):
         try:
             model = host_model.find_model(worker)
             self._backend = choose(worker)
+            # In a process that outlives the engine; the end of a process does the same faster.
+            weakref.finalize(self, _close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
             host_runner.watch_runner(worker.model_runner, self)
         except Exception as error:
@@ -257,6 +258,7 @@ class TapWorker(host_runner.Recorder):
         pool.grow_ahead(expected + expected // SLACK, largest)
         sink = self._sink(start, streams, pool)
         self._session = Session(start, self.rank, streams, sink, pool, self._taps.rows)
+        self._closing.append(self._session)
         return messages.Started(rank=self.rank, streams=streams)
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
@@ -286,9 +288,7 @@ class TapWorker(host_runner.Recorder):
         except Exception:
             self._abandon(session)
             raise
-        self._session = None
-        self._counts = session.num_rows, session.num_bytes
-        session.close()
+        self._close(session)
         return descriptor
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:
@@ -368,9 +368,15 @@ class TapWorker(host_runner.Recorder):
             raise CaptureError(f"capture {capture_id} is not under way here: it was ended or never started")
         return self._session
 
-    def _abandon(self, session: Session) -> None:
+    def _close(self, session: Session) -> None:
         self._session = None
+        self._counts = session.num_rows, session.num_bytes
+        if session in self._closing:
+            self._closing.remove(session)
         session.close()
+
+    def _abandon(self, session: Session) -> None:
+        self._close(session)
         pool = self._pool(session.start.shared)
         for block_id in session.block_ids:
             pool.release(block_id)

@@ -17,7 +17,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20

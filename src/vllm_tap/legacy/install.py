@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -69,18 +70,26 @@ class _Finder(MetaPathFinder, Loader):
 
 
 class _ParentFinder(MetaPathFinder):
-    """Asked first for vLLM, once: Python makes no attribute of a module that was there before its parent."""
+    """Asked first for vLLM until that is loaded: Python makes no attribute of a module that was there before."""
+
+    def __init__(self) -> None:
+        self._asks = threading.local()
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname != PARENT:
+        if fullname != PARENT or getattr(self._asks, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(PARENT)
+        self._asks.others = True
+        try:
+            spec = importlib.util.find_spec(PARENT)
+        finally:
+            self._asks.others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_install(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 install_vllm_hidden_states()
 
             spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]

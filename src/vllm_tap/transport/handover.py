@@ -13,6 +13,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -60,7 +61,7 @@ class SegmentServer:
         self._numbers = itertools.count(1)
         self._dropped: deque[int] = deque()
         self._closing = False
-        self._is_listening = True
+        self._is_listening, self._retry_at = True, 0.0
         self._listener = _listen(self.address)
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
@@ -111,7 +112,7 @@ class SegmentServer:
         try:
             while not self._closing:
                 ready = self._selector.select(None if self._is_listening else RETRY_SECONDS)
-                if not self._is_listening:
+                if not self._is_listening and time.monotonic() >= self._retry_at:
                     self._listen_again()
                 for key, events in ready:
                     self._handle(key, events)
@@ -150,7 +151,7 @@ class SegmentServer:
             # The waiting client keeps the listener readable: watching it would spin until a descriptor is free.
             logger.error("no further client is accepted for the moment: %s", error)
             self._selector.unregister(self._listener)
-            self._is_listening = False
+            self._is_listening, self._retry_at = False, time.monotonic() + RETRY_SECONDS
             return
         allowed = {0, os.geteuid()}
         uid = wire.peer_uid(connection)

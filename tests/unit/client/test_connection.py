@@ -13,19 +13,23 @@ from vllm_tap.client.connection import Connection
 
 @pytest.mark.parametrize(
     ("wanted", "longest", "lengths"),
-    [(16, 2048, [16]), (513, 2048, [513]), (513, 200, [199, 199, 115]), (16, 2, [1] * 16)],
+    [(16, 2048, [16]), (513, 2048, [513]), (513, 200, [199] * 7 + [146]), (16, 2, [1] * 48), (16, 1, [1] * 48)],
 )
 def test_prompts_have_as_many_tokens_as_are_wanted(
     monkeypatch: pytest.MonkeyPatch, wanted: int, longest: int, lengths: list[int]
 ) -> None:
-    """No prompt is longer than the model takes with a token to generate; as few as that allows."""
+    """No prompt is longer than the model takes with a token to generate, and none of them is found in a cache."""
     sent: list[Any] = []
-    monkeypatch.setattr(engine, "new_params", lambda llm, fields: fields)
-    monkeypatch.setattr(engine, "generate", lambda llm, prompts, params, use_tqdm: sent.extend(prompts))
+    given: list[Any] = []
+    monkeypatch.setattr(engine, "new_params", lambda llm, fields: SimpleNamespace(**fields))
+    monkeypatch.setattr(
+        engine, "generate", lambda llm, prompts, params, use_tqdm: (sent.extend(prompts), given.extend(params))
+    )
     llm = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=longest),
         llm_engine=SimpleNamespace(output_processor=SimpleNamespace(request_states={})),
     )
     Connection._pass_rows(object.__new__(Connection), llm, wanted)
+    assert all(params.skip_reading_prefix_cache for params in given)
     assert [len(prompt["prompt_token_ids"]) for prompt in sent] == lengths
     assert {token for prompt in sent for token in prompt["prompt_token_ids"]} <= set(range(1, 17))

@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def experts(router: Any) -> Experts:
     """Return experts with this router and nothing else."""
-    return Experts(SimpleNamespace(routed_scaling_factor=1.0), router, NUM_EXPERTS, False, "")
+    return Experts(SimpleNamespace(routed_scaling_factor=1.0), router, NUM_EXPERTS, NUM_EXPERTS, False, "")
 
 
 def router_of(**settings: Any) -> Any:

@@ -86,15 +86,21 @@ def test_vllm_that_is_loaded_later_gets_the_attribute(vllm: Path, later: str) ->
 
 
 def test_vllm_that_cannot_be_loaded_says_so_itself(vllm: Path) -> None:
-    """What it raises is its own, and the next attempt is made anew."""
-    (vllm / "__init__.py").write_text("raise ImportError('no CUDA here')\n")
+    """What it raises is its own, and the next attempt is made anew; so it is when somebody only looks for it."""
+    (vllm / "__init__.py").write_text("import os\nif 'BROKEN' in os.environ: raise ImportError('no CUDA here')\n")
     code = """
-install()
+import importlib.util, os
+module = install()
+os.environ["BROKEN"] = "1"
 for _ in range(2):
     try:
         import vllm
     except ImportError as error:
         print(error)
+del os.environ["BROKEN"]
+assert importlib.util.find_spec("vllm")
+import vllm
+assert vllm.hidden_states is module
 """
     assert run(vllm.parent, code) == "no CUDA here\n" * 2
 
