@@ -27,6 +27,7 @@ def bar(progress: bool | None, counts: Callable[[], tuple[int, int]]) -> Any:
     class RowsBar(tqdm):  # type: ignore[misc]
         """vLLM's bar with our rows instead of token rates."""
 
+        monitor_interval = 0  # tqdm's thread would keep this class, and what it asks, for ever
         asked = 0.0
         text = ""
 
