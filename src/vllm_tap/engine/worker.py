@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from vllm_tap.engine import host, host_model, host_runner
 from vllm_tap.engine.backend import Backend, choose
+from vllm_tap.engine.closing import Closable, close_all, weakly
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
 from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.rows import Batch
@@ -24,7 +24,7 @@ from vllm_tap.engine.session import Session, Sink
 from vllm_tap.engine.sink import Taps
 from vllm_tap.engine.tap import ADD, PROBE_ROWS, Tap
 from vllm_tap.engine.taps import SOURCES, ModelTaps
-from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError, TransportError
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
 from vllm_tap.frame.routing import Routing
@@ -63,34 +63,6 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
     return call
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls a method and does not keep its object: for threads, which would keep the engine.
-
-    It raises a `TransportError` when the object is gone.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        bound = reference()
-        if bound is None:
-            raise TransportError("the engine is gone")
-        return bound(*args)
-
-    return call
-
-
-def _close_all(things: Sequence[Session | SegmentPool | SegmentServer | CallServer], backend: Backend) -> None:
-    """Close them, the youngest first, in a thread of its own: this one may hold any lock when an object goes."""
-
-    def close() -> None:
-        with backend.on_stream():
-            for thing in reversed(things):
-                thing.close()
-
-    if things:
-        threading.Thread(target=close, name="vllm-tap-close", daemon=True).start()
-
-
 def dtype_name(place: Tap) -> str:
     """Return the dtype of a tap's rows as descriptors write it.
 
@@ -127,7 +99,7 @@ class TapWorker(host_runner.Recorder):
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._profile: Profile | None = None
-        self._closing: list[Session | SegmentPool | SegmentServer | CallServer] = []
+        self._closing: list[Closable] = []
 
     @classmethod
     def install(cls, worker: Any) -> TapWorker:
@@ -137,7 +109,7 @@ class TapWorker(host_runner.Recorder):
             model = host_model.find_model(worker)
             self._backend = choose(worker)
             # In a process that outlives the engine; the end of a process does the same faster.
-            weakref.finalize(self, _close_all, self._closing, self._backend).atexit = False
+            weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
             host_runner.watch_runner(worker.model_runner, self)
         except Exception as error:
@@ -395,7 +367,7 @@ class TapWorker(host_runner.Recorder):
     def _shared_server(self) -> SegmentServer:
         if self._server is None:
             self._server = SegmentServer(self._pool(True))
-            self._server.on_disconnect = _weakly(self._client_gone)
+            self._server.on_disconnect = weakly(self._client_gone)
             self._closing.append(self._server)
         return self._server
 
@@ -408,6 +380,6 @@ class TapWorker(host_runner.Recorder):
 
     def _call_server(self) -> CallServer:
         if self._calls is None:
-            self._calls = CallServer(_weakly(self.call))
+            self._calls = CallServer(weakly(self.call))
             self._closing.append(self._calls)
         return self._calls
