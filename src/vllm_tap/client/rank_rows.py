@@ -34,7 +34,7 @@ class RankRows:
         DescriptorError: Labels that cannot be.
     """
 
-    def __init__(self, descriptor: Descriptor, memory: RankMemory, sequences: Sequences) -> None:
+    def __init__(self, descriptor: Descriptor, memory: RankMemory, choice: Choice) -> None:
         self._streams = descriptor.streams
         self._memory = memory
         self.places = {
@@ -43,7 +43,7 @@ class RankRows:
             for i, layer in enumerate(stream.layers)
         }
         self._counts = descriptor.table()[:, 2]
-        self._chosen = _choose(descriptor, memory.labels(self._counts), sequences)
+        self._chosen = choice.of(descriptor, memory.labels(self._counts))
 
     @functools.cached_property
     def _place_of(self) -> tuple[IntArray, IntArray]:
@@ -70,6 +70,30 @@ class RankRows:
             return self._memory.view(block, offset, num_rows * described.row_bytes).view(dtype).view(num_rows, -1)
         index = starts[blocks] // described.row_bytes + place.layer * self._counts[blocks] + rows
         return self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
+
+
+class Choice:
+    """Which rows of a rank are those of the final sequences.
+
+    Tensor-parallel ranks, and pipeline stages too, meet the same rows in the same order: labels that are equal to the
+    last rank's, byte for byte, need no second check.
+    """
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+        self._last: tuple[list[tuple[int, int]], npt.NDArray[np.int32], IntArray] | None = None
+
+    def of(self, descriptor: Descriptor, labels: npt.NDArray[np.int32]) -> IntArray:
+        """Return for every wanted row the row of this rank that holds it, given the labels [3, R] of all its rows.
+
+        Raises:
+            RowsMissingError: As for `RankRows`.
+            DescriptorError: As for `RankRows`.
+        """
+        requests = [(request.sample, request.completion) for request in descriptor.requests]
+        if self._last is None or self._last[0] != requests or not np.array_equal(self._last[1], labels):
+            self._last = requests, labels, _choose(descriptor, labels, self._sequences)
+        return self._last[2]
 
 
 def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:

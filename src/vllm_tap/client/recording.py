@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
-from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client.rank_rows import Choice, RankRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
@@ -193,7 +193,8 @@ class Recording:
         return handed_over
 
     def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
-        ranks = [RankRows(descriptor, memory, sequences) for descriptor, memory in handed_over if descriptor.streams]
+        choice = Choice(sequences)
+        ranks = [RankRows(descriptor, memory, choice) for descriptor, memory in handed_over if descriptor.streams]
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_tap.client.memory import FetchedMemory
-from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client.rank_rows import Choice, RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame import messages
@@ -26,7 +26,9 @@ def output(prompt: list[int], generated: list[int]) -> Any:
     return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(index=0, token_ids=generated)])
 
 
-def rank_rows(steps: list[list[Row]], num_requests: int, sequences: Sequences) -> RankRows:
+def rank_rows(
+    steps: list[list[Row]], num_requests: int, sequences: Sequences, *, rank: int = 0, choice: Choice | None = None
+) -> RankRows:
     """Put steps into a segment as a worker does, and read them back."""
     memory = np.zeros(sum(block_bytes(len(step), [STREAM]) + 64 for step in steps) + 1, np.uint8)
     offset, blocks = 0, []
@@ -38,7 +40,7 @@ def rank_rows(steps: list[list[Row]], num_requests: int, sequences: Sequences) -
         blocks.append((0, offset, len(step)))
         offset = -(-placed.end // 64) * 64
     descriptor = messages.Descriptor(
-        rank=0,
+        rank=rank,
         capture_id="c",
         streams=(STREAM,),
         requests=tuple(messages.Request(f"r{number}", number, 0) for number in range(num_requests)),
@@ -47,7 +49,8 @@ def rank_rows(steps: list[list[Row]], num_requests: int, sequences: Sequences) -
         byte_order="little",
         wait_seconds=0.0,
     )
-    return RankRows(descriptor, FetchedMemory(descriptor, lambda _, at, n: memory[at : at + n].tobytes()), sequences)
+    fetched = FetchedMemory(descriptor, lambda _, at, n: memory[at : at + n].tobytes())
+    return RankRows(descriptor, fetched, choice or Choice(sequences))
 
 
 @st.composite
@@ -114,6 +117,39 @@ def test_a_row_of_another_token_is_an_error() -> None:
     for step in ([(0, 0, 1, 0), (0, 1, 9, 0)], [(0, 1, 9, 0), (0, 0, 1, 0)]):
         with pytest.raises(RowsMissingError, match="arrived for other tokens"):
             rank_rows([step], 1, sequences)
+
+
+def test_ranks_that_met_the_same_rows_are_checked_once() -> None:
+    """Also where they came in other steps; each rank reads its own."""
+    sequences = Sequences([output([1, 2], [3, 4])], "all")
+    choice = Choice(sequences)
+    rows = [(0, 1, 2, 10), (0, 0, 1, 11), (0, 2, 3, 12)]
+    first = rank_rows([rows], 1, sequences, choice=choice)
+    others = [(*row[:3], row[3] + 10) for row in rows]
+    second = rank_rows([others[:1], others[1:]], 1, sequences, rank=1, choice=choice)
+    assert second._chosen is first._chosen
+    assert first.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [11, 10, 12]
+    assert second.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [21, 20, 22]
+
+
+def test_a_rank_that_met_other_rows_is_checked_for_itself() -> None:
+    """In another order it has its own choice; with a row less, of another token or of another request it is refused."""
+    sequences = Sequences([output([1, 2], []), output([1, 2], [])], "all")
+    choice = Choice(sequences)
+    rows = [(0, 0, 1, 10), (0, 1, 2, 11), (1, 0, 1, 12), (1, 1, 2, 13)]
+    rank_rows([rows], 2, sequences, choice=choice)
+    turned = rank_rows([rows[::-1]], 2, sequences, rank=1, choice=choice)
+    assert turned.rows("hidden_states", 0, 0, 4)[:, 0].tolist() == [10, 11, 12, 13]
+    rank_rows([rows], 2, sequences, rank=2, choice=choice)
+    for wrong, message in (
+        (rows[:3], "rank 3: 1 of 4 rows did not arrive"),
+        ([*rows[:3], (1, 1, 9, 13)], "rank 3: 1 of 4 rows arrived for other tokens"),
+        ([*rows[:3], (0, 1, 2, 13)], "rank 3: 1 of 4 rows did not arrive"),
+    ):
+        with pytest.raises(RowsMissingError, match=message):
+            rank_rows([wrong], 2, sequences, rank=3, choice=choice)
+    with pytest.raises(RowsMissingError, match="2 of 4 rows did not arrive"):
+        rank_rows([rows[:2]], 1, sequences, rank=3, choice=choice)
 
 
 @pytest.mark.parametrize("number", [-1, 1, -(2**31)])
