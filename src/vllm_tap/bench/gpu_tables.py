@@ -73,9 +73,9 @@ def _gpu_table(results: dict[str, Any], source: Path) -> str:
     plain = {row["workload"]: row for row in rows if row["arm"] == "plain"}
     machine, rates = results["machine"], results["rates_gb_per_s"]
     origin = (
-        f"Shape `{results['shape']}`{_ranks(results)}, medians; ratio: time of the plain engine over time of the arm; "
-        "in pairs: the median of the ratios within a round; of as many steps: that of runs which took as many steps as "
-        f"most of the plain engine's, if there are {FEW_RUNS} of either. {machine['gpu']}, "
+        f"Shape `{results['shape']}`{_ranks(results)}{_calls(results)}, medians; ratio: time of the plain engine over "
+        "time of the arm; in pairs: the median of the ratios within a round; of as many steps: that of runs which took "
+        f"as many steps as most of the plain engine's, if there are {FEW_RUNS} of either. {machine['gpu']}, "
         f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
@@ -118,6 +118,12 @@ def _ratio_alike(row: dict[str, Any], plain: dict[str, Any]) -> str:
     if min(len(theirs), len(mine)) < FEW_RUNS:
         return ""
     return f"{statistics.median(theirs) / statistics.median(mine):.3f}"
+
+
+def _calls(results: dict[str, Any]) -> str:
+    """Return of how many calls the rounds are, if of several."""
+    number = results.get("num_calls", 1)
+    return f", rounds of {number} calls, all times of each scaled by those of its plain engine" if number > 1 else ""
 
 
 def _ranks(results: dict[str, Any]) -> str:

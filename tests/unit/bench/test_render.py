@@ -111,6 +111,12 @@ def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
     assert "Shape `tiny`, 2 ranks which copied 0.50 and 0.50 of one rank's bytes, medians" in render(MARKED, tmp_path)
 
 
+def test_a_table_says_of_how_many_calls_it_is(tmp_path: Path) -> None:
+    """Results whose rounds are of several."""
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"num_calls": 3}))
+    assert "Shape `tiny`, rounds of 3 calls, all times of each scaled" in render(MARKED, tmp_path)
+
+
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
     """Without results the document says that there are none."""
     for marked in (MARKED, SUMMARY):

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Put the rounds of several calls of `bench/gpu.py` on the same kind of machine together, so that none is left out.
+
+    python bench/gpu_pool.py first.json second.json --out bench/results/gpu-llama-8b.json
+
+Engines differ from call to call by more than what an arm costs, and all arms of a call with them: the times of a call
+are scaled to the plain engine's median over all calls. What is measured once a call stands in a list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_ratios import summarise
+
+SAME = "machine", "shape", "plain"
+ROUNDS = "all", "generate", "segments_gb", "steps"
+"""What a row has one of for each round."""
+
+
+def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of calls as if they were of one.
+
+    Raises:
+        ValueError: They are of different machines, shapes or kinds of plain engine, or of different arms of a workload.
+    """
+    for key in SAME:
+        if different := [call[key] for call in calls if call[key] != calls[0][key]]:
+            raise ValueError(f"calls of one {key} can be put together, got {calls[0][key]} and {different[0]}.")
+    rates = [call["rates_gb_per_s"] for call in calls]
+    return {
+        **{key: calls[0][key] for key in SAME},
+        "command": "`, `".join(dict.fromkeys(call["command"] for call in calls)),
+        "num_calls": len(calls),
+        "rates_gb_per_s": {key: statistics.median(rate[key] for rate in rates) for key in rates[0]},
+        "checks": [call["checks"] for call in calls],
+        "rows": _rows([call["rows"] for call in calls]),
+        "parts": [part for call in calls for part in call.get("parts", [])],
+    }
+
+
+def _rows(calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    pooled = []
+    for workload in dict.fromkeys(row["workload"] for rows in calls for row in rows):
+        arms_of = [{row["arm"]: row for row in rows if row["workload"] == workload} for rows in calls]
+        measured = [arms for arms in arms_of if arms]
+        usual = statistics.median(seconds for arms in measured for seconds in arms["plain"]["all"])
+        if different := [sorted(arms) for arms in measured if arms.keys() != measured[0].keys()]:
+            raise ValueError(f"{workload}: calls of the same arms can be put together, got {different[0]} in one.")
+        rows_of = {name: [arms[name] for arms in measured] for name in measured[0]}
+        scales = [usual / arms["plain"]["seconds"] for arms in measured]
+        summary = summarise(
+            workload,
+            {
+                name: [seconds * scale for row, scale in zip(rows, scales, strict=True) for seconds in row["all"]]
+                for name, rows in rows_of.items()
+            },
+            {name: [row["parts"] for row in rows if row["parts"]] for name, rows in rows_of.items()},
+            {name: rows[0]["bytes"] for name, rows in rows_of.items()},
+        )
+        for row in summary:
+            row |= {key: [one for call in rows_of[row["arm"]] for one in call[key]] for key in ROUNDS if key != "all"}
+        pooled += summary
+    return pooled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calls", type=Path, nargs="+", metavar="results")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.write_text(json.dumps(pool([json.loads(call.read_text()) for call in args.calls]), indent=1))
+
+
+if __name__ == "__main__":
+    main()
