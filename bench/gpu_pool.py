@@ -29,8 +29,11 @@ def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the results of calls as if they were of one.
 
     Raises:
-        ValueError: They are of different machines, shapes or kinds of plain engine, or of different arms of a workload.
+        ValueError: They are of different machines, shapes or kinds of plain engine, or of different arms of a workload;
+            or a call measured no ratios.
     """
+    if without := [call["command"] for call in calls if not call.get("rows")]:
+        raise ValueError(f"calls that measured ratios can be put together, got {without[0]}.")
     for key in SAME:
         if different := [call[key] for call in calls if call[key] != calls[0][key]]:
             raise ValueError(f"calls of one {key} can be put together, got {calls[0][key]} and {different[0]}.")
@@ -76,7 +79,10 @@ def main() -> None:
     parser.add_argument("calls", type=Path, nargs="+", metavar="results")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    args.out.write_text(json.dumps(pool([json.loads(call.read_text()) for call in args.calls]), indent=1))
+    try:
+        args.out.write_text(json.dumps(pool([json.loads(call.read_text()) for call in args.calls]), indent=1))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"gpu_pool: {error}") from error
 
 
 if __name__ == "__main__":

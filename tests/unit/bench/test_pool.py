@@ -72,6 +72,8 @@ def test_a_workload_of_one_call_stays_as_it_was(pool: Any) -> None:
 
 
 def test_calls_on_unlike_machines_are_not_put_together(pool: Any) -> None:
-    """Nor of other models."""
+    """Nor what measured no ratios."""
     with pytest.raises(ValueError, match=r"calls of one machine can be put together, got .*Some GPU.* and .*Another"):
         pool([call(1.0, [1], [1]), call(1.0, [1], [1], machine={"gpu": "Another GPU"})])
+    with pytest.raises(ValueError, match=r"calls that measured ratios .*, got bench/gpu.py --plan 1"):
+        pool([call(1.0, [1], [1], rows=[])])
