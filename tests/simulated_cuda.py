@@ -172,6 +172,7 @@ class SimulatedCuda:
         self.num_programs = 0
         self.copies_left = sys.maxsize
         self.pins_left = sys.maxsize
+        self.last_error = SUCCESS  # of the runtime, until it is asked
         self.recording: Graph | None = None
         self.events: dict[int, dict[str, int]] = {}  # the clocks of events, empty until they are recorded
         self.graphs: dict[int, Nodes] = {}
@@ -435,6 +436,7 @@ class SimulatedCuda:
     def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:  # noqa: N802
         self.pins_left -= 1
         if self.pins_left < 0:
+            self.last_error = OUT_OF_MEMORY
             return OUT_OF_MEMORY
         self._watched[address] = address + nbytes
         return SUCCESS
@@ -513,9 +515,19 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         device.note(ptrs.data, mask.data, bits(ptrs) // 8, True)
         return store(self, ptrs, value, mask, *rest)
 
+    ones = torch.ones
+
     def ordinary(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         assert device.recording is None, "memory taken while a graph is captured also serves other graphs"
         return empty(*args, **kwargs)
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") != "cuda":
+            return ones(*args, **kwargs)
+        error, device.last_error = device.last_error, SUCCESS
+        if error:
+            raise RuntimeError(f"CUDA error: {error}")
+        return ones(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_driver", lambda: device)
@@ -529,6 +541,7 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
                     interpreted = interpreter.InterpretedFunction(function.fn)
                     patch.setattr(module, name, _Launcher(device, interpreted) if is_launched else interpreted)
         patch.setattr(torch, "empty", ordinary)
+        patch.setattr(torch, "ones", filled)
         patch.setattr(torch.cuda, "Stream", device.new_stream)
         patch.setattr(torch.cuda, "CUDAGraph", graph)
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())

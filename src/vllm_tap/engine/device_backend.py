@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -101,9 +101,21 @@ def register_segment(segment: Segment) -> None:
     """Pin a segment, so that copies into it run at the full rate of the bus and kernels may store into it."""
     code = int(torch.cuda.cudart().cudaHostRegister(segment.address, segment.nbytes, 0))
     if code:
+        _take_back_error()
         raise BudgetError(f"{segment.nbytes} bytes of host memory cannot be pinned (cudaHostRegister: {code})")
 
 
 def unregister_segment(segment: Segment) -> None:
     """Undo `register_segment`."""
-    torch.cuda.cudart().cudaHostUnregister(segment.address)
+    if int(torch.cuda.cudart().cudaHostUnregister(segment.address)):
+        _take_back_error()
+
+
+def _take_back_error() -> None:
+    """Have the runtime forget a call that failed in this thread.
+
+    It remembers one until it is asked, which PyTorch does after every launch: the engine's next kernel in this thread
+    would be said to have failed. So one is launched for which that does not matter.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")

@@ -103,9 +103,9 @@ class DeviceRows(Rows):
 
     def fail(self, error: Exception) -> None:
         """Take note of what went wrong in a tap: the end of the capture under way; of all, if there is none."""
-        if self.active and self.sink is not None:
+        if self.sink is not None and (self.active or self.sink.failure is not None):
             self.active = False
-            self.sink.failure = error
+            self.sink.failure = self.sink.failure or error  # several pieces of a step may fail, for one reason
         elif not self.refusal:
             self.refusal = f"the taps' kernels do not run on this device ({type(error).__name__}: {error})"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)

@@ -183,14 +183,15 @@ class _Switched:
     def __init__(self, executable: int, taps: list[Node]) -> None:
         self._executable, self._taps = executable, taps
         self._enabled = {node.handle for node in taps}
-        self._on = NOTHING
+        self._on: frozenset[int] | None = NOTHING
         self._enable(NOTHING)
 
     def launch(self, on: frozenset[int]) -> bool:
         """Have the taps that are on and no others; return False, because PyTorch launches the graph."""
         if on is not self._on:
-            self._on = on
+            self._on = None  # unknown, until all has gone well
             self._enable(on)
+            self._on = on
         return False
 
     def _enable(self, on: frozenset[int]) -> None:
@@ -219,12 +220,13 @@ class _Copy:
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
+        weakref.finalize(self, _give_up, self._graph, self._forms).atexit = False
 
     def forget(self) -> None:
         """Give up what was made executable; the lock is held."""
+        self._on, self._executable = NOTHING, 0
         while self._forms:
             cuda.destroy_executable(self._forms.popitem()[1])
-        self._on = NOTHING
 
     def launch(self, on: frozenset[int]) -> bool:
         """Queue the graph with the taps that are on and no others, unless it has none of them."""
@@ -284,6 +286,16 @@ class _Copy:
             cuda.destroy_graph(graph)
             raise
         return graph
+
+
+def _give_up(graph: int, forms: dict[frozenset[int], int]) -> None:
+    """Give up a copy that nothing will launch any more: PyTorch's own graph is gone."""
+    try:
+        while forms:
+            cuda.destroy_executable(forms.popitem()[1])
+        cuda.destroy_graph(graph)
+    except TransportError as error:
+        logger.info("vllm-tap: a CUDA graph with taps stays in memory: %s", error)
 
 
 @contextmanager

@@ -261,8 +261,16 @@ def launch(
             launch or at none.
         constants: Known when the kernel is compiled.
         num_warps: Of a program.
+
+    Raises:
+        CaptureError: The last axis of rows is not contiguous.
     """
     strides = [tensor.stride(0) for tensor in rows]
+    if any(tensor.stride(1) != 1 and tensor.shape[1] > 1 for tensor in rows):
+        raise CaptureError(
+            f"a tap met rows of {[list(tensor.shape) for tensor in rows]} whose elements do not lie side by side, with "
+            f"strides {[tensor.stride() for tensor in rows]}: they cannot be captured. Report this model."
+        )
     facts = [(tensor.dtype, tensor.data_ptr() % 16) for tensor in rows]
     outs = [tensor.dtype for tensor in fixed]
     key = (function, rows[0].device, num_warps, *constants.values(), *strides, *facts, *outs)

@@ -121,15 +121,25 @@ class SlabKeeper:
             self._start()
 
     def _start(self) -> None:
-        threading.Thread(target=self._run, name="vllm-tap-slab", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="vllm-tap-slab", daemon=True).start()
+        except RuntimeError as error:  # no more threads here
+            self._stay(error)
+
+    def _stay(self, error: Exception) -> None:
+        logger.warning(
+            "vllm-tap: staging memory is kept until after the next capture: giving it back failed: %s", error
+        )
+        with self._lock:
+            self._has_thread = False
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
         try:
+            torch.cuda.set_device(self._device)
             while self.tidy(time.monotonic()):
                 time.sleep(POLL_SECONDS)
-        except Exception:
-            logger.exception("vllm-tap: staging memory is kept until the engine ends: giving it back failed")
+        except Exception as error:
+            self._stay(error)
 
     def tidy(self, now: float) -> bool:
         """Let everything go if its time has come; return whether there is anything left to look after."""

@@ -219,6 +219,8 @@ class TapWorker(host_runner.Recorder):
                 f"capture {self._session.start.capture_id} is under way: an engine serves one capture at a time. "
                 "Wait for it to end."
             )
+        if start.shared and not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
+            raise CaptureError(f"rank {self.rank}: the client of capture {start.capture_id} is not connected any more.")
         assert self._taps is not None
         streams = tuple(self._share(start))
         for (stream, _), place in self._taps.by_place.items():

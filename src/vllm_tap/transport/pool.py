@@ -200,7 +200,17 @@ class SegmentPool:
                 plans.append(self._plan(size))
                 missing -= size
         if plans:
-            threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+            try:
+                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+            except RuntimeError as error:  # no more threads here
+                logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
+                self._give_up(plans)
+
+    def _give_up(self, plans: list[tuple[int, int]]) -> None:
+        with self._changed:
+            for segment_id, _ in plans:
+                del self._pending[segment_id]
+            self._changed.notify_all()
 
     def _grow_all(self, plans: list[tuple[int, int]]) -> None:
         for segment_id, nbytes in plans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
 import sys
@@ -897,7 +898,82 @@ def test_host_memory_that_cannot_be_pinned_ends_the_capture(cuda: SimulatedCuda)
     session = engine.start()
     cuda.pins_left = 0
     engine.step(session, STEPS[0])
+    assert cuda.last_error == 0, "PyTorch would find it after the engine's next kernel"
     with pytest.raises(BudgetError, match=r"bytes of host memory cannot be pinned \(cudaHostRegister: 2\)"):
+        session.finish()
+    session.close()
+
+
+@pytest.mark.parametrize("few_taps", [0, 1], ids=["copies", "switched"])
+def test_several_pieces_of_a_step_may_fail(cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, few_taps: int) -> None:
+    """As where the device has no room to make them executable: that ends the capture, and the next one is right."""
+    monkeypatch.setattr(graphs, "FEW_TAPS", few_taps)
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    session = engine.start()
+    cuda.edits_left = cuda.instances_left = 0
+    engine.step(session, DECODE)
+    cuda.edits_left = cuda.instances_left = sys.maxsize
+    with pytest.raises(TransportError, match="failed"):
+        session.finish()
+    session.close()
+    for block_id in session.block_ids:
+        engine.pool.release(block_id)
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
+
+
+def test_copies_of_graphs_go_with_these(cuda: SimulatedCuda) -> None:
+    """An engine may go while they are still kept for the next capture; a graph may be captured for a look alone."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
+    assert cuda.executables
+    before = len(cuda.graphs)
+    num_copies = len(engine.model._graphs)
+    engine.model._graphs.clear()
+    gc.collect()
+    assert not cuda.executables
+    assert len(cuda.graphs) <= before - num_copies
+    assert engine.model.rows.switch.prepare(1)
+    engine.model.rows.switch.forget()
+
+
+def test_a_graph_that_could_not_be_given_up_is_not_launched_again(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two executable forms the driver destroys one, and refuses the other."""
+    engine = Engine(cuda, LLAMA)
+    for leave_out in (1, 0):
+        session = engine.start(leave_out=leave_out)
+        engine.step(session, DECODE)
+        engine.finish(session)
+    copy = next(copy for copy in engine.model.rows.switch._copies if len(copy._forms) == 2)
+    destroy, refusals = SimulatedCuda.cuGraphExecDestroy, iter([False, True])
+    monkeypatch.setattr(
+        SimulatedCuda, "cuGraphExecDestroy", lambda *args: 1 if next(refusals, False) else destroy(*args)
+    )
+    with pytest.raises(TransportError, match="cuGraphExecDestroy failed"):
+        copy.forget()
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
+
+
+def test_rows_whose_elements_lie_apart_are_refused(cuda: SimulatedCuda) -> None:
+    """The kernels read what lies side by side; other bytes would come under right labels."""
+    engine = Engine(cuda, LLAMA)
+    make = engine.model._make
+
+    def turned(*args: Any) -> Any:
+        hidden, residual = make(*args)
+        return hidden.t().contiguous().t(), residual
+
+    session = engine.start()
+    engine.model._make = turned  # type: ignore[method-assign]
+    engine.step(session, STEPS[0])
+    with pytest.raises(CaptureError, match=r"\[\[16, 24\], \[16, 24\]\] .* strides \[\(1, 16\), \(24, 1\)\]"):
         session.finish()
     session.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def keeper(device: Device, monkeypatch: pytest.MonkeyPatch) -> Keeper:
     return Keeper(torch.device("cpu"), lambda: device.headroom, lambda: device.is_quiet)
 
 
-def take(keeper: Keeper, nbytes: int) -> Any:
+def take(keeper: SlabKeeper, nbytes: int) -> Any:
     """Take a slab that must be there."""
     slab = keeper.take(nbytes)
     assert slab is not None
@@ -161,3 +162,28 @@ def test_captures_without_a_slab_let_the_rest_go_too(device: Device, monkeypatch
     assert not keeper.tidy(LINGER_SECONDS + 0.1)
     assert gone == [True]
     assert keeper.threads == 2
+
+
+def test_a_keeper_whose_thread_cannot_begin_or_fails_has_another_after_the_next_capture(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on threads, then a question that the driver does not answer: captures end all the same."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("vllm_tap.engine.slab.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    keeper = SlabKeeper(torch.device("cpu"), lambda: 0, lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        keeper.give(take(keeper, 500))
+    assert "can't start new thread" in caplog.text
+    assert keeper.held_bytes == 500
+    keeper._run()
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: threads.append(thread))
+    keeper.give(take(keeper, 500))
+    assert len(threads) == 1
+    assert not keeper.tidy(LINGER_SECONDS + 0.1)
+    assert device.held == {}

@@ -210,6 +210,21 @@ def test_growing_ahead_leaves_nothing_to_do_for_reserve():
     pool.close()
 
 
+def test_growing_ahead_without_a_thread_leaves_it_to_the_next_block(monkeypatch):
+    """A limit on threads: nothing waits for memory that nobody makes."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = SegmentPool(4 * MIB, shared=False, segment_bytes=2 * MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        pool.grow_ahead(4 * MIB)
+    assert pool.stats()[:2] == (0, 0)
+    assert spans([pool.reserve(MIB)]) == [(3, 0, MIB)]
+    pool.close()
+
+
 def test_growing_ahead_makes_room_for_the_largest_block():
     """Blocks larger than a usual segment find one that was made for them."""
     grown = []
