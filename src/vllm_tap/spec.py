@@ -25,6 +25,9 @@ LAYERED_STREAMS: Final = ("hidden_states", "router_logits", "routed_experts")
 SINGLE_STREAMS: Final = ("embeddings", "final_hidden_states")
 """Streams that exist once per model."""
 
+MAX_NUMBER: Final = 2**31 - 1
+"""Layers and positions are not numbered beyond."""
+
 NAMED_POSITIONS: Final = ("all", "prompt", "generated", "last")
 
 
@@ -116,9 +119,16 @@ def _checked_layers(name: str, layers: str | Iterable[int] | None) -> Layers:
 
 
 def _integer(name: str, number: Any) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise SpecError(f"Spec({name}=...) takes whole numbers, got {number!r}.")
-    return int(operator.index(number))
+    refusal = SpecError(f"Spec({name}=...) takes whole numbers, got {number!r}.")
+    if isinstance(number, bool) or str(getattr(number, "dtype", "")).endswith("bool"):
+        raise refusal
+    try:
+        whole = int(operator.index(number))
+    except TypeError:
+        raise refusal from None
+    if abs(whole) > MAX_NUMBER:
+        raise refusal
+    return whole
 
 
 def _checked_positions(positions: str | Iterable[int]) -> str | tuple[int, ...]:

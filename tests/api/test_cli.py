@@ -80,6 +80,7 @@ def one_line(err: str) -> str:
         (["capture", "m", "--prompts", "p.txt", "--transport", "smoke"], "invalid choice"),
         (["capture", "m", "--prompts", "p.txt", "--engine", "{"], "not JSON"),
         (["capture", "m", "--prompts", "p.txt", "--engine", "[1]"], "expected a JSON object"),
+        (["capture", "m", "--prompts", "p.txt", "--engine", '{"model": "n"}'], "the model is an argument of its own"),
         (["capture", "m", "--prompts", "p.txt", "--unknown"], "unrecognized arguments"),
     ],
 )
@@ -300,6 +301,9 @@ def test_a_name_that_cannot_be_is_refused_before_an_engine_starts(tmp_path: Path
     for length in (250, 300):
         with pytest.raises(SpecError, match=r"cannot be written \(File name too long\)"):
             check_target(tmp_path / ("x" * length), force=False)
+    for name in (".", "", "/"):
+        with pytest.raises(SpecError, match="exists already: name a file"):
+            check_target(Path(name), force=False)
     check_target(tmp_path / "rows.safetensors", force=False)
     assert list(tmp_path.iterdir()) == []
 

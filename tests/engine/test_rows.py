@@ -32,7 +32,7 @@ from engine.engines import (
     surroundings,
 )
 from vllm_tap import Recording, Spec
-from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.errors import CaptureError, LayerError, RowsMissingError, SpecError
 
 pytestmark = pytest.mark.engine
 
@@ -185,6 +185,41 @@ def test_samples_need_not_come_in_order_nor_all(engine, known):
         assert error(result[sample].hidden_states[3], expected, scale) < TOLERANCE
     with pytest.raises(RowsMissingError):
         result[1]
+
+
+def test_rows_of_another_request_are_not_taken(engine):
+    """Where prompts agree at the positions that are asked for, labels do too: at the end of a template, as here."""
+    given = [{"prompt_token_ids": [5, 9, 2]}, {"prompt_token_ids": [7, 8, 2]}]
+    spec = Spec(hidden_states=[-1], positions="last")
+    right, other = (sample.hidden_states[-1] for sample in engine.capture(given, spec))
+    scale = right.square().mean().sqrt()
+    assert error(other, right, scale) > 10 * TOLERANCE
+    recording = Recording(engine.llm, spec)
+    outputs = engine.llm.generate(given, recording.mark_all([greedy()] * 2), use_tqdm=False)
+    with pytest.raises(RowsMissingError, match=r"first sample 0, .* its output is of request .* order of the samples"):
+        recording.finish(outputs[::-1])
+    for calls in ([given], [given[:1], given[1:]]):
+        recording = Recording(engine.llm, spec)
+        same = recording.mark(greedy(), 0)
+        outputs = [output for call in calls for output in engine.llm.generate(call, same, use_tqdm=False)]
+        assert error(recording.finish(outputs[:1])[0].hidden_states[-1], right, scale) < TOLERANCE
+
+
+def test_a_recording_that_is_lost_or_left_ends(engine, known):
+    """Nobody can end the first one; the second ends with its block, whatever happens in it; one that is kept stays."""
+    Recording(engine.llm, EVERYTHING)
+    compare(engine.capture(prompts(), EVERYTHING), known)
+    with pytest.raises(ZeroDivisionError), Recording(engine.llm, EVERYTHING):
+        1 / 0  # noqa: B018
+    with Recording(engine.llm, EVERYTHING) as recording:
+        with pytest.raises(CaptureError, match=r"under way: .* or stop the Recording that it is of"):
+            engine.capture(prompts(), EVERYTHING)
+        outputs = engine.llm.generate(prompts(), recording.mark_all([greedy()] * 8), use_tqdm=False)
+        result = recording.finish(outputs)
+    compare(result, known)
+    assert [state["capture_id"] for state in engine.status()] == [""]
+    assert result.sample(-1) == result[7] == result[-1] != result[0]
+    assert result.index(result[3]) == 3
 
 
 def test_the_progress_bar_ends_at_all_prompts_and_rows(engine, capsys):

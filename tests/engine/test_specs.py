@@ -251,6 +251,16 @@ def test_what_cannot_be_asked_for_is_refused(engine):
         engine.capture(prompts(), HIDDEN, transport="carrier pigeon")
     with pytest.raises(SpecError, match="positive"):
         engine.capture(prompts(), HIDDEN, budget_bytes=0)
+    from vllm import PoolingParams
+
+    for nbytes in (1.5, float("inf"), "1GiB"):
+        with pytest.raises(SpecError, match="budget_bytes is a positive whole number"):
+            engine.capture(prompts(), HIDDEN, budget_bytes=nbytes)
+    for params in ({"max_tokens": 2}, PoolingParams()):
+        with pytest.raises(SpecError, match=r"are vllm\.SamplingParams, got (dict|PoolingParams)"):
+            engine.capture(prompts(), HIDDEN, sampling_params=params)
+    with pytest.raises(SpecError, match="prompt 0 is a bool"):
+        engine.capture([True, 1], HIDDEN)
     assert [state["capture_id"] for state in engine.status()] == [""]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,6 +74,9 @@ def test_a_spec_cannot_be_changed() -> None:
         ({"hidden_states": {"0": 1}}, '"all" or a list'),
         ({"hidden_states": [1.5]}, "whole numbers"),
         ({"hidden_states": [True]}, "whole numbers"),
+        ({"hidden_states": torch.tensor([True])}, "whole numbers"),
+        ({"hidden_states": torch.tensor([1.5])}, "whole numbers"),
+        ({"hidden_states": "all", "positions": [10**20]}, "whole numbers"),
         ({"embeddings": 1}, "True or False"),
         ({"hidden_states": "all", "positions": "lst"}, "Did you mean 'last'?"),
         ({"hidden_states": "all", "positions": []}, "chooses no position"),

@@ -62,14 +62,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object."""
+def engine_object(text: str) -> dict[str, Any]:
+    """Read arguments of `vllm.LLM`, a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, such as '{{\"seed\": 1}}'; got {text!r}")
+    if "model" in value:
+        raise argparse.ArgumentTypeError(f"the model is an argument of its own, before the options; got {text!r}")
     return value
 
 
@@ -81,7 +83,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-parallel-size", type=positive, metavar="N", help="ranks that share the model")
     group.add_argument("--enforce-eager", action="store_true", help="neither compile nor capture graphs")
     group.add_argument(
-        "--engine", type=json_object, default={}, metavar="JSON", help="more arguments of vllm.LLM, as a JSON object"
+        "--engine", type=engine_object, default={}, metavar="JSON", help="more arguments of vllm.LLM, as a JSON object"
     )
 
 

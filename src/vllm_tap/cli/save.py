@@ -25,13 +25,13 @@ def check_target(path: Path, force: bool) -> None:
     """
     if importlib.util.find_spec("safetensors") is None:
         raise SpecError("--save needs the package safetensors: pip install safetensors.")
-    draft = _draft(path)
     try:
         if path.exists() and (path.is_dir() or not force):
             advice = "name a file" if path.is_dir() else "choose another name, or add --force to replace it"
             raise SpecError(f"{path} exists already: {advice}.", path=str(path))
         if not path.parent.is_dir():
             raise SpecError(f"{path.parent} is not a folder: create it first.", path=str(path))
+        draft = _draft(path)
         draft.touch()
         draft.unlink()
     except OSError as error:

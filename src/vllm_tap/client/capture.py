@@ -124,7 +124,7 @@ def _checked_prompts(prompts: Any) -> list[Any]:
 
 
 def _is_token_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(token, int) for token in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
 
 
 def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> list[Any]:
@@ -133,11 +133,12 @@ def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> l
         raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
     if given is None:
         given = engine.new_params(llm, fields)
-    if isinstance(given, Sequence):
-        if len(given) != num_prompts:
-            raise SpecError(f"{len(given)} sampling_params for {num_prompts} prompts.")
-        return list(given)
-    return [given] * num_prompts
+    each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
+    if len(each) != num_prompts:
+        raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")
+    for params in each:
+        engine.require_params(llm, params)
+    return each
 
 
 def _expected_rows(prompts: list[Any], params: list[Any]) -> int:

@@ -52,6 +52,7 @@ class Connection:
         self._llm = weakref.ref(llm)
         self._readers: dict[int, SegmentReader] = {}
         self._callers: list[Caller] = []
+        self._under_way: dict[str, tuple[weakref.ref[Any], bool]] = {}
         self.greet()
         if self.wants_rows:
             self._pass_rows(llm, self.wants_rows)
@@ -184,6 +185,21 @@ class Connection:
             return held
 
         return take
+
+    def expect_end(self, recording: Any, start: messages.Start) -> None:
+        """Remember that a capture is to be ended by this object, which is not kept."""
+        self._under_way[start.capture_id] = weakref.ref(recording), start.shared
+
+    def ended(self, capture_id: str) -> None:
+        """Forget a capture that has ended."""
+        self._under_way.pop(capture_id, None)
+
+    def stop_lost(self) -> None:
+        """Stop captures that nobody can end any more: no other could begin."""
+        for capture_id, (recording, shared) in list(self._under_way.items()):
+            if recording() is None:
+                self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), shared)()
+                self.ended(capture_id)
 
     def status(self) -> list[dict[str, Any]]:
         """Return what every worker says it holds, in plain values."""

@@ -68,14 +68,29 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
     Raises:
         SpecError: A field that they do not have.
     """
-    # The caller holds an LLM, so vLLM is loaded; this package does not import it outside the engine.
-    vllm = sys.modules["vllm"]
-    kind = vllm.PoolingParams if pools(llm) else vllm.SamplingParams
+    kind = _params_kind(llm)
     known = [name for name in kind.__annotations__ if not name.startswith("_")]
     for name in fields:
         if name not in known:
             raise SpecError(f"{kind.__name__} has no field {name!r}.{nearest(name, known)}")
     return kind(**fields)
+
+
+def require_params(llm: Any, params: Any) -> None:
+    """Refuse parameters that this engine does not take.
+
+    Raises:
+        SpecError: They are of another kind.
+    """
+    kind = _params_kind(llm)
+    if not isinstance(params, kind):
+        raise SpecError(f"sampling_params of this engine are vllm.{kind.__name__}, got {type(params).__name__}.")
+
+
+def _params_kind(llm: Any) -> Any:
+    # The caller holds an LLM, so vLLM is loaded; this package does not import it outside the engine.
+    vllm = sys.modules["vllm"]
+    return vllm.PoolingParams if pools(llm) else vllm.SamplingParams
 
 
 def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:

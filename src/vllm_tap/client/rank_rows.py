@@ -13,7 +13,7 @@ from vllm_tap.client.memory import RankMemory
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame.layout import IntArray
-from vllm_tap.frame.messages import Descriptor
+from vllm_tap.frame.messages import Descriptor, Request
 
 SHOWN = 8
 """Positions that an error message lists."""
@@ -30,7 +30,8 @@ class RankRows:
     """All rows of one rank.
 
     Raises:
-        RowsMissingError: A row that was asked for did not arrive, or none that arrived belongs to the final sequence.
+        RowsMissingError: A row that was asked for did not arrive, or none that arrived belongs to the final sequence
+            and to the request that its output names.
         DescriptorError: Labels that cannot be.
     """
 
@@ -99,8 +100,9 @@ class Choice:
 def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
     """Return for every wanted row the row that holds it: the last one written for its sequence and position.
 
-    Rows past the end of a sequence (an asynchronous step after a stop, rejected drafts) have no place and fall away;
-    a row whose token is not the final sequence's is no match.
+    Rows past the end of a sequence (an asynchronous step after a stop, rejected drafts) have no place and fall away, as
+    do those of another request than the one that the output names: where prompts agree, as at the end of a template,
+    their tokens would match. A row whose token is not the final sequence's is no match.
     """
     numbers, positions, token_ids = labels
     # As unsigned numbers, what is negative is also too large: one comparison for both bounds.
@@ -109,7 +111,10 @@ def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Se
             f"rank {descriptor.rank}: a row names request {numbers[numbers.view(np.uint32).argmax()]} of "
             f"{len(descriptor.requests)}"
         )
-    slots = [sequences.slots.get((request.sample, request.completion), -1) for request in descriptor.requests]
+    slots = [
+        sequences.slots.get((request.sample, request.completion), -1) if _is_of(request, sequences) else -1
+        for request in descriptor.requests
+    ]
     slot_of = np.array(slots, np.int64)
     lengths = np.where(slot_of >= 0, np.append(np.diff(sequences.starts), 0)[slot_of], 0).astype(np.uint32)
     # All numbers are in bounds: "clip" spares a second look at them.
@@ -133,6 +138,16 @@ def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Se
     return chosen
 
 
+def _is_of(request: Request, sequences: Sequences) -> bool:
+    """Tell whether a request is the one that the output of its sample names.
+
+    Inside, vLLM puts something random behind a request's name, and the number of a completion before it.
+    """
+    output_id = sequences.request_ids.get(request.sample, "")
+    names = request.request_id, request.request_id.removeprefix(f"{request.completion}_")
+    return any(name == output_id or name.startswith(f"{output_id}-") for name in names)
+
+
 def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], everything: bool, num_rows: int) -> IntArray:
     """Return for each of `num_rows` places the usable row that was written there last, -1 where there is none.
 
@@ -152,6 +167,14 @@ def _raise_missing(descriptor: Descriptor, sequences: Sequences, flat: IntArray,
     sequence, position = sequences.position_of(flat)
     sample, completion = next(key for key, number in sequences.slots.items() if number == sequence[0])
     names = {(r.sample, r.completion): r.request_id for r in descriptor.requests}
+    others = [r.request_id for r in descriptor.requests if r.sample == sample and not _is_of(r, sequences)]
+    advice = "Capture again; if it stays so, run `vllm-tap doctor` and report it."
+    if others:
+        advice = (
+            f"Rows came for this sample from request {others[0]}, and its output is of request "
+            f"{sequences.request_ids[sample]}: give the outputs in the order of the samples, and every request "
+            "a sample number of its own."
+        )
     mine = position[sequence == sequence[0]]
     listed = ", ".join(map(str, mine[:SHOWN])) + (", ..." if len(mine) > SHOWN else "")
     request_id = names.get((sample, completion), "")
@@ -159,7 +182,7 @@ def _raise_missing(descriptor: Descriptor, sequences: Sequences, flat: IntArray,
     raise RowsMissingError(
         f"rank {descriptor.rank}: {len(flat)} of {len(sequences.wanted)} rows {what}; first sample {sample}, request "
         f"{request_id or 'never met by this rank'}, positions {listed}, in {layers}. Nothing of this capture is "
-        "returned. Capture again; if it stays so, run `vllm-tap doctor` and report it.",
+        f"returned. {advice}",
         sample=sample,
         request_id=request_id,
         positions=mine.tolist(),

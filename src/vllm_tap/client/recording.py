@@ -7,6 +7,7 @@ capture, add them in any order beside others, run the engine's steps, and finish
 from __future__ import annotations
 
 import copy
+import numbers
 import os
 import sys
 import time
@@ -33,6 +34,9 @@ SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
 
 class Recording:
     """A capture under way in an engine; an engine runs one at a time.
+
+    As a context manager it stops at the end of the block, unless it was finished there. One that nobody holds any more
+    is stopped when the next begins.
 
     While the engine computes, `tokens.read` may be given the lists of token ids that will come back in its outputs, the
     same objects: `finish` then takes some milliseconds less for 100,000 tokens.
@@ -69,13 +73,13 @@ class Recording:
             raise SpecError(f'spec is a vllm_tap.Spec, got {type(spec).__name__}: try Spec(hidden_states="all").')
         if staging not in STAGINGS:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
-        budget_bytes = default_budget_bytes() if budget_bytes is None else budget_bytes
-        if budget_bytes <= 0:
-            raise SpecError(f"budget_bytes is a positive number, got {budget_bytes}.")
+        budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = spec
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
+        self._has_ended = False
         self._connection = connection = connect(llm)
+        connection.stop_lost()
         shared = connection.choose_transport(transport)
         self._start = messages.Start(
             capture_id=new_capture_id(),
@@ -84,11 +88,12 @@ class Recording:
             residual=connection.residual,
             shared=shared,
             clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},
-            budget_bytes=budget_bytes // len(connection.hellos),
+            budget_bytes=budget // len(connection.hellos),
             staging=staging,
             expected_rows=expected_rows if spec.positions == "all" else 0,
         )
         self._starting: Callable[[], object] | None = None
+        connection.expect_end(self, self._start)
         try:
             self._starting = connection.ask(messages.Started, self._start, shared)
             if wait:
@@ -96,6 +101,13 @@ class Recording:
         except BaseException:
             self.stop()  # where it has begun: a rank may have failed alone, or the call been interrupted
             raise
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._has_ended:
+            self.stop()
 
     def started(self) -> None:
         """Wait until all workers have begun, in the thread that made this object.
@@ -190,7 +202,12 @@ class Recording:
             self._finishing = None
             raise
         self._finishing = None
+        self._ended()
         return handed_over
+
+    def _ended(self) -> None:
+        self._has_ended = True
+        self._connection.ended(self._start.capture_id)
 
     def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
         choice = Choice(sequences)
@@ -223,6 +240,7 @@ class Recording:
                 return
             stop = messages.Stop(capture_id=self._start.capture_id)
             self._connection.ask(messages.Stopped, stop, self._start.shared)()
+            self._ended()
         except TapError as error:
             if current is None:
                 raise
@@ -244,6 +262,13 @@ def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
             layers: Layers = getattr(spec, field) if field in LAYERED_STREAMS else "all"
             streams[stream] = tuple(resolve_layers(stream, layers, available, connection.num_layers))
     return streams
+
+
+def _whole(name: str, given: Any) -> int:
+    is_number: bool = isinstance(given, numbers.Real)
+    if not (is_number and given >= 1 and given % 1 == 0):
+        raise SpecError(f"{name} is a positive whole number, got {given!r}.")
+    return int(given)
 
 
 def default_budget_bytes() -> int:

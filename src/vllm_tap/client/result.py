@@ -62,9 +62,17 @@ class Sample:
     """The rows of one sequence: a prompt and one of its completions."""
 
     def __init__(self, capture: Capture, number: int) -> None:
-        self._capture = capture
+        self._capture, self._number = capture, number
         starts = capture.sequences.wanted_starts
         self._range = int(starts[number]), int(starts[number + 1])
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether this is the same sequence of the same capture."""
+        mine = self._capture, self._number
+        return isinstance(other, Sample) and mine == (other._capture, other._number)
+
+    def __hash__(self) -> int:
+        return hash((id(self._capture), self._number))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -197,10 +205,13 @@ class Capture(Sequence[Sample]):
         Raises:
             RowsMissingError: There is no such completion.
         """
+        sample = index + len(self) if index < 0 else index
         try:
-            return Sample(self, self.sequences.slots[index, completion])
+            return Sample(self, self.sequences.slots[sample, completion])
         except KeyError:
-            raise RowsMissingError(f"sample {index} has no completion {completion}", sample=index) from None
+            raise RowsMissingError(
+                f"sample {index} of {len(self)} has no completion {completion}", sample=index
+            ) from None
 
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a layer over all samples, sample after sample; `start` and `stop` are those of a slice.

@@ -52,6 +52,7 @@ class Sequences:
 
     Attributes:
         slots: {(sample, completion): number of the sequence}.
+        request_ids: {sample: what its output says that its request was called}.
         starts: int64 [S + 1], first flat index of each sequence; the rows that exist are the prompt and all generated
             tokens but the last, which never enters the model.
         token_ids: int32 [starts[-1]].
@@ -64,12 +65,14 @@ class Sequences:
     ) -> None:
         ahead = TokenArrays() if ahead is None else ahead
         self.slots: dict[tuple[int, int], int] = {}
+        self.request_ids: dict[int, str] = {}
         token_ids = array("i")
         lengths: list[int] = []
         prompt_lens: list[int] = []
         for sample, output in enumerate(outputs):
             if output is None:
                 continue
+            self.request_ids[sample] = output.request_id
             prompt = output.prompt_token_ids
             prompt_len = len(prompt)
             for completion, generated in _completions(output):

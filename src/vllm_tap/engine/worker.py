@@ -217,7 +217,7 @@ class TapWorker(host_runner.Recorder):
         if self._session is not None:
             raise CaptureError(
                 f"capture {self._session.start.capture_id} is under way: an engine serves one capture at a time. "
-                "Wait for it to end."
+                "Wait for it to end, or stop the Recording that it is of."
             )
         if start.shared and not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
             raise CaptureError(f"rank {self.rank}: the client of capture {start.capture_id} is not connected any more.")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_tap.client.memory import FetchedMemory
-from vllm_tap.client.rank_rows import Choice, RankRows
+from vllm_tap.client.rank_rows import Choice, RankRows, _is_of
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame import messages
@@ -23,7 +23,9 @@ Row = tuple[int, int, int, int]
 
 
 def output(prompt: list[int], generated: list[int]) -> Any:
-    return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(index=0, token_ids=generated)])
+    return SimpleNamespace(
+        request_id="r", prompt_token_ids=prompt, outputs=[SimpleNamespace(index=0, token_ids=generated)]
+    )
 
 
 def rank_rows(
@@ -43,7 +45,7 @@ def rank_rows(
         rank=rank,
         capture_id="c",
         streams=(STREAM,),
-        requests=tuple(messages.Request(f"r{number}", number, 0) for number in range(num_requests)),
+        requests=tuple(messages.Request(f"r-{number}", number, 0) for number in range(num_requests)),
         chunks=(messages.Chunk(1, 0, len(memory), 1),),
         blocks=np.array(blocks, "<i8").tobytes(),
         byte_order="little",
@@ -102,7 +104,7 @@ def test_a_missing_row_is_named() -> None:
     sequences = Sequences([output([1, 2, 3], [])], "all")
     with pytest.raises(RowsMissingError, match="positions 1,") as caught:
         rank_rows([[(0, 0, 1, 0), (0, 2, 3, 0)]], 1, sequences)
-    assert caught.value.identity == {"sample": 0, "request_id": "r0", "positions": [1], "rank": 0}
+    assert caught.value.identity == {"sample": 0, "request_id": "r-0", "positions": [1], "rank": 0}
 
 
 def test_no_row_at_all_is_an_error() -> None:
@@ -150,6 +152,26 @@ def test_a_rank_that_met_other_rows_is_checked_for_itself() -> None:
             rank_rows([wrong], 2, sequences, rank=3, choice=choice)
     with pytest.raises(RowsMissingError, match="2 of 4 rows did not arrive"):
         rank_rows([rows[:2]], 1, sequences, rank=3, choice=choice)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "completion", "is_taken"),
+    [
+        ("r", 0, True),
+        ("r-7f3a", 0, True),
+        ("0_r-7f3a", 0, True),
+        ("1_r-7f3a", 0, False),
+        ("1_r-7f3a", 1, True),
+        ("rr", 0, False),
+        ("s-7f3a", 0, False),
+    ],
+)
+def test_rows_are_those_of_the_request_that_the_output_names(request_id: str, completion: int, is_taken: bool) -> None:
+    """By all the names that vLLM gives it; the labels of another's would agree."""
+    outputs = [SimpleNamespace(index=index, token_ids=[3]) for index in (0, 1)]
+    sequences = Sequences([SimpleNamespace(request_id="r", prompt_token_ids=[1], outputs=outputs)], (0,))
+    request = messages.Request(request_id, 0, completion)
+    assert _is_of(request, sequences) == is_taken
 
 
 @pytest.mark.parametrize("number", [-1, 1, -(2**31)])

@@ -14,7 +14,7 @@ from vllm_tap.client.sequences import Sequences, TokenArrays
 def output(prompt: list[int], *completions: list[int]) -> Any:
     """An output of vLLM."""
     generated = [SimpleNamespace(index=index, token_ids=ids) for index, ids in enumerate(completions)]
-    return SimpleNamespace(prompt_token_ids=prompt, outputs=generated)
+    return SimpleNamespace(request_id="r", prompt_token_ids=prompt, outputs=generated)
 
 
 def test_tokens_that_were_read_ahead_give_the_same_sequences() -> None:
