@@ -211,6 +211,10 @@ PARTS: Final = (
                 "to tell completions of one prompt apart: their requests are named `{index}_{parent}`",
                 "captures with n > 1 fail, rows missing",
             ),
+            Assumption(
+                "vllm.v1.engine.input_processor.InputProcessor", ("assign_request_id",),
+                "to tell which request an output names: inside it is `{name}-{random}`", "captures fail, rows missing",
+            ),
         ),
     ),
     Part(
