@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_ratios import summarise
 
 SAME = "machine", "shape", "plain"
-ROUNDS = "all", "generate", "segments_gb", "steps"
-"""What a row has one of for each round."""
+ROUNDS = "generate", "segments_gb", "steps"
+"""What a row has one of for each round, beside the times."""
 
 
 def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _rows(calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             {name: rows[0]["bytes"] for name, rows in rows_of.items()},
         )
         for row in summary:
-            row |= {key: [one for call in rows_of[row["arm"]] for one in call[key]] for key in ROUNDS if key != "all"}
+            row |= {key: [one for call in rows_of[row["arm"]] for one in call[key]] for key in ROUNDS}
         pooled += summary
     return pooled
 

@@ -172,7 +172,8 @@ class Recording:
 
         Raises:
             BudgetError: The rows did not fit the budget.
-            RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
+            RowsMissingError: A row did not arrive, or came for other tokens than the final ones, or from another
+                request than the one that its output names.
             EngineDiedError: The engine ended.
         """
         begin = time.perf_counter()

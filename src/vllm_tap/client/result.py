@@ -200,7 +200,7 @@ class Capture(Sequence[Sample]):
         return self.sample(index % len(self))
 
     def sample(self, index: int, completion: int = 0) -> Sample:
-        """Return the rows of one completion of a prompt.
+        """Return the rows of one completion of a prompt; negative numbers count from the last prompt.
 
         Raises:
             RowsMissingError: There is no such completion.

@@ -264,6 +264,10 @@ class Engine:
                 ).view(shape)
                 for layer, plane in zip(stream.layers, rows, strict=True):
                     assert torch.equal(plane, expected.rows[stream.name, layer]), (stream.name, layer)
+        self.abandon(session)
+
+    def abandon(self, session: Session) -> None:
+        """Close a session, and free what it filled."""
         session.close()
         for block_id in session.block_ids:
             self.pool.release(block_id)
@@ -862,9 +866,7 @@ def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     cuda.copies_left = sys.maxsize
     with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
         session.finish()
-    session.close()
-    for block_id in session.block_ids:
-        engine.pool.release(block_id)
+    engine.abandon(session)
     session = engine.start()
     for step in STEPS[:3]:
         engine.step(session, step)
@@ -886,9 +888,7 @@ def test_a_last_copy_that_fails_ends_the_capture(cuda: SimulatedCuda) -> None:
             with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
                 session.finish()
             cuda.copies_left = sys.maxsize
-            session.close()
-            for block_id in session.block_ids:
-                engine.pool.release(block_id)
+            engine.abandon(session)
     assert cuda.conflicts == []
 
 
@@ -915,9 +915,7 @@ def test_several_pieces_of_a_step_may_fail(cuda: SimulatedCuda, monkeypatch: pyt
     cuda.edits_left = cuda.instances_left = sys.maxsize
     with pytest.raises(TransportError, match="failed"):
         session.finish()
-    session.close()
-    for block_id in session.block_ids:
-        engine.pool.release(block_id)
+    engine.abandon(session)
     session = engine.start()
     engine.step(session, DECODE)
     engine.finish(session)
