@@ -145,10 +145,6 @@ class Graph:
     def raw_cuda_graph(self) -> int:
         return self.handle
 
-    def raw_cuda_graph_exec(self) -> int:
-        self.device.own_executables[self.handle] = self.executable
-        return self.handle
-
     def replay(self) -> None:
         self.executable.launch()
 
@@ -177,7 +173,6 @@ class SimulatedCuda:
         self.events: dict[int, dict[str, int]] = {}  # the clocks of events, empty until they are recorded
         self.graphs: dict[int, Nodes] = {}
         self.executables: dict[int, Executable] = {}
-        self.own_executables: dict[int, Executable] = {}  # PyTorch's, by the handle of their graph
         self.instances_left = sys.maxsize
         self.edits_left = sys.maxsize
         self.kind_of_work = KERNEL
@@ -412,8 +407,8 @@ class SimulatedCuda:
     def cuGraphNodeSetEnabled(self, executable: int, node: int, enabled: int) -> int:  # noqa: N802
         if self._edit():
             return INVALID_VALUE
-        disabled = self.own_executables[executable].disabled
-        assert node in self.own_executables[executable].work
+        disabled = self.executables[executable].disabled
+        assert node in self.executables[executable].work
         assert (node in disabled) == bool(enabled), "nothing to change"
         (disabled.discard if enabled else disabled.add)(node)
         return SUCCESS

@@ -42,7 +42,7 @@ class DeviceBackend:
             owner = reference()
             return host_runner.step_headroom(owner) if owner is not None else 0
 
-        self.rows = DeviceRows(self._max_rows + MAX_PADDING, MAX_TAPS, worker.device, headroom)
+        self.rows = DeviceRows(self._max_rows + MAX_PADDING, self._graph_rows, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property
@@ -63,13 +63,21 @@ class DeviceBackend:
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""
         return SegmentPool(
-            0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=self._register, on_close=unregister_segment
+            0, shared=shared, segment_bytes=SEGMENT_BYTES, on_create=self._register, on_close=self._unregister
         )
 
     def _register(self, segment: Segment) -> None:
         # In whichever thread made it: a new one works on device 0, where a call would make a context.
         torch.cuda.set_device(self._device)
         register_segment(segment)
+
+    def _unregister(self, segment: Segment) -> None:
+        torch.cuda.set_device(self._device)
+        unregister_segment(segment)
+
+    def is_quiet(self) -> bool:
+        """Tell whether the engine's stream has nothing to do."""
+        return self.rows.is_quiet()
 
     def note_stream(self) -> None:
         """Note on which stream the engine works; in the engine's own thread."""

@@ -41,7 +41,9 @@ class DeviceRows(Rows):
         passed: Recorded and waited for at once.
     """
 
-    def __init__(self, max_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]) -> None:
+    def __init__(
+        self, max_tokens: int, graph_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]
+    ) -> None:
         super().__init__()
         self.chosen = 0, 0
         self._buffer = torch.zeros(kernel.HEADER_WORDS + max_tokens, dtype=torch.int64, device=device)
@@ -51,10 +53,10 @@ class DeviceRows(Rows):
         self.table = torch.full((max_taps, 2), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self.first_tap = len(REGISTRY)
-        self.experts = HeldExperts(self)
+        self.experts = HeldExperts(self, graph_tokens)
         self.switch = GraphSwitch(self.fail, self.experts.serve)
         self.headroom = headroom
-        self.slabs = SlabKeeper(device, headroom, self._is_quiet, self.switch.forget)
+        self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget)
         self.main: torch.cuda.Stream | None = None
         self.sink: DeviceSink | None = None
         self.active = False
@@ -79,7 +81,8 @@ class DeviceRows(Rows):
     def staging_bytes(self) -> int:
         return self.slabs.held_bytes
 
-    def _is_quiet(self) -> bool:
+    def is_quiet(self) -> bool:
+        """Tell whether the engine's stream has nothing to do."""
         return self.main is None or bool(self.main.query())
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:

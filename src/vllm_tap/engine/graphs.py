@@ -9,10 +9,11 @@ one (bench/tap_kernel.py, one H200), times the number of layers, each step. To m
   first replays it, and given up some time after the last one.
 - What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel serves
   all of these taps, at the end of the graph or where much is held. After any other tap, the next kernel starts early.
-- Pieces of a model are many, and a step replays one for each layer: their taps stay, disabled while nobody captures.
+- Pieces of a model are many, and a step replays one for each layer: they are made executable with their taps when a
+  capture first wants one of these, and stay so, the taps disabled while nobody captures.
 
-Copies are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws
-none.
+What executable graphs took of the device's memory the driver keeps for the next ones. Graphs with taps
+are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws none.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class GraphSwitch:
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
         original = torch.cuda.CUDAGraph
-        if not hasattr(original, "raw_cuda_graph_exec") or not cuda.can_edit_graphs():
+        if not hasattr(original, "raw_cuda_graph") or not cuda.can_edit_graphs():
             logger.info("vllm-tap: CUDA graphs cannot be edited here: taps stay in them while nobody captures")
             yield
             return
@@ -177,29 +178,48 @@ class GraphSwitch:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
 
 
-class _Switched:
-    """Taps that stay in an executable graph, disabled while nobody wants them."""
+class _Piece:
+    """A graph of a piece of the model: executable without its taps until a capture wants one, with them from then on.
 
-    def __init__(self, executable: int, taps: list[Node]) -> None:
-        self._executable, self._taps = executable, taps
-        self._enabled = {node.handle for node in taps}
+    What nobody wants is disabled there. It stays: the driver keeps the memory that executable graphs have taken.
+
+    Args:
+        graph: PyTorch's, which stays as it is.
+        taps: Its nodes that serve taps.
+        fail: Called with what went wrong; the graph runs nevertheless, maybe without taps that are on.
+    """
+
+    def __init__(self, graph: int, taps: list[Node], fail: Callable[[Exception], None]) -> None:
+        self._graph, self._taps, self._fail = graph, taps, fail
+        self._executable = _executable_with(NOTHING, graph, taps)
+        self._forms = {NOTHING: self._executable}
+        self._enabled: set[int] | None = None  # of the nodes, if they are there
         self._on: frozenset[int] | None = NOTHING
-        self._enable(NOTHING)
+        weakref.finalize(self, _give_up, self._forms).atexit = False
 
     def launch(self, on: frozenset[int]) -> bool:
-        """Have the taps that are on and no others; return False, because PyTorch launches the graph."""
+        """Queue the graph with the taps that are on."""
         if on is not self._on:
-            self._on = None  # unknown, until all has gone well
-            self._enable(on)
-            self._on = on
-        return False
+            try:
+                self._switch(on)
+            except TransportError as error:
+                self._fail(error)
+        cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
+        return True
 
-    def _enable(self, on: frozenset[int]) -> None:
-        for taps, handle in self._taps:
-            wanted = not taps.isdisjoint(on)
-            if wanted != (handle in self._enabled):
-                cuda.set_node_enabled(self._executable, handle, wanted)
+    def _switch(self, on: frozenset[int]) -> None:
+        self._on = None  # unknown, until all has gone well
+        wanted = _handles(self._taps, on)
+        if wanted and self._enabled is None:
+            every = frozenset(node.handle for node in self._taps)
+            self._executable = self._forms[every] = cuda.instantiate(self._graph)
+            self._enabled = set(every)
+            cuda.destroy_executable(self._forms.pop(NOTHING))
+        if self._enabled is not None:
+            for handle in wanted ^ self._enabled:
+                cuda.set_node_enabled(self._executable, handle, handle in wanted)
                 self._enabled ^= {handle}
+        self._on = on
 
 
 class _Copy:
@@ -220,7 +240,7 @@ class _Copy:
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
-        weakref.finalize(self, _give_up, self._graph, self._forms).atexit = False
+        weakref.finalize(self, _give_up, self._forms, self._graph).atexit = False
 
     def forget(self) -> None:
         """Give up what was made executable; the lock is held."""
@@ -246,7 +266,7 @@ class _Copy:
 
     def _take_form(self, on: frozenset[int]) -> bool:
         """Choose what to launch; return whether it had to be made."""
-        wanted = frozenset(node.handle for node in self._taps if node.taps & on)
+        wanted = _handles(self._taps, on)
         is_new = bool(wanted) and wanted not in self._forms
         self._executable = self._form(wanted) if wanted else 0
         self._on = on
@@ -263,37 +283,40 @@ class _Copy:
 
     def _executable_with(self, wanted: frozenset[int]) -> int:
         try:
-            graph = self._clone_with(wanted, out_of_the_way=True)
+            return _executable_with(wanted, self._graph, self._taps, out_of_the_way=True)
         except TransportError as error:
             logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
-            graph = self._clone_with(wanted, out_of_the_way=False)
-        try:
-            return cuda.instantiate(graph)
-        finally:
-            cuda.destroy_graph(graph)
-
-    def _clone_with(self, wanted: frozenset[int], out_of_the_way: bool) -> int:
-        graph = cuda.clone_graph(self._graph)
-        try:
-            nodes = [(node.handle in wanted, node.in_copy(graph)) for node in self._taps]
-            for is_wanted, node in nodes:
-                if not is_wanted:
-                    cuda.remove_node(graph, node.handle)
-            for is_wanted, node in nodes:
-                if is_wanted and out_of_the_way:
-                    cuda.let_next_start_early(graph, node.handle)
-        except TransportError:
-            cuda.destroy_graph(graph)
-            raise
-        return graph
+            return _executable_with(wanted, self._graph, self._taps)
 
 
-def _give_up(graph: int, forms: dict[frozenset[int], int]) -> None:
-    """Give up a copy that nothing will launch any more: PyTorch's own graph is gone."""
+def _handles(taps: Iterable[Node], on: frozenset[int]) -> frozenset[int]:
+    """Return the nodes that serve taps which are on."""
+    return frozenset(node.handle for node in taps if node.taps & on)
+
+
+def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *, out_of_the_way: bool = False) -> int:
+    """Return a graph made executable with these of its nodes for taps and no others."""
+    clone = cuda.clone_graph(graph)
+    try:
+        nodes = [(node.handle in wanted, node.in_copy(clone).handle) for node in taps]
+        for is_wanted, handle in nodes:
+            if not is_wanted:
+                cuda.remove_node(clone, handle)
+        for is_wanted, handle in nodes:
+            if is_wanted and out_of_the_way:
+                cuda.let_next_start_early(clone, handle)
+        return cuda.instantiate(clone)
+    finally:
+        cuda.destroy_graph(clone)
+
+
+def _give_up(forms: dict[frozenset[int], int], graph: int = 0) -> None:
+    """Give up what nothing will launch any more: PyTorch's own graph is gone."""
     try:
         while forms:
             cuda.destroy_executable(forms.popitem()[1])
-        cuda.destroy_graph(graph)
+        if graph:
+            cuda.destroy_graph(graph)
     except TransportError as error:
         logger.info("vllm-tap: a CUDA graph with taps stays in memory: %s", error)
 
@@ -316,7 +339,7 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
-            self._taps: _Switched | _Copy | None = None
+            self._taps: _Piece | _Copy | None = None
 
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             switch.begin()
@@ -328,16 +351,15 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             switch.ended()
             graph = self.raw_cuda_graph()
             taps = switch.take(graph)
-            is_piece = len(taps) <= FEW_TAPS
             with _or_left_in():
-                if not is_piece:
+                if 0 < len(taps) <= FEW_TAPS:
+                    self._taps = _Piece(graph, taps, switch.fail)
+                elif taps:
                     self._taps = switch.copied(graph, taps)
                     for node in taps:
                         cuda.remove_node(graph, node.handle)
-            self.instantiate()
-            with _or_left_in():
-                if is_piece and taps:
-                    self._taps = _Switched(self.raw_cuda_graph_exec(), taps)
+            if not isinstance(self._taps, _Piece):
+                self.instantiate()
 
         def replay(self) -> None:
             try:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 MAX_GRAPHS: Final = 128
 """Graphs of the whole model that `HeldExperts` has room for; by default, vLLM captures 51 sizes."""
 
-MAX_HELD_BYTES: Final = 2 << 20
-"""Most memory of a graph that is held: that of the 48 layers of Qwen3-30B-A3B at 136 rows.
+MAX_HELD_BYTES: Final = 256 << 10
+"""Most memory that a graph of no rows might hold; one of half as many rows as the largest graph holds half of it.
 
-PyTorch takes memory for graphs by 2 MiB. There it took one piece more with this limit and with any down to 256 KiB,
-and two with 4 MiB (one H200).
+PyTorch takes memory for graphs by 2 MiB, and the graph of most rows decides how much: what smaller ones leave unused
+may be held there. With Qwen3-30B-A3B they took no more with this limit, 2 MiB more with 512 KiB, and with 256 KiB
+for graphs of all sizes (one H200).
 """
 
 
@@ -40,11 +41,15 @@ class Layer(NamedTuple):
 class HeldExperts:
     """Where the tensors of a model's experts lie in its graphs.
 
-    Cost: 4 KiB of the device for each layer, as long as the model is there, and `MAX_HELD_BYTES` of the graphs' memory.
+    Cost: 4 KiB of the device for each layer, as long as the model is there.
+
+    Args:
+        rows: What the kernels read.
+        graph_rows: Rows of the largest graph.
     """
 
-    def __init__(self, rows: DeviceRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: DeviceRows, graph_rows: int) -> None:
+        self._rows, self._graph_rows = rows, graph_rows
         self._sources: torch.Tensor | None = None
         self._num_sources = 0
 
@@ -64,11 +69,13 @@ class HeldExperts:
         Nothing may write to the tensors for as long as somebody holds them.
         """
         switch = self._rows.switch
-        held = switch.held
+        held, new = switch.held, Layer(taps, tensors)
+        most_bytes = MAX_HELD_BYTES * (1 - len(tensors[0]) / self._graph_rows)
         if self._sources is None or self._num_sources + len(held) >= len(self._sources) or not can_gather(tensors):
             return False
-        new = Layer(taps, tensors)
-        if held and sum(layer.nbytes for layer in (*held, new)) > MAX_HELD_BYTES:
+        if new.nbytes > most_bytes:
+            return False
+        if sum(layer.nbytes for layer in (*held, new)) > most_bytes:
             switch.serve_held()
         return switch.hold(new)
 
