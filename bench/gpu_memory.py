@@ -1,7 +1,8 @@
 """The device's memory that an engine holds while nobody captures, with the plugin and without. Part of bench/gpu.py.
 
 Every engine runs in a process of its own, one after the other, inside which PyTorch can be asked what it holds. The
-first one of a machine may hold some tens of MiB more than the next, which is why there are two of each.
+first one of its kind on a machine may hold some tens of MiB more than the next, which is why there are two of each. The
+last one captures, until it holds nothing for captures any more and once after that.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ from gpu_setting import Report, Setting, capture, generate, start_engine, stop_e
 ORDER = [False, True, False, True]
 WORKLOAD = "decode 256 x (64 + 128)"
 MIB = 1 << 20
+MEANING = {"warm": "with host memory for the next ones", "after": "without"}
 
 
 def run_memory(setting: Setting, report: Report) -> bool:
     """Measure, print, and return whether the plugin costs no block of KV cache."""
     engines = []
-    for tapped in ORDER:
+    for place, tapped in enumerate(ORDER, 1):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            engines.append(process.submit(_measure, setting, tapped).result())
+            engines.append(process.submit(_measure, setting, tapped, place == len(ORDER)).result())
         report.put(memory=engines)
         print(f"# {engines[-1]}", flush=True)
     groups = [[engine for engine in engines if engine["tapped"] is tapped] for tapped in (False, True)]
     plain, idle = ({key: min(state[key] for state in map(_idle, group)) for key in _idle(group[0])} for group in groups)
-    after = min(engine["after"]["driver"] for engine in groups[1]) - idle["driver"]
+    last = engines[-1]
     fewer = plain["blocks"] - idle["blocks"]
     report.put(fewer_blocks=fewer, more_bytes={key: idle[key] - plain[key] for key in ("reserved", "driver")})
     for key, meaning in (("reserved", "held by PyTorch beside the KV cache"), ("driver", "held by the driver")):
         print(f"{meaning}: {plain[key] / MIB:.1f} MiB, with the plugin {(idle[key] - plain[key]) / MIB:+.1f}")
-    print(f"held by the driver after the first captures: {after / MIB:+.1f} MiB")
+    for state in ("warm", "after"):
+        more = (last[state]["driver"] - last["idle"]["driver"]) / MIB
+        print(f"held by the driver after the first captures, {MEANING[state]}: {more:+.1f} MiB")
+    print(f"captures: {last['captures_s']} s, plain {last['plain_s']}")
     print(f"{'FAIL' if fewer > 0 else 'PASS'}  blocks of KV cache: {plain['blocks']}, with the plugin {idle['blocks']}")
     return fewer <= 0
 
@@ -48,8 +53,11 @@ def _idle(engine: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _measure(setting: Setting, tapped: bool) -> dict[str, Any]:
-    """Return blocks and bytes of the KV cache, and what is held when idle and, with taps, after captures."""
+def _measure(setting: Setting, tapped: bool, captures: bool) -> dict[str, Any]:
+    """Return blocks and bytes of the KV cache, and what is held when idle and after captures, if there are any.
+
+    Of these also how long they take: the first, the next, and the first after all that they held has gone.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = start_engine(setting, tapped)
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -63,11 +71,22 @@ def _measure(setting: Setting, tapped: bool) -> dict[str, Any]:
         "kv_bytes": sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()),
         "idle": _held(setting),
     }
-    if tapped:
-        for _ in range(2):
-            capture(setting, llm, prompts, workload[2], setting.spec(ROUTER if setting.has_experts else ALL))
+    if captures:
+        from vllm_tap.engine import keeper
+
+        spec = setting.spec(ROUTER if setting.has_experts else ALL)
+
+        def seconds() -> float:
+            return capture(setting, llm, prompts, workload[2], spec)[0]
+
+        found["captures_s"] = [seconds(), seconds()]
         wait_idle(llm)
+        found["warm"] = _held(setting)
+        keeper.POOL_LINGER_SECONDS = 0.0  # type: ignore[misc]  # instead of ten minutes
+        wait_idle(llm, "capacity_bytes")
         found["after"] = _held(setting)
+        found["captures_s"].append(seconds())
+        found["plain_s"] = generate(llm, prompts, workload[2])[0]
     stop_engine(llm)
     return found
 

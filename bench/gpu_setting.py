@@ -198,12 +198,12 @@ def profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
     return list(llm.collective_rpc("vllm_tap_profile", args=(kind,)))
 
 
-def wait_idle(llm: Any, timeout_s: float = 90.0) -> float:
-    """Wait until the workers hold no device memory for captures any more; return the seconds that took."""
+def wait_idle(llm: Any, held: str = "staging_bytes", timeout_s: float = 90.0) -> float:
+    """Wait until the workers hold no device memory for captures, or nothing else; return the seconds that took."""
     begin = time.perf_counter()
-    while any(state["staging_bytes"] for state in status(llm)):
+    while any(state[held] for state in status(llm)):
         if time.perf_counter() - begin > timeout_s:
-            raise TimeoutError(f"staging memory is still held after {timeout_s} s: {status(llm)}")
+            raise TimeoutError(f"{held} are still held after {timeout_s} s: {status(llm)}")
         time.sleep(0.2)
     return time.perf_counter() - begin
 

@@ -40,6 +40,10 @@ class Backend(Protocol):
         """Return a pool without segments, whose budget is zero."""
         ...
 
+    def is_quiet(self) -> bool:
+        """Tell whether the device has nothing to do; from any thread."""
+        ...
+
     def note_stream(self) -> None:
         """Note on which stream the engine works; in the engine's own thread."""
 
@@ -70,6 +74,10 @@ class HostBackend:
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool."""
         return SegmentPool(0, shared=shared)
+
+    def is_quiet(self) -> bool:
+        """Nothing of the engine waits for what a pool does."""
+        return True
 
     def note_stream(self) -> None:
         """There are no streams."""

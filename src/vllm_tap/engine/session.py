@@ -148,6 +148,8 @@ class Session:
         form = self._form(start % self._period, num_rows)
         if start + form.end > self._free_end:
             chunk = self._reserve(num_rows)
+            if self._chunks and self.num_rows >= self.start.expected_rows:
+                self._pool.grow_more()
             self._chunk_number = len(self._chunks)
             self._chunks.append(chunk)
             start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes

@@ -6,25 +6,19 @@ giving back waits for all work that is queued on the device.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable
 from typing import Final
 
 import torch
 
 from vllm_tap.engine import cuda
-
-logger = logging.getLogger("vllm_tap")
+from vllm_tap.engine.keeper import Keeper
 
 LINGER_SECONDS: Final = 10.0
 """How long a slab that nobody uses stays."""
 
 PATIENCE_SECONDS: Final = 60.0
 """After this long it goes, whether the device is quiet or not."""
-
-POLL_SECONDS: Final = 1.0
 
 ALIGNMENT: Final = 256
 """Parts of a slab start and end on multiples of this many bytes."""
@@ -49,7 +43,7 @@ class Slab:
         self._used = 0
 
 
-class SlabKeeper:
+class SlabKeeper(Keeper):
     """Keeps the slab between captures for a while.
 
     Args:
@@ -61,6 +55,8 @@ class SlabKeeper:
             keeper's: for what else goes.
     """
 
+    what = "staging memory"
+
     def __init__(
         self,
         device: torch.device,
@@ -68,24 +64,16 @@ class SlabKeeper:
         is_quiet: Callable[[], bool],
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self._device, self._headroom, self._is_quiet, self._on_idle = device, headroom, is_quiet, on_idle
-        self._lock = threading.Lock()
         self._idle: Slab | None = None
-        self._idle_since = 0.0
-        self._lingers = False
         self._floor = 0
         self._held_bytes = 0
-        self._has_thread = False
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all slabs, in use or not."""
         return self._held_bytes
-
-    def keep(self) -> None:
-        """A capture begins: nothing goes until it calls `give`."""
-        with self._lock:
-            self._lingers = False
 
     def take(self, nbytes: int) -> Slab | None:
         """Return a slab of at least `nbytes`, or None if the device has no room to spare."""
@@ -109,54 +97,30 @@ class SlabKeeper:
 
     def give(self, slab: Slab | None) -> None:
         """A capture ends: take its slab back, if it had one, and return it to the device unless one is wanted soon."""
-        with self._lock:
-            spare = None
-            if slab is not None:
+        spare = None
+        if slab is not None:
+            with self._lock:
                 spare, self._idle = self._idle, slab
-            self._idle_since, self._lingers = time.monotonic(), True
-            starts, self._has_thread = not self._has_thread, True
+        self.linger()
         if spare is not None:
             self._free(spare)
-        if starts:
-            self._start()
 
-    def _start(self) -> None:
+    def _begin(self) -> None:
+        torch.cuda.set_device(self._device)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            if self._idle_since is None:
+                return
+            slab, self._idle, self._idle_since = self._idle, None, None
         try:
-            threading.Thread(target=self._run, name="vllm-tap-slab", daemon=True).start()
-        except RuntimeError as error:  # no more threads here
-            self._stay(error)
+            self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
+        finally:
+            if slab is not None:
+                self._free(slab)
 
-    def _stay(self, error: Exception) -> None:
-        logger.warning(
-            "vllm-tap: staging memory is kept until after the next capture: giving it back failed: %s", error
-        )
-        with self._lock:
-            self._has_thread = False
-
-    def _run(self) -> None:
-        try:
-            torch.cuda.set_device(self._device)
-            while self.tidy(time.monotonic()):
-                time.sleep(POLL_SECONDS)
-        except Exception as error:
-            self._stay(error)
-
-    def tidy(self, now: float) -> bool:
-        """Let everything go if its time has come; return whether there is anything left to look after."""
-        slab = None
-        with self._lock:
-            is_due = self._lingers and self._is_due(now - self._idle_since)
-            if is_due:
-                slab, self._idle, self._lingers = self._idle, None, False
-        if is_due:
-            try:
-                self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
-            finally:
-                if slab is not None:
-                    self._free(slab)
-        with self._lock:
-            self._has_thread = self._held_bytes > 0 or self._lingers
-            return self._has_thread
+    def _has_more(self) -> bool:
+        return self._held_bytes > 0 or self._idle_since is not None
 
     def _is_due(self, idle_seconds: float) -> bool:
         if self._free_bytes() < self._floor:

@@ -18,6 +18,7 @@ from vllm_tap.engine import host, host_model, host_runner
 from vllm_tap.engine.backend import Backend, choose
 from vllm_tap.engine.closing import Closable, close_all, weakly
 from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.keeper import PoolKeeper
 from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
@@ -96,6 +97,7 @@ class TapWorker(host_runner.Recorder):
         self._session: Session | None = None
         self._counts = 0, 0
         self._pools: dict[bool, SegmentPool] = {}
+        self._keeper: PoolKeeper | None = None
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._profile: Profile | None = None
@@ -108,6 +110,7 @@ class TapWorker(host_runner.Recorder):
         try:
             model = host_model.find_model(worker)
             self._backend = choose(worker)
+            self._keeper = PoolKeeper(self._pools, self._backend.is_quiet)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
@@ -221,6 +224,17 @@ class TapWorker(host_runner.Recorder):
             )
         if start.shared and not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
             raise CaptureError(f"rank {self.rank}: the client of capture {start.capture_id} is not connected any more.")
+        assert self._keeper is not None
+        self._keeper.keep()
+        try:
+            self._session = self._new_session(start)
+        except Exception:
+            self._keeper.linger()
+            raise
+        self._closing.append(self._session)
+        return messages.Started(rank=self.rank, streams=self._session.streams)
+
+    def _new_session(self, start: messages.Start) -> Session:
         assert self._taps is not None
         streams = tuple(self._share(start))
         for (stream, _), place in self._taps.by_place.items():
@@ -231,9 +245,7 @@ class TapWorker(host_runner.Recorder):
         largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
         pool.grow_ahead(expected + expected // SLACK, largest)
         sink = self._sink(start, streams, pool)
-        self._session = Session(start, self.rank, streams, sink, pool, self._taps.rows)
-        self._closing.append(self._session)
-        return messages.Started(rank=self.rank, streams=streams)
+        return Session(start, self.rank, streams, sink, pool, self._taps.rows)
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
         assert self._taps is not None
@@ -347,6 +359,8 @@ class TapWorker(host_runner.Recorder):
         self._counts = session.num_rows, session.num_bytes
         if session in self._closing:
             self._closing.remove(session)
+        assert self._keeper is not None
+        self._keeper.linger()
         session.close()
 
     def _abandon(self, session: Session) -> None:

@@ -29,8 +29,8 @@ _MADV_HUGEPAGE = 14
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
 
-_POPULATE_CHUNK_BYTES = 64 << 20
-_MAX_POPULATE_THREADS = 16
+_POPULATE_CHUNK_BYTES = 16 << 20
+_MAX_POPULATE_THREADS = 4  # more of them wait for one another: a file's pages are listed under one lock
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vllm_tap.transport.pool
 from vllm_tap.errors import BudgetError, TransportError
 from vllm_tap.transport.memory import Segment
 from vllm_tap.transport.pool import Block, SegmentPool
@@ -170,9 +172,22 @@ def test_segments_are_reused_until_trimmed():
         pool.release(pool.reserve(MIB).block_id)
     assert [segment_id for segment_id, _ in created] == [1]
     assert closed == []
-    pool.trim()
+    assert pool.trim() == 1
     assert closed == [(1, 2 * MIB)]
     assert pool.reserve(1).segment_id == 2
+    pool.close()
+
+
+def test_trimming_takes_the_youngest_without_blocks_as_many_as_are_asked_for():
+    """So that a capture that begins meanwhile finds the others."""
+    pool = SegmentPool(8 * MIB, shared=False, segment_bytes=2 * MIB)
+    blocks = [pool.reserve(2 * MIB) for _ in range(4)]
+    for block in blocks[:3]:
+        pool.release(block.block_id)
+    assert pool.trim(1) == 1
+    assert list(pool._segments) == [1, 2, 4]
+    assert [pool.trim(1), pool.trim(1), pool.trim(1)] == [1, 1, 0]
+    assert list(pool._segments) == [4]
     pool.close()
 
 
@@ -236,6 +251,51 @@ def test_growing_ahead_makes_room_for_the_largest_block():
     assert len({block.segment_id for block in blocks}) == 3
     assert set(grown) == {"vllm-tap-grow"}
     assert pool.stats().capacity_bytes == 12 * MIB
+    pool.close()
+
+
+def test_segments_are_as_large_as_what_came_before(monkeypatch):
+    """Where nobody says how much is wanted, small captures need not wait for large segments; there is a most."""
+    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    sizes = []
+    pool = SegmentPool(64 * MIB, shared=False, segment_bytes=8 * MIB, on_create=lambda s: sizes.append(s.nbytes // MIB))
+    for _ in range(13):
+        pool.reserve(2 * MIB)
+    assert sizes == [2, 2, 4, 8, 8, 8]
+    pool.close()
+
+
+def test_growing_ahead_makes_no_more_than_is_wanted(monkeypatch):
+    """Whole segments of the usual size, and one for the rest."""
+    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    pool = SegmentPool(64 * MIB, shared=False, segment_bytes=8 * MIB)
+    pool.grow_ahead(19 * MIB)
+    assert pool.stats()[:2] == (3, 20 * MIB)
+    pool.close()
+
+
+def test_segments_are_made_two_at_a_time(monkeypatch):
+    """The pages of one file come one after another, by whatever many threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    together = threading.Barrier(2)
+    pool = SegmentPool(8 * MIB, shared=False, segment_bytes=2 * MIB, on_create=lambda _: together.wait(10) and None)
+    pool.grow_ahead(8 * MIB)
+    assert spans([pool.reserve(2 * MIB) for _ in range(4)]) == [(n, 0, 2 * MIB) for n in sorted(pool._segments)]
+    pool.close()
+
+
+def test_the_next_segment_is_made_while_there_is_room_in_the_last():
+    """By a thread of its own, once, within the budget."""
+    made = []
+    pool = SegmentPool(
+        4 * MIB, shared=False, segment_bytes=2 * MIB, on_create=lambda _: made.append(threading.current_thread().name)
+    )
+    for nbytes, num_segments in ((PAGE, 1), (MIB, 2), (MIB, 2), (MIB, 2)):
+        pool.reserve(nbytes)
+        pool.grow_more()
+        pool.grow_more()
+        assert pool.stats().segments == num_segments
+    assert made == [threading.current_thread().name, "vllm-tap-grow"]
     pool.close()
 
 

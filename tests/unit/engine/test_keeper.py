@@ -1,0 +1,109 @@
+"""When the memory of the host goes in which rows were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_tap.engine.keeper import POOL_LINGER_SECONDS, POOL_PATIENCE_SECONDS, PoolKeeper
+from vllm_tap.transport.pool import SegmentPool
+
+MIB = 1 << 20
+
+
+class Keeper(PoolKeeper):
+    """A keeper whose thread is called by hand, and whose captures end at time 0."""
+
+    threads = 0
+
+    def _start(self) -> None:
+        self.threads += 1
+
+
+@pytest.fixture
+def pools() -> dict[bool, SegmentPool]:
+    """One pool of either kind, with three segments each."""
+    pools = {shared: SegmentPool(8 * MIB, shared=shared, segment_bytes=2 * MIB) for shared in (False, True)}
+    for pool in pools.values():
+        for block in [pool.reserve(2 * MIB) for _ in range(3)]:
+            pool.release(block.block_id)
+    return pools
+
+
+@pytest.fixture
+def quiet() -> list[bool]:
+    """What the device says of itself."""
+    return [True]
+
+
+@pytest.fixture
+def keeper(pools: dict[bool, SegmentPool], quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    """A keeper after a capture."""
+    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    keeper = Keeper(pools, lambda: quiet[0])
+    keeper.linger()
+    return keeper
+
+
+def num_segments(pools: dict[bool, SegmentPool]) -> list[int]:
+    """Return how many segments the pools have."""
+    return [pool.stats().segments for pool in pools.values()]
+
+
+def test_segments_go_some_time_after_the_last_capture(keeper: Keeper, pools: dict[bool, SegmentPool]) -> None:
+    """Not before; then the thread ends, and another begins after the next capture."""
+    assert keeper.tidy(POOL_LINGER_SECONDS - 0.1)
+    assert num_segments(pools) == [3, 3]
+    assert not keeper.tidy(POOL_LINGER_SECONDS)
+    assert num_segments(pools) == [0, 0]
+    assert keeper.threads == 1
+    keeper.keep()
+    keeper.linger()
+    assert keeper.threads == 2
+
+
+def test_segments_stay_while_a_capture_is_under_way(keeper: Keeper, pools: dict[bool, SegmentPool]) -> None:
+    """However long it takes; one thread looks after what comes later."""
+    keeper.keep()
+    assert keeper.tidy(10 * POOL_PATIENCE_SECONDS)
+    assert num_segments(pools) == [3, 3]
+    keeper.linger()
+    assert not keeper.tidy(POOL_LINGER_SECONDS)
+    assert keeper.threads == 1
+
+
+def test_a_capture_that_begins_keeps_what_is_still_there(
+    keeper: Keeper, pools: dict[bool, SegmentPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments go one by one."""
+    trim = SegmentPool.trim
+
+    def begin(pool: SegmentPool, *args: Any) -> int:
+        keeper.keep()
+        return trim(pool, *args)
+
+    monkeypatch.setattr(SegmentPool, "trim", begin)
+    assert keeper.tidy(POOL_LINGER_SECONDS)
+    assert num_segments(pools) == [2, 2]
+
+
+def test_segments_with_rows_that_somebody_holds_go_later(keeper: Keeper, pools: dict[bool, SegmentPool]) -> None:
+    """When these are let go of, without another capture."""
+    block = pools[True].reserve(MIB)
+    assert keeper.tidy(POOL_LINGER_SECONDS)
+    assert num_segments(pools) == [0, 1]
+    pools[True].release(block.block_id)
+    assert not keeper.tidy(POOL_LINGER_SECONDS + keeper.poll_seconds)
+    assert num_segments(pools) == [0, 0]
+
+
+def test_segments_go_in_a_pause_of_the_engine(
+    keeper: Keeper, pools: dict[bool, SegmentPool], quiet: list[bool]
+) -> None:
+    """The driver waits for what is queued; an engine that never pauses is not spared for ever."""
+    quiet[0] = False
+    assert keeper.tidy(POOL_PATIENCE_SECONDS - 0.1)
+    assert num_segments(pools) == [3, 3]
+    assert not keeper.tidy(POOL_PATIENCE_SECONDS)
+    assert num_segments(pools) == [0, 0]
