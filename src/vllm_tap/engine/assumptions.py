@@ -172,6 +172,10 @@ PARTS: Final = (
                 "to refuse drafts whose place in the batch the device alone knows", CONFIG, ("0.32.0", "0.33.0"),
             ),
             Assumption(
+                "vllm.config.speculative.SpeculativeConfig", ("num_speculative_tokens",),
+                "to make CUDA graphs for the next step while the device is busy", "some are made in a step",
+            ),
+            Assumption(
                 "vllm.config.compilation.CompilationConfig", ("max_cudagraph_capture_size",),
                 "to know which steps run in CUDA graphs", "no step is taken to",
             ),

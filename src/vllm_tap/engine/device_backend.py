@@ -11,7 +11,7 @@ import torch
 
 from vllm_tap.engine import cuda, device_tap, host_runner
 from vllm_tap.engine.device_rows import DeviceRows
-from vllm_tap.engine.device_sink import DeviceSink
+from vllm_tap.engine.device_sink import DeviceSink, Sizes
 from vllm_tap.engine.profile import DmaProfile, Profile
 from vllm_tap.engine.sink import Taps
 from vllm_tap.errors import BudgetError, EngineUnsupportedError
@@ -34,15 +34,17 @@ class DeviceBackend:
     def __init__(self, worker: Any) -> None:
         device_tap.install()
         runner, self._device = worker.model_runner, worker.device
-        self._max_rows = host_runner.max_rows(worker)
-        self._graph_rows = host_runner.graph_rows(worker)
+        self._sizes = Sizes(
+            host_runner.max_rows(worker), host_runner.graph_rows(worker), host_runner.request_rows(worker)
+        )
         reference = weakref.ref(worker)  # taps, and what they know, stay until the process ends
 
         def headroom() -> int:
             owner = reference()
             return host_runner.step_headroom(owner) if owner is not None else 0
 
-        self.rows = DeviceRows(self._max_rows + MAX_PADDING, self._graph_rows, MAX_TAPS, worker.device, headroom)
+        max_rows, graph_rows = self._sizes.max_rows + MAX_PADDING, self._sizes.graph_rows
+        self.rows = DeviceRows(max_rows, graph_rows, MAX_TAPS, worker.device, headroom)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property
@@ -58,7 +60,7 @@ class DeviceBackend:
         """
         if self.rows.refusal:
             raise EngineUnsupportedError(self.rows.refusal)
-        return DeviceSink(streams, taps, self.rows, pool, self._max_rows, self._graph_rows, staging)
+        return DeviceSink(streams, taps, self.rows, pool, self._sizes, staging)
 
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""

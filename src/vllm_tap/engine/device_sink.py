@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -49,6 +49,14 @@ DEPTHS: Final = ((4, 2), (2, 1))
 memory: a step waits then, on the device, for copies of the one before."""
 
 
+class Sizes(NamedTuple):
+    """The most rows of a step, of one that runs in CUDA graphs, and of a request in one that reads no prompt."""
+
+    max_rows: int
+    graph_rows: int
+    request_rows: int
+
+
 class DeviceSink:
     """Staging of one capture, from its start to its end. `staging` is "auto", "staged" or "direct".
 
@@ -62,10 +70,10 @@ class DeviceSink:
         taps: Mapping[tuple[str, int], Tap],
         rows: DeviceRows,
         pool: SegmentPool,
-        max_rows: int,
-        graph_rows: int,
+        sizes: Sizes,
         staging: str,
     ) -> None:
+        max_rows = sizes.max_rows
         names = [stream.name for stream in streams]
         if len(set(names)) < len(names):
             raise EngineUnsupportedError(
@@ -74,7 +82,8 @@ class DeviceSink:
         self.failure: Exception | None = None
         self._rows, self._pool = rows, pool
         self._device = rows.header.device
-        self._small_rows = max(graph_rows, MIN_STAGED_ROWS)
+        self._small_rows = max(sizes.graph_rows, MIN_STAGED_ROWS)
+        self._request_rows = sizes.request_rows
         self._num_steps = 0
         self._num_rows = self._num_requests = 0
         self._is_large = False
@@ -255,7 +264,7 @@ class DeviceSink:
         if self._burst is not None and self._burst.is_full:
             self._flush()
         if generates and self._unprepared:
-            self._unprepared = self._rows.switch.prepare(self._num_requests)
+            self._unprepared = self._rows.switch.prepare(self._num_requests * self._request_rows)
 
     def _flush(self) -> None:
         """Queue the copies of what is staged, behind all that the engine has queued."""

@@ -179,6 +179,11 @@ def graph_rows(worker: Any) -> int:
     return int(getattr(worker.vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0)
 
 
+def request_rows(worker: Any) -> int:
+    """Return the most rows that a request has in a step that reads no prompt: the last token, and drafts."""
+    return 1 + int(getattr(worker.vllm_config.speculative_config, "num_speculative_tokens", 0) or 0)
+
+
 def step_headroom(worker: Any) -> int:
     """Return how many bytes of device memory the engine's steps may take that PyTorch does not hold already.
 

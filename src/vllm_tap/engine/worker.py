@@ -240,6 +240,9 @@ class TapWorker(host_runner.Recorder):
         for (stream, _), place in self._taps.by_place.items():
             place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
         pool = self._pool(start.shared)
+        for other in self._pools.values():
+            if other is not pool:
+                other.trim()  # one budget, whichever way rows go
         pool.budget_bytes = start.budget_bytes
         expected = block_bytes(start.expected_rows, streams)
         largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)

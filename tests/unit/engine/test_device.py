@@ -186,7 +186,12 @@ class Engine:
         self.expected: list[Expected] = []
 
     def start(
-        self, staging: str = "staged", positions: str = "all", leave_out: int = 0, generates: bool = True
+        self,
+        staging: str = "staged",
+        positions: str = "all",
+        leave_out: int = 0,
+        generates: bool = True,
+        num_drafts: int = 0,
     ) -> Session:
         """Start a capture of all layers, or of all but some."""
         places = self.model.places[leave_out:]
@@ -208,7 +213,8 @@ class Engine:
             expected_rows=0,
         )
         rows = self.model.rows
-        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, MAX_TOKENS, GRAPH_TOKENS, staging)
+        sizes = device_sink.Sizes(MAX_TOKENS, GRAPH_TOKENS, 1 + num_drafts)
+        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, sizes, staging)
         session = Session(start, 0, streams, sink, self.pool, rows)
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
             if request_id != "other":
@@ -686,6 +692,16 @@ def test_graphs_are_made_while_the_device_is_busy(cuda: SimulatedCuda) -> None:
         assert len(cuda.executables) == len(ready)
     engine.finish(session)
     assert cuda.conflicts == []
+
+
+def test_graphs_that_are_made_ahead_have_room_for_drafts(cuda: SimulatedCuda) -> None:
+    """A step has more than one token of each request."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start(num_drafts=1)
+    engine.step(session, {"a": 6, "b": 5}, computed=[5, 0])
+    copies = engine.model.rows.switch._copies
+    assert {copy.num_rows for copy in copies if copy._forms} == {4}
+    engine.finish(session)
 
 
 @pytest.mark.parametrize(("positions", "generates"), [("last", True), ("all", False)])
