@@ -23,15 +23,12 @@ keeper.PoolKeeper.poll_seconds = 0.1
 engine = Engine(Path(sys.argv[1]), enforce_eager=True)
 assert engine.status()[0]["pid"] == os.getpid()
 known = References(Path(sys.argv[1]))
-held = set()
 for transport in ("segment", "inline"):
     result = engine.capture(prompts(), Spec(hidden_states="all"), transport=transport)
     compare(result, known)
     assert (engine.used_bytes() > 0) == (transport == "segment")
     del result
     wait_until(lambda: engine.used_bytes() == 0, "the release of all rows")
-    held.add(engine.status()[0]["capacity_bytes"])
-assert len(held) == 1, "memory of both transports"
 
 assert engine.status()[0]["capacity_bytes"] > 0
 keeper.POOL_LINGER_SECONDS = 0.0
@@ -51,7 +48,7 @@ wait_until(lambda: not listeners & {thread.name for thread in threading.enumerat
 
 
 def test_rows_of_an_engine_in_the_same_process(tiny_model: Callable[..., Path]):
-    """Worker and client in one process: rows are right by either transport, in as much memory, and free when dropped.
+    """Worker and client in one process: rows are right by either transport, and free when they are dropped.
 
     Memory of the host goes some time after the last capture, and is there again in the next. An engine that is let go
     of takes its layers and threads along, and leaves the rows.

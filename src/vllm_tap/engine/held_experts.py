@@ -70,7 +70,7 @@ class HeldExperts:
         """
         switch = self._rows.switch
         held, new = switch.held, Layer(taps, tensors)
-        most_bytes = MAX_HELD_BYTES * (1 - len(tensors[0]) / self._graph_rows)
+        most_bytes = MAX_HELD_BYTES * (1 - len(tensors[0]) / self._graph_rows) if self._graph_rows else 0
         if self._sources is None or self._num_sources + len(held) >= len(self._sources) or not can_gather(tensors):
             return False
         if new.nbytes > most_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -195,12 +195,12 @@ def step_headroom(worker: Any) -> int:
 
 
 def around_capture(runner: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run the capture of CUDA graphs inside a context, but not one to see how much memory they take (V2, 0.33)."""
+    """Run the capture of CUDA graphs inside a context."""
     capture_model = require(runner, "capture_model")
 
     @functools.wraps(capture_model)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if kwargs.get("profile_only") else context():
+        with context():
             return capture_model(*args, **kwargs)
 
     runner.capture_model = wrapper

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
 from vllm_tap.transport.pool import SegmentPool
@@ -70,19 +70,22 @@ class Keeper(ABC):
     def tidy(self, now: float) -> bool:
         """Let go what it is time for; return whether there is anything left to look after."""
         with self._lock:
-            is_due = self._idle_since is not None and self._is_due(now - self._idle_since)
+            is_due = self._is_time(now)
         if is_due:
-            self._let_go()
+            self._let_go(now)
         with self._lock:
             self._has_thread = self._has_more()
             return self._has_thread
+
+    def _is_time(self, now: float) -> bool:
+        return self._idle_since is not None and self._is_due(now - self._idle_since)
 
     @abstractmethod
     def _is_due(self, idle_seconds: float) -> bool:
         """Tell whether it is time."""
 
     @abstractmethod
-    def _let_go(self) -> None:
+    def _let_go(self, now: float) -> None:
         """Let it go, unless a capture has begun meanwhile."""
 
     @abstractmethod
@@ -102,17 +105,18 @@ class PoolKeeper(Keeper):
     what = "memory of the host"
     poll_seconds = 10.0
 
-    def __init__(self, pools: Mapping[bool, SegmentPool], is_quiet: Callable[[], bool]) -> None:
+    def __init__(self, pools: Sequence[SegmentPool], is_quiet: Callable[[], bool]) -> None:
         super().__init__()
         self._pools, self._is_quiet = pools, is_quiet
 
     def _is_due(self, idle_seconds: float) -> bool:
         return idle_seconds >= POOL_PATIENCE_SECONDS or (idle_seconds >= POOL_LINGER_SECONDS and self._is_quiet())
 
-    def _let_go(self) -> None:
-        # One at a time: a capture may begin that wants the others.
-        while self._idle_since is not None and any([pool.trim(1) for pool in self._pools.values()]):
-            pass
+    def _let_go(self, now: float) -> None:
+        # One at a time: the engine may go on, or a capture begin that wants the others.
+        for pool in self._pools:
+            while self._is_time(now) and pool.trim(1):
+                pass
 
     def _has_more(self) -> bool:
-        return any(pool.stats().segments for pool in self._pools.values())
+        return any(pool.stats().segments for pool in self._pools)

@@ -249,6 +249,8 @@ class LegacyTapWorker(TapWorker):
             staging="auto",
             expected_rows=0,
         )
+        assert self._keeper is not None
+        self._keeper.keep()
         pool = self._pool_of_rows()
         pool.budget_bytes = start.budget_bytes
         taps = self._ready()

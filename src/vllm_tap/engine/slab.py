@@ -108,7 +108,7 @@ class SlabKeeper(Keeper):
     def _begin(self) -> None:
         torch.cuda.set_device(self._device)
 
-    def _let_go(self) -> None:
+    def _let_go(self, now: float) -> None:
         with self._lock:
             if self._idle_since is None:
                 return

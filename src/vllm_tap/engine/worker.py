@@ -97,6 +97,7 @@ class TapWorker(host_runner.Recorder):
         self._session: Session | None = None
         self._counts = 0, 0
         self._pools: dict[bool, SegmentPool] = {}
+        self._every_pool: list[SegmentPool] = []
         self._keeper: PoolKeeper | None = None
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
@@ -110,7 +111,7 @@ class TapWorker(host_runner.Recorder):
         try:
             model = host_model.find_model(worker)
             self._backend = choose(worker)
-            self._keeper = PoolKeeper(self._pools, self._backend.is_quiet)
+            self._keeper = PoolKeeper(self._every_pool, self._backend.is_quiet)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
@@ -240,9 +241,6 @@ class TapWorker(host_runner.Recorder):
         for (stream, _), place in self._taps.by_place.items():
             place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
         pool = self._pool(start.shared)
-        for other in self._pools.values():
-            if other is not pool:
-                other.trim()  # one budget, whichever way rows go
         pool.budget_bytes = start.budget_bytes
         expected = block_bytes(start.expected_rows, streams)
         largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
@@ -308,7 +306,7 @@ class TapWorker(host_runner.Recorder):
 
         Rows and their bytes are those of the capture under way, or of the last one that ended.
         """
-        stats = [pool.stats() for pool in self._pools.values()]
+        stats = [pool.stats() for pool in self._every_pool]
         num_rows, num_bytes = (self._session.num_rows, self._session.num_bytes) if self._session else self._counts
         return {
             "rank": self.rank,
@@ -380,6 +378,7 @@ class TapWorker(host_runner.Recorder):
     def _new_pool(self, shared: bool) -> SegmentPool:
         assert self._backend is not None
         pool = self._backend.new_pool(shared)
+        self._every_pool.append(pool)
         self._closing.append(pool)
         return pool
 

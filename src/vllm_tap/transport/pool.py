@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm_tap")
 DEFAULT_SEGMENT_BYTES = 256 << 20
 SEGMENT_GRANULE_BYTES = 2 << 20
 FIRST_SEGMENT_BYTES = 64 << 20
-"""A pool grows by no less than this, and by no more than it has: small captures need not wait for large segments."""
+"""A pool grows by no less than this, if the budget has as much: small captures need not wait for large segments."""
 BLOCK_ALIGN_BYTES = 4096
 MOST_AT_ONCE = 2
 """Segments that are made at the same time: the pages of one file are listed under one lock, by whatever many threads.
@@ -199,7 +199,7 @@ class SegmentPool:
         """
         with self._changed:
             plans: deque[tuple[int, int]] = deque()
-            least = max(self._first_bytes, _whole(largest))
+            least = max(self._first_bytes, min(_whole(self._capacity_bytes // 8), self._segment_bytes), _whole(largest))
             free = self._free.room_for(_footprint(largest)) if largest else self._free.total_bytes
             missing = nbytes - free - sum(self._pending.values())
             while missing > 0 and not self._closed:
@@ -246,6 +246,9 @@ class SegmentPool:
                 segment_id, nbytes = plans.popleft()
             except IndexError:
                 return
+            if self._capacity_bytes + sum(self._pending.values()) > self._budget_bytes:  # it has been lowered
+                self._give_up([(segment_id, nbytes)])
+                continue
             try:
                 self._grow(segment_id, nbytes)
             except Exception as error:

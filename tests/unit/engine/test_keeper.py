@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from vllm_tap.engine.keeper import POOL_LINGER_SECONDS, POOL_PATIENCE_SECONDS, PoolKeeper
@@ -41,7 +39,7 @@ def quiet() -> list[bool]:
 def keeper(pools: dict[bool, SegmentPool], quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> Keeper:
     """A keeper after a capture."""
     monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
-    keeper = Keeper(pools, lambda: quiet[0])
+    keeper = Keeper(list(pools.values()), lambda: quiet[0])
     keeper.linger()
     return keeper
 
@@ -73,19 +71,26 @@ def test_segments_stay_while_a_capture_is_under_way(keeper: Keeper, pools: dict[
     assert keeper.threads == 1
 
 
-def test_a_capture_that_begins_keeps_what_is_still_there(
-    keeper: Keeper, pools: dict[bool, SegmentPool], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("event", ["a capture begins", "a capture begins and ends", "the engine goes on"])
+def test_what_is_still_there_stays_when_somebody_comes(
+    keeper: Keeper, pools: dict[bool, SegmentPool], quiet: list[bool], monkeypatch: pytest.MonkeyPatch, event: str
 ) -> None:
     """Segments go one by one."""
     trim = SegmentPool.trim
 
-    def begin(pool: SegmentPool, *args: Any) -> int:
-        keeper.keep()
-        return trim(pool, *args)
+    def meanwhile(pool: SegmentPool, most: int) -> int:
+        if event == "the engine goes on":
+            quiet[0] = False
+        else:
+            keeper.keep()
+        if event == "a capture begins and ends":
+            monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: POOL_LINGER_SECONDS)
+            keeper.linger()
+        return trim(pool, most)
 
-    monkeypatch.setattr(SegmentPool, "trim", begin)
+    monkeypatch.setattr(SegmentPool, "trim", meanwhile)
     assert keeper.tidy(POOL_LINGER_SECONDS)
-    assert num_segments(pools) == [2, 2]
+    assert num_segments(pools) == [2, 3]
 
 
 def test_segments_with_rows_that_somebody_holds_go_later(keeper: Keeper, pools: dict[bool, SegmentPool]) -> None:

@@ -6,6 +6,8 @@ import errno
 import itertools
 import os
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -32,6 +34,17 @@ def pool():
 def spans(blocks: list[Block]) -> list[tuple[int, int, int]]:
     """Return (segment, first byte, end) of blocks in order."""
     return sorted((b.segment_id, b.offset, b.offset + b.nbytes) for b in blocks)
+
+
+def held_up() -> tuple[threading.Event, threading.Event, Callable[[Segment], None]]:
+    """Return an `on_create` that says that it has begun, and then waits: (has begun, may go on, it)."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(segment: Segment) -> None:
+        started.set()
+        assert go_on.wait(10)
+
+    return started, go_on, hold
 
 
 def assert_disjoint(blocks: list[Block]) -> None:
@@ -206,12 +219,7 @@ def test_view_and_address_are_the_same_bytes(pool):
 
 def test_growing_ahead_leaves_nothing_to_do_for_reserve():
     """Blocks reserved while pages are being populated wait for that segment instead of making another."""
-    started, go_on = threading.Event(), threading.Event()
-
-    def hold(segment: Segment) -> None:
-        started.set()
-        assert go_on.wait(10)
-
+    started, go_on, hold = held_up()
     pool = SegmentPool(4 * MIB, shared=False, segment_bytes=2 * MIB, on_create=hold)
     pool.grow_ahead(3 * MIB)
     assert started.wait(10)
@@ -271,6 +279,32 @@ def test_growing_ahead_makes_no_more_than_is_wanted(monkeypatch):
     pool = SegmentPool(64 * MIB, shared=False, segment_bytes=8 * MIB)
     pool.grow_ahead(19 * MIB)
     assert pool.stats()[:2] == (3, 20 * MIB)
+    pool.close()
+
+
+def test_a_pool_of_many_small_segments_grows_by_larger_ones(monkeypatch):
+    """Each takes a file descriptor: captures whose rows are held are no reason to run out of them."""
+    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    pool = SegmentPool(128 * MIB, shared=False, segment_bytes=16 * MIB)
+    for _ in range(50):
+        pool.grow_ahead(2 * MIB, PAGE)
+        pool.reserve(2 * MIB)
+    assert pool.stats().segments < 25
+    pool.close()
+
+
+def test_what_was_to_be_made_ahead_is_not_when_the_budget_is_lowered():
+    """As when a capture ends before its memory is there, and the next has a smaller budget."""
+    started, go_on, hold = held_up()
+    pool = SegmentPool(16 * MIB, shared=False, segment_bytes=2 * MIB, on_create=hold)
+    pool.grow_ahead(16 * MIB)
+    assert started.wait(10)
+    pool.budget_bytes = 4 * MIB
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while pool.stats().capacity_bytes > 4 * MIB and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.stats().capacity_bytes <= 4 * MIB
     pool.close()
 
 
