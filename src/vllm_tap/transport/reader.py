@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from vllm_tap.transport.pool import Block
 Bytes = npt.NDArray[np.uint8]
 
 _NEEDED_SEALS = SEAL_SHRINK | SEAL_GROW
+
+_NOTICE_SECONDS = 10.0
+"""How long segments that the worker has closed stay mapped in a process that does nothing."""
 
 _END = 1 << 63
 """Numbers of blocks and segments lie below."""
@@ -133,7 +137,7 @@ class SegmentReader:
         self._lock = threading.Lock()
         self._mappings: dict[int, _Mapping] = {}
         self._leased: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
-        self._closed = False
+        self._closed = self._is_looked_after = False
 
     @property
     def alive(self) -> bool:
@@ -249,6 +253,11 @@ class SegmentReader:
         mapping = self._mappings.get(segment_id)
         if mapping is None:
             mapping = self._mappings[segment_id] = self._map(segment_id)
+            if not self._is_looked_after:
+                with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
+                    arguments = (weakref.ref(self),)
+                    threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
+                    self._is_looked_after = True
         return mapping
 
     def _map(self, segment_id: int) -> _Mapping:
@@ -279,6 +288,24 @@ class SegmentReader:
             for fd in fds:
                 os.close(fd)
             self._mappings.pop(wire.Reply.decode(packet).segment_id, None)
+
+    def _look(self) -> bool:
+        """Take notices that have come while nobody leases anything; return whether there is something to look after."""
+        with self._lock:
+            self._is_looked_after = False
+            if not self._closed:
+                self._take_notices()
+            self._is_looked_after = bool(self._mappings) and not self._closed and not self._link.eof
+            return self._is_looked_after
+
+
+def _look_after(reference: weakref.ref[SegmentReader]) -> None:
+    looks_on = True
+    while looks_on:
+        time.sleep(_NOTICE_SECONDS)
+        reader = reference()
+        looks_on = reader is not None and reader._look()
+        del reader  # not while this sleeps: the reader may go
 
 
 def _leased_pages(block: Block, mappings: dict[int, _Mapping], link: Link) -> _Pages:
