@@ -10,7 +10,6 @@ import fcntl
 import mmap
 import os
 import threading
-import time
 import weakref
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -138,6 +137,10 @@ class SegmentReader:
         self._mappings: dict[int, _Mapping] = {}
         self._leased: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
         self._closed = self._is_looked_after = False
+        self._ended = threading.Lock()  # held until then; the garbage collector may let go of it at any moment
+        self._ended.acquire()
+        self._end = weakref.finalize(self, self._ended.release)
+        self._end.atexit = False
 
     @property
     def alive(self) -> bool:
@@ -240,6 +243,7 @@ class SegmentReader:
         """Take no more leases. Arrays stay readable; the worker's memory is free again when the last is gone."""
         with self._lock:
             self._closed = True
+            self._end()
             self._mappings.clear()
         self._link.close()
 
@@ -255,7 +259,7 @@ class SegmentReader:
             mapping = self._mappings[segment_id] = self._map(segment_id)
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
-                    arguments = (weakref.ref(self),)
+                    arguments = weakref.ref(self), self._ended
                     threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
                     self._is_looked_after = True
         return mapping
@@ -299,13 +303,12 @@ class SegmentReader:
             return self._is_looked_after
 
 
-def _look_after(reference: weakref.ref[SegmentReader]) -> None:
-    looks_on = True
-    while looks_on:
-        time.sleep(_NOTICE_SECONDS)
+def _look_after(reference: weakref.ref[SegmentReader], ended: threading.Lock) -> None:
+    while not ended.acquire(timeout=_NOTICE_SECONDS):
         reader = reference()
-        looks_on = reader is not None and reader._look()
-        del reader  # not while this sleeps: the reader may go
+        if reader is None or not reader._look():
+            return
+        del reader  # not while this waits: the reader may go
 
 
 def _leased_pages(block: Block, mappings: dict[int, _Mapping], link: Link) -> _Pages:
