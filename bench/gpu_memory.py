@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from gpu_ratios import ALL, ROUTER
-from gpu_setting import Report, Setting, capture, generate, start_engine, stop_engine, wait_idle
+from gpu_setting import Report, Setting, capture, generate, profile, start_engine, stop_engine, wait_idle
 
 ORDER = [False, True, False, True]
 WORKLOAD = "decode 256 x (64 + 128)"
@@ -40,6 +40,7 @@ def run_memory(setting: Setting, report: Report) -> bool:
         more = (last[state]["driver"] - last["idle"]["driver"]) / MIB
         print(f"held by the driver after the first captures, {MEANING[state]}: {more:+.1f} MiB")
     print(f"captures: {last['captures_s']} s, plain {last['plain_s']}")
+    print("parts of the first, ms: " + "  ".join(f"{label} {value:.1f}" for label, value in last["first_ms"].items()))
     print(f"{'FAIL' if fewer > 0 else 'PASS'}  blocks of KV cache: {plain['blocks']}, with the plugin {idle['blocks']}")
     return fewer <= 0
 
@@ -79,7 +80,12 @@ def _measure(setting: Setting, tapped: bool, captures: bool) -> dict[str, Any]:
         def seconds() -> float:
             return capture(setting, llm, prompts, workload[2], spec)[0]
 
-        found["captures_s"] = [seconds(), seconds()]
+        profile(llm, "host")
+        found["captures_s"] = [seconds()]
+        found["first_ms"] = {
+            f"{label} x {len(times)}": sum(times) * 1e3 for label, times in profile(llm, "")[0].items()
+        }
+        found["captures_s"].append(seconds())
         wait_idle(llm)
         found["warm"] = _held(setting)
         keeper.POOL_LINGER_SECONDS = 0.0  # type: ignore[misc]  # instead of ten minutes

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm_tap")
 
 DEFAULT_SEGMENT_BYTES = 256 << 20
 SEGMENT_GRANULE_BYTES = 2 << 20
-FIRST_SEGMENT_BYTES = 64 << 20
+FIRST_SEGMENT_BYTES = 16 << 20
 """A pool grows by no less than this, if the budget has as much: small captures need not wait for large segments."""
 BLOCK_ALIGN_BYTES = 4096
 MOST_AT_ONCE = 2
