@@ -23,8 +23,8 @@ from vllm_tap.engine import host_runner
 from vllm_tap.engine.convention import MODES, NO_ROWS, SUM, WHOLE
 from vllm_tap.engine.legacy_rows import EverySession, Met, Ordered, Part, read_part
 from vllm_tap.engine.tap import ADD
-from vllm_tap.engine.taps import ModelTaps
-from vllm_tap.engine.worker import TapWorker, dtype_name
+from vllm_tap.engine.taps import ModelTaps, dtype_name
+from vllm_tap.engine.worker import TapWorker
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream

@@ -10,7 +10,10 @@ from vllm_tap.engine import host, host_model
 from vllm_tap.engine.convention import NO_ROWS, UNKNOWN, Verdict, decide
 from vllm_tap.engine.experts import Experts, find_experts, keeps_tensors, leaves_logits, read_routing
 from vllm_tap.engine.routing import confirm
+from vllm_tap.engine.sink import Taps
 from vllm_tap.engine.tap import Rows, Tap, tap, tap_experts
+from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.frame.layout import ITEMSIZE
 from vllm_tap.frame.routing import ROUTED, Routing, unknown
 
 SOURCES: Final = {
@@ -197,6 +200,26 @@ def _tap_logits_and_choice(experts: Experts, logits: Tap) -> None:
         tap_experts(routed, result[1], result[0], control)
 
     host_model.tap_outputs(experts.router, then, "select_experts", ("router_logits",))
+
+
+def dtype_name(place: Tap) -> str:
+    """Return the dtype of a tap's rows as descriptors write it.
+
+    Raises:
+        EngineUnsupportedError: A dtype that has no place in a block.
+    """
+    name = str(place.dtype).removeprefix("torch.")
+    if name not in ITEMSIZE:
+        raise EngineUnsupportedError(f"{place.stream}[{place.layer}] has dtype {name}; blocks carry {list(ITEMSIZE)}")
+    return name
+
+
+def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
+    """Return the layers of each (stream, dtype, width): layers may differ, for example in their number of experts."""
+    layers: dict[tuple[str, str, int], list[int]] = {}
+    for (stream, layer), place in taps.items():
+        layers.setdefault((stream, dtype_name(place), place.width), []).append(layer)
+    return layers
 
 
 def smallest_integer(num_values: int) -> torch.dtype:

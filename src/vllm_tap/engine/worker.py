@@ -22,12 +22,11 @@ from vllm_tap.engine.keeper import PoolKeeper
 from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session, Sink
-from vllm_tap.engine.sink import Taps
-from vllm_tap.engine.tap import ADD, PROBE_ROWS, Tap
-from vllm_tap.engine.taps import SOURCES, ModelTaps
-from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
+from vllm_tap.engine.tap import ADD, PROBE_ROWS
+from vllm_tap.engine.taps import SOURCES, ModelTaps, by_shape
+from vllm_tap.errors import CaptureError, TapError
 from vllm_tap.frame import messages
-from vllm_tap.frame.layout import ITEMSIZE, Stream, block_bytes
+from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
 from vllm_tap.transport.calls import CallServer
@@ -62,26 +61,6 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
         return messages.encode(reply)
 
     return call
-
-
-def dtype_name(place: Tap) -> str:
-    """Return the dtype of a tap's rows as descriptors write it.
-
-    Raises:
-        EngineUnsupportedError: A dtype that has no place in a block.
-    """
-    name = str(place.dtype).removeprefix("torch.")
-    if name not in ITEMSIZE:
-        raise EngineUnsupportedError(f"{place.stream}[{place.layer}] has dtype {name}; blocks carry {list(ITEMSIZE)}")
-    return name
-
-
-def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
-    """Return the layers of each (stream, dtype, width): layers may differ, for example in their number of experts."""
-    layers: dict[tuple[str, str, int], list[int]] = {}
-    for (stream, layer), tap in taps.items():
-        layers.setdefault((stream, dtype_name(tap), tap.width), []).append(layer)
-    return layers
 
 
 class TapWorker(host_runner.Recorder):
