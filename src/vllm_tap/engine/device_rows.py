@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.graphs import NOTHING, GraphSwitch
+from vllm_tap.engine.graph_forms import NOTHING
+from vllm_tap.engine.graphs import GraphSwitch
 from vllm_tap.engine.held_experts import HeldExperts
 from vllm_tap.engine.rows import Selection
 from vllm_tap.engine.slab import SlabKeeper
@@ -56,7 +57,7 @@ class DeviceRows(Rows):
         self.experts = HeldExperts(self, graph_tokens)
         self.switch = GraphSwitch(self.fail, self.experts.serve)
         self.headroom = headroom
-        self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget)
+        self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget, self._complete_pieces)
         self.main: torch.cuda.Stream | None = None
         self.sink: DeviceSink | None = None
         self.active = False
@@ -84,6 +85,13 @@ class DeviceRows(Rows):
     def is_quiet(self) -> bool:
         """Tell whether the engine's stream has nothing to do."""
         return self.main is None or bool(self.main.query())
+
+    @property
+    def is_preparing(self) -> bool:
+        return self.slabs.is_preparing
+
+    def _complete_pieces(self) -> bool:
+        return self.switch.complete_pieces(self.is_quiet)
 
     def anchor(self, dtype: torch.dtype) -> torch.Tensor:
         """Return a device pointer of a dtype from which destinations are counted; see `kernel`."""

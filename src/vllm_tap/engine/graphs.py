@@ -1,8 +1,7 @@
 """Keeps taps out of captured CUDA graphs while nobody captures. Worker process, CUDA engines only.
 
-A tap at 8 rows costs a graph half a microsecond to one and a half, one whose kernel node is disabled still a fifth of
-one (bench/tap_kernel.py, one H200), times the number of layers, each step. To make a graph executable takes 0.15 ms and
-0.1 MiB of device memory for a piece of one layer, 17 ms and 2 MiB for a whole model (the same). Therefore:
+A tap costs a graph time also while its kernel node is disabled, and an executable graph takes time to make and memory
+to hold (see `graph_forms`). Therefore:
 
 - A graph of a whole model comes in several forms: PyTorch's own, from which the taps are taken out before it is
   instantiated, and for each set of taps that captures want a copy that has these, made executable before a capture
@@ -10,10 +9,11 @@ one (bench/tap_kernel.py, one H200), times the number of layers, each step. To m
 - What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel serves
   all of these taps, at the end of the graph or where much is held. After any other tap, the next kernel starts early.
 - Pieces of a model are many, and a step replays one for each layer: they are made executable with their taps when a
-  capture first wants one of these, and stay so, the taps disabled while nobody captures.
+  capture first wants one of these, or in a pause of the engine after a capture, and stay so, the taps disabled while
+  nobody captures. A step waits for those of its pieces that are not ready.
 
-What executable graphs took of the device's memory the driver keeps for the next ones. Graphs with taps
-are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward pass draws none.
+Graphs with taps are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward
+pass draws none.
 """
 
 from __future__ import annotations
@@ -21,37 +21,25 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
 from vllm_tap.engine import cuda
+from vllm_tap.engine.graph_forms import NOTHING, GraphCopy, GraphPiece, Node
 from vllm_tap.errors import TransportError
 
 logger = logging.getLogger("vllm_tap")
 
-
-class Node(NamedTuple):
-    """A kernel node of a graph, and the taps that it serves."""
-
-    taps: frozenset[int]
-    handle: int
-
-    def in_copy(self, graph: int) -> Node:
-        """Return the same node of a copy of its graph."""
-        return self._replace(handle=cuda.node_in_clone(self.handle, graph))
-
-
-NOTHING: Final[frozenset[int]] = frozenset()
-
-MOST_FORMS: Final = 4
-"""Sets of taps for which a graph is kept executable."""
-
 FEW_TAPS: Final = 4
 """Most taps of a graph that counts as a piece of a model."""
+
+YIELD_SECONDS: Final = 0.0002
+"""Between pieces that are made ready ahead: whoever waits for one gets in between."""
 
 
 class GraphSwitch:
@@ -72,7 +60,8 @@ class GraphSwitch:
         self.on = NOTHING
         self.num_nodes = 0
         self.fail, self._serve = on_failure, serve
-        self._copies: weakref.WeakSet[_Copy] = weakref.WeakSet()
+        self._copies: weakref.WeakSet[GraphCopy] = weakref.WeakSet()
+        self._pieces: weakref.WeakKeyDictionary[Any, GraphPiece] = weakref.WeakKeyDictionary()  # by PyTorch's graph
         self._lock = threading.Lock()
         self.held: list[Any] = []
         self._when_ended: list[Callable[[], None]] = []
@@ -128,9 +117,14 @@ class GraphSwitch:
         self.num_nodes += len(nodes)
         return nodes
 
-    def copied(self, graph: int, taps: list[Node]) -> _Copy:
+    def piece(self, owner: Any, graph: int, taps: list[Node]) -> GraphPiece:
+        """Return a piece of the model, of which its owner holds PyTorch's graph, with the nodes of its taps."""
+        piece = self._pieces[owner] = GraphPiece(graph, taps, self._lock, self.fail)
+        return piece
+
+    def copied(self, graph: int, taps: list[Node]) -> GraphCopy:
         """Return a copy of a graph, with the nodes of its taps."""
-        copy = _Copy(graph, taps, self._num_rows, self._lock)
+        copy = GraphCopy(graph, taps, self._num_rows, self._lock)
         self._copies.add(copy)
         return copy
 
@@ -163,6 +157,29 @@ class GraphSwitch:
             for copy in self._copies:
                 copy.forget()
 
+    def complete_pieces(self, is_quiet: Callable[[], bool]) -> bool:
+        """Make pieces ready for any taps while nobody captures and the device is quiet; return whether all are.
+
+        All of Llama-3.1-8B take a second. A step that comes meanwhile waits for one of them at most. From any thread.
+        """
+        try:
+            return all(self._complete(owner, is_quiet) for owner in self._pieces.keyrefs())
+        except TransportError as error:
+            logger.info("vllm-tap: pieces of CUDA graphs are made ready when a capture wants them: %s", error)
+            return True
+
+    def _complete(self, reference: weakref.ref[Any], is_quiet: Callable[[], bool]) -> bool:
+        """Make the piece of an owner ready if there is time for it; return whether it is."""
+        owner = reference()  # while it lives, so does the graph
+        piece = self._pieces.get(owner) if owner is not None else None
+        if piece is None or piece.is_complete:
+            return True
+        if self.on or not is_quiet():
+            return False
+        piece.complete()
+        time.sleep(YIELD_SECONDS)
+        return True
+
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
@@ -176,149 +193,6 @@ class GraphSwitch:
             yield
         finally:
             torch.cuda.CUDAGraph = original  # type: ignore[misc]
-
-
-class _Piece:
-    """A graph of a piece of the model: executable without its taps until a capture wants one, with them from then on.
-
-    What nobody wants is disabled there. It stays: the driver keeps the memory that executable graphs have taken.
-
-    Args:
-        graph: PyTorch's, which stays as it is.
-        taps: Its nodes that serve taps.
-        fail: Called with what went wrong; the graph runs nevertheless, maybe without taps that are on.
-    """
-
-    def __init__(self, graph: int, taps: list[Node], fail: Callable[[Exception], None]) -> None:
-        self._graph, self._taps, self._fail = graph, taps, fail
-        self._executable = _executable_with(NOTHING, graph, taps)
-        self._forms = {NOTHING: self._executable}
-        self._enabled: set[int] | None = None  # of the nodes, if they are there
-        self._on: frozenset[int] | None = NOTHING
-        weakref.finalize(self, _give_up, self._forms).atexit = False
-
-    def launch(self, on: frozenset[int]) -> bool:
-        """Queue the graph with the taps that are on."""
-        if on is not self._on:
-            try:
-                self._switch(on)
-            except TransportError as error:
-                self._fail(error)
-        cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
-        return True
-
-    def _switch(self, on: frozenset[int]) -> None:
-        self._on = None  # unknown, until all has gone well
-        wanted = _handles(self._taps, on)
-        if wanted and self._enabled is None:
-            every = frozenset(node.handle for node in self._taps)
-            self._executable = self._forms[every] = cuda.instantiate(self._graph)
-            self._enabled = set(every)
-            cuda.destroy_executable(self._forms.pop(NOTHING))
-        if self._enabled is not None:
-            for handle in wanted ^ self._enabled:
-                cuda.set_node_enabled(self._executable, handle, handle in wanted)
-                self._enabled ^= {handle}
-        self._on = on
-
-
-class _Copy:
-    """A graph with its taps, beside one from which they were taken out.
-
-    Args:
-        graph: To be copied.
-        taps: Its nodes that serve taps.
-        num_rows: How many rows pass them.
-        lock: Held while it is launched: what it launches may be given up from another thread.
-    """
-
-    def __init__(self, graph: int, taps: list[Node], num_rows: int, lock: threading.Lock) -> None:
-        self.num_rows = num_rows
-        self._graph = cuda.clone_graph(graph)
-        self._taps = [node.in_copy(self._graph) for node in taps]
-        self._lock = lock
-        self._forms: dict[frozenset[int], int] = {}
-        self._on = NOTHING
-        self._executable = 0
-        weakref.finalize(self, _give_up, self._forms, self._graph).atexit = False
-
-    def forget(self) -> None:
-        """Give up what was made executable; the lock is held."""
-        self._on, self._executable = NOTHING, 0
-        while self._forms:
-            cuda.destroy_executable(self._forms.popitem()[1])
-
-    def launch(self, on: frozenset[int]) -> bool:
-        """Queue the graph with the taps that are on and no others, unless it has none of them."""
-        if not on:
-            return False
-        with self._lock:
-            if on is not self._on:
-                self._take_form(on)
-            if self._executable:
-                cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
-            return self._executable != 0
-
-    def prepare(self, on: frozenset[int]) -> bool:
-        """Make ready what `launch` will queue; return whether there was anything to do."""
-        with self._lock:
-            return on is not self._on and self._take_form(on)
-
-    def _take_form(self, on: frozenset[int]) -> bool:
-        """Choose what to launch; return whether it had to be made."""
-        wanted = _handles(self._taps, on)
-        is_new = bool(wanted) and wanted not in self._forms
-        self._executable = self._form(wanted) if wanted else 0
-        self._on = on
-        return is_new
-
-    def _form(self, wanted: frozenset[int]) -> int:
-        """Return an executable graph with these taps; when there are many, the one that was made first goes."""
-        if wanted not in self._forms:
-            executable = self._executable_with(wanted)
-            if len(self._forms) == MOST_FORMS:
-                cuda.destroy_executable(self._forms.pop(next(iter(self._forms))))
-            self._forms[wanted] = executable
-        return self._forms[wanted]
-
-    def _executable_with(self, wanted: frozenset[int]) -> int:
-        try:
-            return _executable_with(wanted, self._graph, self._taps, out_of_the_way=True)
-        except TransportError as error:
-            logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
-            return _executable_with(wanted, self._graph, self._taps)
-
-
-def _handles(taps: Iterable[Node], on: frozenset[int]) -> frozenset[int]:
-    """Return the nodes that serve taps which are on."""
-    return frozenset(node.handle for node in taps if node.taps & on)
-
-
-def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *, out_of_the_way: bool = False) -> int:
-    """Return a graph made executable with these of its nodes for taps and no others."""
-    clone = cuda.clone_graph(graph)
-    try:
-        nodes = [(node.handle in wanted, node.in_copy(clone).handle) for node in taps]
-        for is_wanted, handle in nodes:
-            if not is_wanted:
-                cuda.remove_node(clone, handle)
-        for is_wanted, handle in nodes:
-            if is_wanted and out_of_the_way:
-                cuda.let_next_start_early(clone, handle)
-        return cuda.instantiate(clone)
-    finally:
-        cuda.destroy_graph(clone)
-
-
-def _give_up(forms: dict[frozenset[int], int], graph: int = 0) -> None:
-    """Give up what nothing will launch any more: PyTorch's own graph is gone."""
-    try:
-        while forms:
-            cuda.destroy_executable(forms.popitem()[1])
-        if graph:
-            cuda.destroy_graph(graph)
-    except TransportError as error:
-        logger.info("vllm-tap: a CUDA graph with taps stays in memory: %s", error)
 
 
 @contextmanager
@@ -339,7 +213,7 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
-            self._taps: _Piece | _Copy | None = None
+            self._taps: GraphPiece | GraphCopy | None = None
 
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             switch.begin()
@@ -353,12 +227,12 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             taps = switch.take(graph)
             with _or_left_in():
                 if 0 < len(taps) <= FEW_TAPS:
-                    self._taps = _Piece(graph, taps, switch.fail)
+                    self._taps = switch.piece(self, graph, taps)
                 elif taps:
                     self._taps = switch.copied(graph, taps)
                     for node in taps:
                         cuda.remove_node(graph, node.handle)
-            if not isinstance(self._taps, _Piece):
+            if not isinstance(self._taps, GraphPiece):
                 self.instantiate()
 
         def replay(self) -> None:

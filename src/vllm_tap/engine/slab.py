@@ -53,6 +53,11 @@ class SlabKeeper(Keeper):
             and the engine waits with it; so a slab goes in a pause of the engine.
         on_idle: Called some seconds after the last capture, before its slab goes, if it had one, from a thread of the
             keeper's: for what else goes.
+        in_pause: Called from there after that, until it says that it has done everything: for what is made ready for
+            the next capture, while the device is quiet.
+
+    Attributes:
+        is_preparing: Whether it has not.
     """
 
     what = "staging memory"
@@ -63,9 +68,12 @@ class SlabKeeper(Keeper):
         headroom: Callable[[], int],
         is_quiet: Callable[[], bool],
         on_idle: Callable[[], None] = lambda: None,
+        in_pause: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__()
-        self._device, self._headroom, self._is_quiet, self._on_idle = device, headroom, is_quiet, on_idle
+        self._device, self._headroom, self._is_quiet = device, headroom, is_quiet
+        self._on_idle, self._in_pause = on_idle, in_pause
+        self.is_preparing = False
         self._idle: Slab | None = None
         self._floor = 0
         self._held_bytes = 0
@@ -115,12 +123,27 @@ class SlabKeeper(Keeper):
             slab, self._idle, self._idle_since = self._idle, None, None
         try:
             self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
+            self.is_preparing = True
         finally:
             if slab is not None:
                 self._free(slab)
+        self._prepare()
+
+    def tidy(self, now: float) -> bool:
+        """Let go what it is time for, and prepare; return whether there is anything left to look after."""
+        if self.is_preparing:
+            self._prepare()
+        return super().tidy(now)
+
+    def _prepare(self) -> None:
+        is_done = True
+        try:
+            is_done = self._in_pause()
+        finally:
+            self.is_preparing = not is_done
 
     def _has_more(self) -> bool:
-        return self._held_bytes > 0 or self._idle_since is not None
+        return self._held_bytes > 0 or self._idle_since is not None or self.is_preparing
 
     def _is_due(self, idle_seconds: float) -> bool:
         if self._free_bytes() < self._floor:

@@ -60,6 +60,11 @@ class Rows:
         """Device memory that captures hold now."""
         return 0
 
+    @property
+    def is_preparing(self) -> bool:
+        """Whether pauses of the engine are used to make ready what steps of captures would wait for."""
+        return False
+
     def clear(self) -> None:
         """Make every tap skip every row."""
         self.runs, self.sources = (), None

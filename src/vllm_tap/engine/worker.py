@@ -298,6 +298,7 @@ class TapWorker(host_runner.Recorder):
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
             "staging_bytes": self._taps.rows.staging_bytes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
+            "is_preparing": self._taps.rows.is_preparing if self._taps else False,
         }
 
     def profile(self, kind: str) -> Figures:

@@ -21,7 +21,7 @@ from vllm_tap.engine import cuda as cuda_calls
 from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, held_experts, kernel
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
-from vllm_tap.engine.graphs import MOST_FORMS
+from vllm_tap.engine.graph_forms import MOST_FORMS
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
@@ -947,26 +947,94 @@ def test_taps_of_pieces_that_cannot_be_switched_end_the_capture_alone(cuda: Simu
     engine.has_failed(session, "cuGraphNodeSetEnabled failed")
 
 
+def num_with_taps(cuda: SimulatedCuda) -> int:
+    """Return how many executable graphs have taps, switched on or off."""
+    return sum(executable.num_taps > 0 for executable in cuda.executables.values())
+
+
 def test_pieces_have_no_taps_until_a_capture_wants_these(cuda: SimulatedCuda) -> None:
     """An engine from which nobody captures holds no memory for them; what was made for captures is made once."""
     engine = Engine(cuda, LLAMA, in_pieces=True)
     held = len(cuda.executables), len(cuda.graphs)
 
-    def num_with_taps() -> int:
-        assert (len(cuda.executables), len(cuda.graphs)) == held
-        return sum(executable.num_taps > 0 for executable in cuda.executables.values())
-
     engine.model.run(len(DECODE))
-    found = [num_with_taps()]
+    found = [num_with_taps(cuda)]
     for leave_out in (2, 2, 0, 1):
         session = engine.start(leave_out=leave_out)
         engine.step(session, DECODE)
         engine.finish(session)
-        found.append(num_with_taps())
+        assert (len(cuda.executables), len(cuda.graphs)) == held
+        found.append(num_with_taps(cuda))
         before = cuda.num_launches
         engine.model.run(len(DECODE))
         assert cuda.num_launches == before
     assert found == [0, len(LLAMA) - 2, len(LLAMA) - 2, len(LLAMA), len(LLAMA)]
+
+
+def test_pieces_are_made_ready_in_a_pause(cuda: SimulatedCuda) -> None:
+    """After a capture, for all sizes of steps and all taps: no later step waits for them. A busy device gets none."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    switch = engine.model.rows.switch
+    session = engine.start(leave_out=2)
+    engine.step(session, DECODE)
+    assert not switch.complete_pieces(lambda: True), "while somebody captures"
+    engine.finish(session)
+    before = num_with_taps(cuda)
+    assert before == len(LLAMA) - 2
+    for num_made in (0, 2):
+        quiet = iter([True] * num_made + [False])
+        assert not switch.complete_pieces(lambda quiet=quiet: next(quiet))
+        assert num_with_taps(cuda) == before + num_made
+    assert switch.complete_pieces(lambda: True)
+    assert num_with_taps(cuda) == sum(map(len, engine.model._graphs.values()))
+    launches = cuda.num_launches
+    engine.model.run(1)
+    assert cuda.num_launches == launches, "taps are disabled until a capture wants them"
+    made = max(cuda.executables)
+    for leave_out in (0, 1):
+        session = engine.start(leave_out=leave_out)
+        for step in (DECODE, {"a": 1}, {"a": 1, "b": 1}):
+            engine.step(session, step)
+        engine.finish(session)
+    assert max(cuda.executables) == made
+
+
+def test_pieces_are_made_ready_when_the_staging_memory_goes(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some seconds after the last capture, and later where the engine goes on; from an engine without one, never."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    rows = engine.model.rows
+    engine.model.run(1)
+    assert not rows.slabs.tidy(time.monotonic() + 2 * LINGER_SECONDS)
+    assert num_with_taps(cuda) == 0
+    engine.start().close()
+    monkeypatch.setattr(rows, "is_quiet", lambda: False)
+    assert rows.slabs.tidy(time.monotonic() + LINGER_SECONDS)
+    assert (rows.staging_bytes, rows.is_preparing, num_with_taps(cuda)) == (0, True, 0)
+    monkeypatch.setattr(rows, "is_quiet", lambda: True)
+    assert not rows.slabs.tidy(time.monotonic())
+    assert not rows.is_preparing
+    assert num_with_taps(cuda) == len(cuda.executables)
+
+
+@pytest.mark.parametrize(("limit", "allowed"), [("instances_left", 1), ("edits_left", 0)])
+def test_pieces_that_cannot_be_made_ready_wait_for_a_capture(
+    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, limit: str, allowed: int
+) -> None:
+    """The engine goes on with what it has, without taps that nobody wants, and captures are right."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    setattr(cuda, limit, allowed)
+    with caplog.at_level("INFO", "vllm_tap"):
+        assert engine.model.rows.switch.complete_pieces(lambda: True), "there is no use in trying again and again"
+    setattr(cuda, limit, sys.maxsize)
+    assert caplog.text.count("made ready when a capture wants them") == 1
+    launches = cuda.num_launches
+    engine.model.run(1)
+    assert cuda.num_launches == launches
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
 
 
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])

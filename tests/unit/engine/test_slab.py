@@ -122,6 +122,37 @@ def test_what_goes_with_a_slab_goes_first(device: Device, monkeypatch: pytest.Mo
     assert device.held == {}
 
 
+def test_what_is_prepared_in_pauses_is_tried_until_it_is_done(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the memory, which does not wait for it; once after each capture, also if it fails."""
+    answers: list[bool | Exception] = [False, False, True, RuntimeError(), True]
+    held = []
+
+    def in_pause() -> bool:
+        held.append(keeper.held_bytes)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, in_pause=in_pause)
+    keeper.give(take(keeper, 500))
+    assert keeper.tidy(LINGER_SECONDS - 0.1)
+    assert held == []
+    assert keeper.tidy(LINGER_SECONDS + 0.1)
+    assert keeper.is_preparing
+    assert keeper.tidy(LINGER_SECONDS + 1.1)
+    assert not keeper.tidy(LINGER_SECONDS + 2.1)
+    assert not keeper.is_preparing
+    keeper.give(take(keeper, 500))
+    with pytest.raises(RuntimeError):
+        keeper.tidy(LINGER_SECONDS + 0.1)
+    assert not keeper.is_preparing
+    keeper.give(take(keeper, 500))
+    keeper.tidy(LINGER_SECONDS + 0.1)
+    assert (held, answers) == ([0] * 5, [])
+
+
 def test_memory_goes_back_in_a_pause_of_the_engine(keeper: Keeper, device: Device) -> None:
     """Freeing waits for what is queued; an engine that never pauses is not spared for ever."""
     keeper.give(take(keeper, 500))
