@@ -136,7 +136,7 @@ def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> l
     each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
     if len(each) != num_prompts:
         raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")
-    for params in each:
+    for params in {id(params): params for params in each}.values():
         engine.require_params(llm, params)
     return each
 
