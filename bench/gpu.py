@@ -29,7 +29,7 @@ from gpu_extract import measure_extract
 from gpu_forwards import measure_forwards, show_forwards
 from gpu_memory import run_memory
 from gpu_parts import measure_parts, show_parts
-from gpu_ratios import ALL, FEW, PLANS, ROUTER, Ratios, show
+from gpu_ratios import ALL, FEW, PLANS, ROUTER, Plan, Ratios, show
 from gpu_setting import FAMILIES, WORKLOADS, Report, Setting, rates, start_engine, stop_engine
 from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
@@ -40,7 +40,7 @@ os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
-def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bool:
+def run_ratios(setting: Setting, report: Report, args: argparse.Namespace, plan: Plan) -> bool:
     """Run a plan of ratios, and what was asked for beside it."""
     measured = rates(setting)
     # The engine with taps first: the second takes its memory share beside it.
@@ -55,7 +55,7 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
         print(f"# against an eager engine: {json.dumps(facts['eager'])}", flush=True)
     report.put(plain="engine without the plugin" if plain else "idle engine", rates_gb_per_s=measured, checks=facts)
     rows: list[dict[str, Any]] = []
-    for name, specs, rounds in PLANS[args.plan]:
+    for name, specs, rounds in plan:
         new = ratios.measure(name, specs, rounds, args.stagings)
         show(new)
         rows += new
@@ -96,6 +96,19 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace) -> bo
     return same and fit and facts.get("eager", {"fine": True})["fine"]
 
 
+def planned(args: argparse.Namespace) -> Plan:
+    """Return the plan, or what was asked for of it.
+
+    Raises:
+        ValueError: It has nothing whose name begins like this.
+    """
+    plan = PLANS.get(args.plan, [])
+    for begin in args.only or ():
+        if not any(name.startswith(begin) for name, _, _ in plan):
+            raise ValueError(f"--plan {args.plan} has no workload that begins with {begin!r}")
+    return [line for line in plan if args.only is None or line[0].startswith(tuple(args.only))]
+
+
 def workloads(begin: str) -> str:
     """Return what names of workloads begin with.
 
@@ -112,6 +125,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
     parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad", "memory"])
+    parser.add_argument(
+        "--only", type=workloads, nargs="+", metavar="WORKLOAD", help="measure these of the plan's workloads"
+    )
     parser.add_argument("--stagings", nargs="+", default=["auto"])
     parser.add_argument("--eager", action="store_true", help="compare rows with those of an eager engine")
     parser.add_argument(
@@ -145,6 +161,10 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as JSON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    try:
+        plan = planned(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.smoke:
         args.no_plain = args.apart = True
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -158,7 +178,7 @@ def main() -> None:
     elif args.plan == "memory":
         fine = run_memory(setting, report)
     else:
-        fine = run_ratios(setting, report, args)
+        fine = run_ratios(setting, report, args, plan)
     sys.exit(0 if fine else 1)
 
 

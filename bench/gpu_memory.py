@@ -87,6 +87,7 @@ def _measure(setting: Setting, tapped: bool, captures: bool) -> dict[str, Any]:
         }
         found["captures_s"].append(seconds())
         wait_idle(llm)
+        wait_idle(llm, "is_preparing")
         found["warm"] = _held(setting)
         keeper.POOL_LINGER_SECONDS = 0.0  # type: ignore[misc]  # instead of ten minutes
         wait_idle(llm, "capacity_bytes")

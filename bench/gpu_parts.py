@@ -6,16 +6,19 @@ import statistics
 import time
 from typing import Any
 
-from gpu_setting import Setting, capture, generate, profile
+from gpu_setting import WORKLOADS, Setting, capture, generate, profile
 
 STEP = ("arm", "drain", "sampled")
-WORKLOADS = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
+USUAL = ("decode 8 x (64 + 128)", "decode 256 x (64 + 128)", "prefill 64 x 1000", "prefill 16 x 8000")
 
 
 def measure_parts(setting: Setting, llm: Any, d2h: float, begin: str, rounds: int = 5) -> list[dict[str, Any]]:
-    """Return the parts of captures of all layers, profiled, for each workload whose name begins like this."""
+    """Return the parts of captures of all layers, profiled, for each workload whose name begins like this.
+
+    If all do, for the usual ones.
+    """
     rows = []
-    for name in [name for name in WORKLOADS if name.startswith(begin)]:
+    for name in [name for name in WORKLOADS if name.startswith(begin)] if begin else USUAL:
         few = min(rounds, 3) if name.startswith("prefill") else rounds
         rows.append(_parts(setting, llm, name, d2h, setting.rounds(few)))
     return rows

@@ -98,6 +98,7 @@ class Ratios:
             held = status(self.tapped)
             begin.append(time.perf_counter())
         linger = wait_idle(self.tapped)
+        wait_idle(self.tapped, "is_preparing")
         free.append(setting.free_bytes())
         workload = setting.workload("decode 8 x (64 + 128)")
         cold = [capture(setting, self.tapped, setting.prompts(workload), workload[2], spec)[0] for _ in range(3)]

@@ -199,11 +199,11 @@ def profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
 
 
 def wait_idle(llm: Any, held: str = "staging_bytes", timeout_s: float = 90.0) -> float:
-    """Wait until the workers hold no device memory for captures, or nothing else; return the seconds that took."""
+    """Wait until the workers hold no device memory for captures, or something else has ended; return the seconds."""
     begin = time.perf_counter()
     while any(state[held] for state in status(llm)):
         if time.perf_counter() - begin > timeout_s:
-            raise TimeoutError(f"{held} are still held after {timeout_s} s: {status(llm)}")
+            raise TimeoutError(f"{held} has not ended after {timeout_s} s: {status(llm)}")
         time.sleep(0.2)
     return time.perf_counter() - begin
 
