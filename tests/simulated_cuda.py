@@ -132,6 +132,7 @@ class Graph:
         assert keep_graph, "a graph that is thrown away cannot be edited"
         self.handle = next(self.device.handles)
         self.nodes = self.device.graphs[self.handle] = Nodes()
+        self.executable: Executable | None = None
 
     def capture_begin(self) -> None:
         self.device.recording = self
@@ -146,6 +147,8 @@ class Graph:
         return self.handle
 
     def replay(self) -> None:
+        if self.executable is None:
+            self.instantiate()
         self.executable.launch()
 
 
@@ -175,6 +178,7 @@ class SimulatedCuda:
         self.executables: dict[int, Executable] = {}
         self.instances_left = sys.maxsize
         self.edits_left = sys.maxsize
+        self.graphs_left = sys.maxsize  # launches of them
         self.kind_of_work = KERNEL
         self._bound = {threading.get_ident()}  # threads that have a context
         self._log: list[Access] = []
@@ -419,6 +423,9 @@ class SimulatedCuda:
 
     def cuGraphLaunch(self, executable: int, stream: int) -> int:  # noqa: N802
         assert self.streams[stream] is self.main
+        self.graphs_left -= 1
+        if self.graphs_left < 0:
+            return INVALID_VALUE
         self.executables[executable].launch()
         return SUCCESS
 

@@ -932,6 +932,21 @@ def test_several_pieces_of_a_step_may_fail(cuda: SimulatedCuda, monkeypatch: pyt
     engine.has_failed(session, "failed")
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+def test_a_graph_that_cannot_be_launched_is_left_to_pytorch(cuda: SimulatedCuda, in_pieces: bool) -> None:
+    """The step goes through the model as without a capture, which ends, and the next one is right."""
+    engine = Engine(cuda, LLAMA, in_pieces)
+    session = engine.start()
+    engine.step(session, DECODE)
+    before = {place: rows.clone() for place, rows in engine.model.made.items()}
+    cuda.graphs_left = 0
+    engine.step(session, DECODE)
+    cuda.graphs_left = sys.maxsize
+    for place, rows in engine.model.made.items():
+        assert not torch.equal(rows, before[place]), f"{place} was not computed"
+    engine.has_failed(session, "cuGraphLaunch failed")
+
+
 @pytest.mark.parametrize("edits", [0, 1])
 def test_taps_of_pieces_that_cannot_be_switched_end_the_capture_alone(cuda: SimulatedCuda, edits: int) -> None:
     """Those that are on already, and should not be, are switched again when the next capture begins."""
