@@ -21,6 +21,13 @@ FEW_RUNS = 3
 FEW_STEPS = 20
 """Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
+MEANING = (
+    "; ratio: time of the plain engine over time of the arm; in pairs: the median of the ratios within a round; of as "
+    "many steps: that of runs which took as many steps as most of the plain engine's, if there are "
+    f"{FEW_RUNS} of either"
+)
+"""What results say of their ratios."""
+
 
 def summary(results_dir: Path) -> str:
     """Return one table of all ratios, a column for each kind of GPU, or a sentence if there are no results.
@@ -73,20 +80,20 @@ def _gpu_table(results: dict[str, Any], source: Path) -> str:
     plain = {row["workload"]: row for row in rows if row["arm"] == "plain"}
     machine, rates = results["machine"], results["rates_gb_per_s"]
     origin = (
-        f"Shape `{results['shape']}`{_ranks(results)}{_calls(results)}, medians; ratio: time of the plain engine over "
-        "time of the arm; in pairs: the median of the ratios within a round; of as many steps: that of runs which took "
-        f"as many steps as most of the plain engine's, if there are {FEW_RUNS} of either. {machine['gpu']}, "
-        f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
+        f"Shape `{results['shape']}`{_ranks(results)}{_calls(results)}, medians{MEANING if rows else ''}. "
+        f"{machine['gpu']}, {machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, "
+        f"vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
     )
-    text = table([head, *(_gpu_row(row, plain[row["workload"]]) for row in rows)]) + "\n\n" + origin
-    return text + ("\n\n" + _forwards_table(results["forwards"]) if results.get("forwards") else "")
+    ratios = [table([head, *(_gpu_row(row, plain[row["workload"]]) for row in rows)])] if rows else []
+    forwards = [_forwards_table(results["forwards"])] if results.get("forwards") else []
+    return "\n\n".join([*ratios, origin, *forwards])
 
 
 def _forwards_table(rows: list[dict[str, Any]]) -> str:
     """Return where on the device the time of a generation goes, in milliseconds."""
-    head = ["the same, ms on the device", "arm", "before the first pass", "in passes", "between", "behind the last"]
+    head = ["workload, ms on the device", "arm", "before the first pass", "in passes", "between", "behind the last"]
 
     def cells(row: dict[str, Any]) -> list[str]:
         parts = [(ms["first armed"] + ms["first begins"], ms["passes"], ms["between"], ms["end"]) for ms in row["ms"]]

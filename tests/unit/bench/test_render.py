@@ -192,5 +192,11 @@ def test_forward_passes_have_a_table_of_their_own(tmp_path: Path) -> None:
         {"first armed": 5.0 + n, "first begins": 0.5, "passes": 100.0 + n, "between": 4.0, "end": 2.0} for n in range(3)
     ]
     forwards = [{"workload": "prefill 1 x 10", "arm": "idle", "ms": ms}]
+    row = "| prefill 1 x 10 | idle | 6.5 | 101.0 | 4.0 | 2.0 |"
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"forwards": forwards}))
-    assert "| prefill 1 x 10 | idle | 6.5 | 101.0 | 4.0 | 2.0 |" in render(MARKED, tmp_path)
+    assert row in render(MARKED, tmp_path)
+    once = [measured | {"all": [0.5]} for measured in RESULTS["rows"]]  # type: ignore[operator,attr-defined]
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"forwards": forwards, "rows": once}))
+    text = render(MARKED, tmp_path)
+    assert row in text
+    assert "ratio to plain" not in text
