@@ -997,7 +997,7 @@ def test_pieces_are_made_ready_in_a_pause(cuda: SimulatedCuda) -> None:
     before = num_with_taps(cuda)
     assert before == len(LLAMA) - 2
     for num_made in (0, 2):
-        quiet = iter([True] * num_made + [False])
+        quiet = iter([True] * (num_made + 1) + [False])
         assert not switch.complete_pieces(lambda quiet=quiet: next(quiet))
         assert num_with_taps(cuda) == before + num_made
     assert switch.complete_pieces(lambda: True)
