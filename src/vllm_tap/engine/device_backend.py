@@ -99,6 +99,8 @@ class DeviceBackend:
         profile.watch(device_tap, "_pass", "tap outside graphs")
         profile.watch(device_tap, "_pass_experts", "taps of experts outside graphs")
         profile.watch(cuda, "instantiate", "graph: instantiate")
+        profile.watch(cuda, "launch_graph", "graph: launch")
+        profile.watch(cuda, "destroy_executable", "graph: give up")
         profile.watch(cuda, "allocate")
         profile.watch(cuda, "free")
 
