@@ -198,12 +198,12 @@ def profile(llm: Any, kind: str) -> list[dict[str, list[float]]]:
     return list(llm.collective_rpc("vllm_tap_profile", args=(kind,)))
 
 
-def wait_idle(llm: Any, held: str = "staging_bytes", timeout_s: float = 90.0) -> float:
-    """Wait until the workers hold no device memory for captures, or something else has ended; return the seconds."""
+def wait_idle(llm: Any, field: str = "staging_bytes", timeout_s: float = 90.0) -> float:
+    """Wait until a field of every worker's status is zero or false; return the seconds that took."""
     begin = time.perf_counter()
-    while any(state[held] for state in status(llm)):
+    while any(state[field] for state in status(llm)):
         if time.perf_counter() - begin > timeout_s:
-            raise TimeoutError(f"{held} has not ended after {timeout_s} s: {status(llm)}")
+            raise TimeoutError(f"{field} is not over after {timeout_s} s: {status(llm)}")
         time.sleep(0.2)
     return time.perf_counter() - begin
 

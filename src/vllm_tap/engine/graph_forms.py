@@ -40,9 +40,10 @@ MOST_FORMS: Final = 4
 
 
 class GraphPiece:
-    """A graph of a piece of the model: executable without its taps until a capture wants one, with them from then on.
+    """A graph of a piece of the model: executable without its taps at first, with them as soon as they are put in.
 
-    What nobody wants is disabled there. It stays: the driver keeps the memory that executable graphs have taken.
+    `launch` does so if a capture wants one, `complete` ahead. What nobody wants is disabled there. It stays: the driver
+    keeps the memory that executable graphs have taken.
 
     Args:
         graph: PyTorch's, which stays as it is.

@@ -44,7 +44,7 @@ class Slab:
 
 
 class SlabKeeper(Keeper):
-    """Keeps the slab between captures for a while.
+    """Keeps the slab between captures for a while; its thread also knows when there is a pause for other work.
 
     Args:
         device: On which the slabs lie.
@@ -57,7 +57,7 @@ class SlabKeeper(Keeper):
             the next capture, while the device is quiet.
 
     Attributes:
-        is_preparing: Whether it has not.
+        is_preparing: Whether `in_pause` is still to be called.
     """
 
     what = "staging memory"
