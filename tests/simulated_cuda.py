@@ -549,6 +549,8 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda *_: device.main)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: device.main.cuda_stream, raising=False)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.recording is not None)
         patch.setattr(torch.cuda, "mem_get_info", device.mem_get_info)
         patch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)

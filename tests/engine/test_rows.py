@@ -31,7 +31,7 @@ from engine.engines import (
     sequence,
     surroundings,
 )
-from vllm_tap import Recording, Spec
+from vllm_tap import Recording, Spec, capture
 from vllm_tap.errors import CaptureError, LayerError, RowsMissingError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -185,6 +185,24 @@ def test_samples_need_not_come_in_order_nor_all(engine, known):
         assert error(result[sample].hidden_states[3], expected, scale) < TOLERANCE
     with pytest.raises(RowsMissingError):
         result[1]
+
+
+def test_what_sampling_parameters_are_made_of_stays_the_callers(engine, monkeypatch):
+    """The engine writes into the parameters that it is given: not into what the caller of `capture` holds."""
+    given = []
+    enqueue = engine.llm.enqueue
+
+    def watched(prompts, params, **options):
+        given[:] = params  # an engine's first capture sends a prompt of its own before
+        return enqueue(prompts, params, **options)
+
+    monkeypatch.setattr(engine.llm, "enqueue", watched)
+    mine, params = [2], greedy(stop_token_ids=[2])
+    for sampling in ({"stop_token_ids": mine, "max_tokens": 2}, {"sampling_params": params}):
+        capture(engine.llm, prompts()[:1], Spec(hidden_states=[0]), progress=False, **sampling)
+        assert [taken.stop_token_ids for taken in given] == [[2]]
+        assert not any(kept is given[0].stop_token_ids for kept in (mine, params.stop_token_ids))
+    assert not params.extra_args
 
 
 def test_rows_of_another_request_are_not_taken(engine):

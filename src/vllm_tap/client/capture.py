@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def capture(
         wait=False,
     )
     try:
-        marked = recording.mark_all(params)
+        marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
         show = bar(progress, recording.counts)
         outputs = engine.generate(
@@ -132,7 +133,7 @@ def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> l
     if given is not None and fields:
         raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
     if given is None:
-        given = engine.new_params(llm, fields)
+        given = engine.new_params(llm, copy.deepcopy(fields))
     each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
     if len(each) != num_prompts:
         raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")

@@ -22,6 +22,7 @@ from vllm_tap.errors import (
     TransportError,
 )
 from vllm_tap.frame import messages
+from vllm_tap.frame.layout import IntArray, Layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.reader import SegmentReader
@@ -177,10 +178,12 @@ class Connection:
         def take() -> HandedOver:
             replies = wait()
             descriptors = [reply for reply in replies if isinstance(reply, messages.Descriptor)]
-            for descriptor in descriptors:
-                descriptor.validate(capture_id, sys.byteorder)
+            placed = [descriptor.validate(capture_id, sys.byteorder) for descriptor in descriptors]
             # Held before anything is checked: what is let go of here is free in the worker.
-            held = [(descriptor, self._memory(descriptor, shared)) for descriptor in descriptors]
+            held = [
+                (descriptor, self._memory(descriptor, where, shared))
+                for descriptor, where in zip(descriptors, placed, strict=True)
+            ]
             _expect(messages.Descriptor, replies, "Finish")
             return held
 
@@ -236,10 +239,10 @@ class Connection:
                 self._callers.append(caller)
         return self._readers
 
-    def _memory(self, descriptor: messages.Descriptor, shared: bool) -> RankMemory:
+    def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], shared: bool) -> RankMemory:
         """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
         if shared:
-            return MappedMemory(descriptor, self._readers[descriptor.rank])
+            return MappedMemory(descriptor, placed, self._readers[descriptor.rank])
         rank = descriptor.rank
 
         def fetch(segment_id: int, offset: int, nbytes: int) -> bytes:
@@ -252,7 +255,7 @@ class Connection:
             return piece
 
         try:
-            return FetchedMemory(descriptor, fetch)
+            return FetchedMemory(descriptor, placed, fetch)
         finally:
             self.call(messages.Stopped, "release", rank, [chunk.block_id for chunk in descriptor.chunks])
 

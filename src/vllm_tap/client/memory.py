@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_tap.errors import DescriptorError
-from vllm_tap.frame.layout import CACHE_LINE, IntArray, Layout, layout
+from vllm_tap.frame.layout import CACHE_LINE, LABEL_BYTES, IntArray, Layout, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.pool import Block
@@ -50,14 +51,20 @@ class _Regions:
         raise NotImplementedError
 
     def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
-        # Labels start on cache lines; of a region's end, what is no whole word holds none.
-        words = {number: _words(self._region(number)) for number in set(self._region_of.tolist())}
-        places = zip((self.placed.labels // 4).tolist(), self._region_of.tolist(), num_rows.tolist(), strict=True)
-        pieces = [
-            words[number][start : start + NUM_LABELS * count].reshape(NUM_LABELS, count)
-            for start, number, count in places
-        ]
-        return np.concatenate(pieces, axis=1) if pieces else np.empty((NUM_LABELS, 0), np.int32)
+        series: list[_Series] = []
+        for place in zip(self._region_of.tolist(), self.placed.labels.tolist(), num_rows.tolist(), strict=True):
+            if not series or not series[-1].takes(*place):
+                series.append(_Series(*place))
+        regions = {number: self._region(number) for number in {part.region for part in series}}
+        out = np.empty((NUM_LABELS, int(num_rows.sum())), np.int32)
+        end = 0
+        for part in series:
+            begin, end = end, end + part.num_blocks * part.num_rows
+            shape = NUM_LABELS, part.num_blocks, part.num_rows
+            strides = LABEL_BYTES * part.num_rows, part.distance, LABEL_BYTES
+            labels = np.ndarray(shape, np.int32, regions[part.region], part.start, strides)
+            out[:, begin:end].reshape(shape)[...] = labels
+        return out
 
     def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
         regions = self._region_of[blocks]
@@ -77,20 +84,32 @@ class _Regions:
         return torch.from_numpy(region[: num_rows * row_bytes]).view(dtype).view(num_rows, width)
 
 
-def _words(region: Bytes) -> npt.NDArray[np.int32]:
-    return region[: len(region) // 4 * 4].view(np.int32)
+@dataclass(slots=True)
+class _Series:
+    """Blocks of a region that follow one another at the same distance, with as many rows: steps of a generation."""
+
+    region: int
+    start: int
+    num_rows: int
+    num_blocks: int = 1
+    distance: int = 0
+
+    def takes(self, region: int, start: int, num_rows: int) -> bool:
+        """Take a block in if it is the next one; return whether it is."""
+        distance = self.distance or start - self.start
+        is_next = start == self.start + self.num_blocks * distance > self.start
+        if (region, num_rows) != (self.region, self.num_rows) or not is_next:
+            return False
+        self.num_blocks, self.distance = self.num_blocks + 1, distance
+        return True
 
 
 class MappedMemory(_Regions):
     """Blocks in the worker's segments. A chunk is leased until the last tensor over it and this object are gone."""
 
-    def __init__(self, descriptor: Descriptor, reader: SegmentReader) -> None:
-        index, offset, num_rows = descriptor.table().T
-        chunks = descriptor.chunks
-        super().__init__(
-            layout(offset, num_rows, descriptor.streams),
-            np.array([chunk.segment_id for chunk in chunks], np.int64)[index],
-        )
+    def __init__(self, descriptor: Descriptor, placed: Layout[IntArray], reader: SegmentReader) -> None:
+        index, chunks = descriptor.table()[:, 0], descriptor.chunks
+        super().__init__(placed, np.array([chunk.segment_id for chunk in chunks], np.int64)[index])
         self._held = reader.hold(
             [Block(chunk.segment_id, chunk.offset, chunk.nbytes, chunk.block_id) for chunk in chunks]
         )
@@ -113,11 +132,11 @@ Fetch = Callable[[int, int, int], bytes]
 class FetchedMemory(_Regions):
     """Copies of chunks in this process's own memory, brought by calls. The plain reference that always works."""
 
-    def __init__(self, descriptor: Descriptor, fetch: Fetch) -> None:
+    def __init__(self, descriptor: Descriptor, placed: Layout[IntArray], fetch: Fetch) -> None:
         index, offset, num_rows = descriptor.table().T
         streams, chunks = descriptor.streams, descriptor.chunks
         ends = np.zeros(len(chunks), np.int64)
-        np.maximum.at(ends, index, layout(offset, num_rows, streams).end)
+        np.maximum.at(ends, index, placed.end)
         # Chunks move by multiples of every stream's alignment, so that their blocks keep their layout.
         step = math.lcm(CACHE_LINE, *(stream.alignment for stream in streams))
         starts, total = [], 0

@@ -34,6 +34,7 @@ def _driver() -> Any:
     library.cuMemcpyHtoDAsync_v2 = brief.cuMemcpyHtoDAsync_v2
     library.cuGraphNodeSetEnabled = brief.cuGraphNodeSetEnabled
     library.cuEventRecord, library.cuStreamWaitEvent = brief.cuEventRecord, brief.cuStreamWaitEvent
+    library.cuCtxSetCurrent = brief.cuCtxSetCurrent
     library.cuEventRecord.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuEventSynchronize.argtypes = [ctypes.c_void_p]
@@ -263,7 +264,9 @@ def instantiate(graph: int) -> int:
 
 def launch_graph(executable: int, stream: int) -> None:
     """Queue an executable graph."""
-    check(_driver().cuGraphLaunch(executable, stream), "cuGraphLaunch")
+    code = _driver().cuGraphLaunch(executable, stream)
+    if code:
+        check(code, "cuGraphLaunch")
 
 
 def set_node_enabled(executable: int, node: int, enabled: bool) -> None:

@@ -8,6 +8,7 @@ took of the device's memory the driver keeps for the next ones.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -54,9 +55,10 @@ class GraphPiece:
 
     def __init__(self, graph: int, taps: list[Node], lock: threading.Lock, fail: Callable[[Exception], None]) -> None:
         self._graph, self._taps, self._lock, self._fail = graph, taps, lock, fail
+        self._stream = _current_stream()
         self._executable = _executable_with(NOTHING, graph, taps)
         self._forms = {NOTHING: self._executable}
-        self._enabled: set[int] | None = None  # of the nodes, if they are there
+        self._enabled: list[bool] | None = None  # the nodes, if they are there
         self._on: frozenset[int] | None = NOTHING
         weakref.finalize(self, _give_up, self._forms).atexit = False
 
@@ -68,7 +70,7 @@ class GraphPiece:
                     self._switch(on)
                 except TransportError as error:
                     self._fail(error)
-            cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
+            cuda.launch_graph(self._executable, self._stream())
         return True
 
     @property
@@ -89,16 +91,17 @@ class GraphPiece:
     def _switch(self, on: frozenset[int], with_taps: bool = False) -> None:
         """Have the taps that are on run and no others; put all of them in first if any is, or if asked to."""
         self._on = None  # unknown, until all has gone well
-        wanted = _handles(self._taps, on)
-        if (wanted or with_taps) and self._enabled is None:
+        wanted = [not node.taps.isdisjoint(on) for node in self._taps]
+        if self._enabled is None and (with_taps or any(wanted)):
             every = frozenset(node.handle for node in self._taps)
             self._executable = self._forms[every] = cuda.instantiate(self._graph)
-            self._enabled = set(every)
+            self._enabled = [True] * len(self._taps)
             cuda.destroy_executable(self._forms.pop(NOTHING))
         if self._enabled is not None:
-            for handle in wanted ^ self._enabled:
-                cuda.set_node_enabled(self._executable, handle, handle in wanted)
-                self._enabled ^= {handle}
+            for place, node in enumerate(self._taps):
+                if wanted[place] != self._enabled[place]:
+                    cuda.set_node_enabled(self._executable, node.handle, wanted[place])
+                    self._enabled[place] = wanted[place]
         self._on = on
 
 
@@ -117,6 +120,7 @@ class GraphCopy:
         self._graph = cuda.clone_graph(graph)
         self._taps = [node.in_copy(self._graph) for node in taps]
         self._lock = lock
+        self._stream = _current_stream()
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
@@ -136,7 +140,7 @@ class GraphCopy:
             if on is not self._on:
                 self._take_form(on)
             if self._executable:
-                cuda.launch_graph(self._executable, torch.cuda.current_stream().cuda_stream)
+                cuda.launch_graph(self._executable, self._stream())
             return self._executable != 0
 
     def prepare(self, on: frozenset[int]) -> bool:
@@ -167,6 +171,14 @@ class GraphCopy:
         except TransportError as error:
             logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
             return _executable_with(wanted, self._graph, self._taps)
+
+
+def _current_stream() -> Callable[[], int]:
+    """Return what says on which stream of this device a thread queues its work.
+
+    Without a step in Python, and an object of PyTorch's, for each of the many pieces of a model.
+    """
+    return functools.partial(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
 
 
 def _handles(taps: Iterable[Node], on: frozenset[int]) -> frozenset[int]:

@@ -19,6 +19,7 @@ pass draws none.
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import threading
 import time
@@ -60,7 +61,7 @@ class GraphSwitch:
         self.on = NOTHING
         self.num_nodes = 0
         self.fail, self._serve = on_failure, serve
-        self._copies: weakref.WeakSet[GraphCopy] = weakref.WeakSet()
+        self._copies: dict[int, weakref.WeakSet[GraphCopy]] = {}  # by how many rows pass them
         self._pieces: weakref.WeakKeyDictionary[Any, GraphPiece] = weakref.WeakKeyDictionary()  # by PyTorch's graph
         self._lock = threading.Lock()
         self.held: list[Any] = []
@@ -125,7 +126,7 @@ class GraphSwitch:
     def copied(self, graph: int, taps: list[Node]) -> GraphCopy:
         """Return a copy of a graph, with the nodes of its taps."""
         copy = GraphCopy(graph, taps, self._num_rows, self._lock)
-        self._copies.add(copy)
+        self._copies.setdefault(copy.num_rows, weakref.WeakSet()).add(copy)
         return copy
 
     def prepare(self, num_rows: int) -> bool:
@@ -138,12 +139,11 @@ class GraphSwitch:
             return True  # once a step wants taps
         if self._prepared == (num_rows, self.on):
             return False
-        sizes = sorted({copy.num_rows for copy in self._copies})
+        sizes = sorted(self._copies)
         place = bisect.bisect_left(sizes, num_rows)
-        near = sizes[place : place + 1] + sizes[max(place - 1, 0) : place]
         try:
-            for copy in sorted(self._copies, key=lambda copy: -copy.num_rows):
-                if copy.num_rows in near and copy.prepare(self.on):
+            for size in sizes[place : place + 1] + sizes[max(place - 1, 0) : place]:
+                if any(copy.prepare(self.on) for copy in self._copies[size]):
                     return True
         except TransportError as error:  # the step that needs it will fail with the same
             logger.debug("vllm-tap: a CUDA graph with taps could not be made ahead: %s", error)
@@ -154,7 +154,7 @@ class GraphSwitch:
         """Give up what was made for captures; the next one makes it again. From any thread."""
         with self._lock:
             self._prepared = 0, NOTHING
-            for copy in self._copies:
+            for copy in itertools.chain.from_iterable(self._copies.values()):
                 copy.forget()
 
     def complete_pieces(self, is_quiet: Callable[[], bool]) -> bool:

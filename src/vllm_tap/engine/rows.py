@@ -104,7 +104,7 @@ class Selector:
         self._prompt_lens = np.array([request.prompt_len for request in found], np.int32)
 
     def _choose(self, batch: Batch, starts: Int32) -> Selection | None:
-        counts = np.diff(starts)
+        counts = starts[1:] - starts[:-1]
         numbers = np.repeat(self._numbers, counts)
         ends_prompts = bool((batch.num_computed + counts >= self._prompt_lens).all())
         if not self.takes_all:

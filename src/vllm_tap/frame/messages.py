@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_tap import errors
 from vllm_tap.errors import DescriptorError, TapError
-from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Stream, layout
+from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
@@ -168,8 +168,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
             raise DescriptorError(f"rank {self.rank}: {len(self.blocks)} bytes are no table of {row_bytes} bytes a row")
         return np.frombuffer(self.blocks, "<i8").reshape(-1, len(BLOCK_FIELDS))
 
-    def validate(self, capture_id: str, byte_order: str) -> None:
-        """Refuse a descriptor whose numbers cannot be.
+    def validate(self, capture_id: str, byte_order: str) -> Layout[IntArray]:
+        """Refuse a descriptor whose numbers cannot be; return where the arrays of its blocks lie.
 
         Raises:
             DescriptorError: What was expected, and what came.
@@ -184,23 +184,22 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
                 raise DescriptorError(f"rank {self.rank}: {chunk} has a number out of range")
         table = self.table()
         index, offset, num_rows = table.T
-        if (
-            len(table)
-            and not ((index >= 0) & (index < len(self.chunks)) & (num_rows >= 1) & (num_rows <= MAX_ROWS)).all()
+        if len(table) and not (
+            index.min() >= 0 and index.max() < len(self.chunks) and num_rows.min() >= 1 and num_rows.max() <= MAX_ROWS
         ):
             raise DescriptorError(f"rank {self.rank}: a block names a chunk or a number of rows that cannot be")
         # Divided, not multiplied: a product of numbers from outside could wrap around in 64 bits.
         row_bytes = NUM_LABELS * LABEL_BYTES + sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
-        room = np.array([chunk.nbytes // row_bytes for chunk in self.chunks], np.int64)[index]
+        bounds = [(chunk.offset, chunk.offset + chunk.nbytes, chunk.nbytes // row_bytes) for chunk in self.chunks]
+        starts, ends, room = np.array(bounds, np.int64).reshape(-1, 3)[index].T
         if (num_rows > room).any():
             raise DescriptorError(f"rank {self.rank}: a block of {num_rows.max()} rows does not fit its chunk")
-        starts = np.array([chunk.offset for chunk in self.chunks], np.int64)[index]
-        ends = starts + np.array([chunk.nbytes for chunk in self.chunks], np.int64)[index]
         placed = layout(offset, num_rows, self.streams)
         outside = np.flatnonzero((offset < starts) | (offset > ends) | (placed.end > ends))
         if len(outside):
             row = dict(zip(BLOCK_FIELDS, table[outside[0]].tolist(), strict=True))
             raise DescriptorError(f"rank {self.rank}: block {row} does not fit its {self.chunks[row['chunk']]}")
+        return placed
 
 
 class Stopped(Message, frozen=True, tag=True, kw_only=True):

@@ -10,10 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_tap.client.memory import FetchedMemory, MappedMemory
 from vllm_tap.errors import DescriptorError
-from vllm_tap.frame.layout import Stream, layout
+from vllm_tap.frame.layout import IntArray, Layout, Stream, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
 from vllm_tap.transport.handover import SegmentServer
 from vllm_tap.transport.pool import SegmentPool
@@ -61,6 +63,10 @@ class Worker:
         """Return bytes of a segment, as the inline transport does."""
         return bytes(self.pool.segment(segment_id).view[offset : offset + nbytes])
 
+    def map(self, descriptor: Descriptor) -> MappedMemory:
+        """Take the blocks of a descriptor as a client does."""
+        return MappedMemory(descriptor, placed(descriptor), self.reader)
+
     def wait_for(self, num_blocks: int) -> None:
         """Wait until so many chunks are taken."""
         wait_until(lambda: self.pool.stats().num_blocks == num_blocks)
@@ -70,6 +76,11 @@ class Worker:
         self.reader.close()
         self.server.close()
         self.pool.close()
+
+
+def placed(descriptor: Descriptor) -> Layout[IntArray]:
+    """Return where the arrays of all blocks lie."""
+    return descriptor.validate("c", "little")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -97,7 +108,7 @@ def test_mapped_bytes_equal_fetched_ones(worker):
     """Labels, views in any order and repeated, and a gather over several segments are those of plain copies."""
     descriptor = worker.describe()
     assert len({chunk.segment_id for chunk in descriptor.chunks}) > 1
-    mapped, fetched = MappedMemory(descriptor, worker.reader), FetchedMemory(descriptor, worker.fetch)
+    mapped, fetched = worker.map(descriptor), FetchedMemory(descriptor, placed(descriptor), worker.fetch)
     num_blocks = NUM_CHUNKS * BLOCKS_OF_CHUNK
     counts = np.full(num_blocks, NUM_ROWS)
     np.testing.assert_array_equal(mapped.labels(counts), fetched.labels(counts))
@@ -111,9 +122,45 @@ def test_mapped_bytes_equal_fetched_ones(worker):
     assert torch.equal(*gathered)
 
 
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans()), max_size=30), st.integers(1, 4))
+def test_labels_are_those_of_each_block_whatever_their_distances(blocks, num_repeats):
+    """Blocks of any numbers of rows, with gaps and in other regions, also many times in a row: read one by one."""
+    region = np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8)
+    chunks, table, offset = [Chunk(1, 0, len(region), 1)], [], 0
+    for num_rows, gap, is_new in [block for block in blocks for _ in range(num_repeats)]:
+        if is_new:
+            chunks.append(Chunk(len(chunks) % 2 + 1, 0, len(region), len(chunks) + 1))
+            offset = 0
+        table.append((len(chunks) - 1, offset, num_rows))
+        offset = -(-layout(offset, num_rows, [STREAM]).end // 64) * 64 + 64 * gap
+    described = Descriptor(
+        rank=0,
+        capture_id="c",
+        streams=(STREAM,),
+        requests=(),
+        chunks=tuple(chunks),
+        blocks=np.array(table, "<i8").reshape(-1, 3).tobytes(),
+        byte_order="little",
+        wait_seconds=0.0,
+    )
+
+    def fetch(segment_id: int, begin: int, nbytes: int) -> bytes:
+        return (region + np.uint8(segment_id))[begin : begin + nbytes].tobytes()
+
+    memory = FetchedMemory(described, placed(described), fetch)
+    counts = described.table()[:, 2]
+    expected = [
+        memory.view(block, int(memory.placed.labels[block]), 12 * count).view(torch.int32).view(3, count)
+        for block, count in enumerate(counts.tolist())
+    ]
+    labels = memory.labels(counts)
+    assert labels.dtype == np.int32
+    assert torch.equal(torch.from_numpy(labels), torch.cat([torch.empty(3, 0, dtype=torch.int32), *expected], 1))
+
+
 def test_a_chunk_is_free_when_its_tensors_and_the_memory_are_gone(worker):
     """A tensor that is kept keeps its own chunk when all others become free, and no chunk is free before."""
-    memory = MappedMemory(worker.describe(), worker.reader)
+    memory = worker.map(worker.describe())
     first, again, other = rows_of(memory, 6), rows_of(memory, 8), rows_of(memory, 9)
     expected = first.clone()
     del again, other  # of the same chunk and of another one
@@ -127,7 +174,7 @@ def test_a_chunk_is_free_when_its_tensors_and_the_memory_are_gone(worker):
 
 def test_repeated_views_of_a_chunk_share_one_lease(worker):
     """The second view of a chunk makes nothing anew: both tensors lie in the same pages."""
-    memory = MappedMemory(worker.describe(), worker.reader)
+    memory = worker.map(worker.describe())
     first, again = rows_of(memory, 0), rows_of(memory, 0)
     assert first.data_ptr() == again.data_ptr()
     del memory, first
@@ -143,5 +190,5 @@ def test_a_descriptor_with_a_bad_chunk_holds_nothing(worker):
     bad = Chunk(last.segment_id, last.offset, 4 * MIB, last.block_id)
     lying = msgspec.structs.replace(descriptor, chunks=(*descriptor.chunks[:-1], bad))
     with pytest.raises(DescriptorError, match="ends outside its segment"):
-        MappedMemory(lying, worker.reader)
+        worker.map(lying)
     wait_until(lambda: worker.pool.stats().num_blocks <= 1)

@@ -51,7 +51,9 @@ def rank_rows(
         byte_order="little",
         wait_seconds=0.0,
     )
-    fetched = FetchedMemory(descriptor, lambda _, at, n: memory[at : at + n].tobytes())
+    fetched = FetchedMemory(
+        descriptor, descriptor.validate("c", "little"), lambda _, at, n: memory[at : at + n].tobytes()
+    )
     return RankRows(descriptor, fetched, choice or Choice(sequences))
 
 

@@ -18,10 +18,10 @@ import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda, simulated_cuda
 from vllm_tap.engine import cuda as cuda_calls
-from vllm_tap.engine import device_backend, device_sink, device_tap, graphs, held_experts, kernel
+from vllm_tap.engine import device_backend, device_rows, device_sink, device_tap, graphs, held_experts, kernel
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
-from vllm_tap.engine.graph_forms import MOST_FORMS
+from vllm_tap.engine.graph_forms import MOST_FORMS, GraphCopy
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
@@ -288,6 +288,11 @@ class Engine:
             self.pool.release(block_id)
 
 
+def copies_of(engine: Engine) -> list[GraphCopy]:
+    """Return the graphs with taps that this engine has beside PyTorch's."""
+    return [copy for copies in engine.model.rows.switch._copies.values() for copy in copies]
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
     """A device whose limits are low, so that small steps go all ways."""
@@ -332,6 +337,7 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
     if way == "step by step":
         monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
+        monkeypatch.setattr(device_rows, "SMALL_BYTES", 0)
     engine = Engine(cuda, places, in_pieces)
     for steps in (STEPS, STEPS[:2]):
         session = engine.start("direct" if way == "direct" else "staged")
@@ -696,8 +702,7 @@ def test_graphs_are_made_while_the_device_is_busy(cuda: SimulatedCuda) -> None:
         ({"a": 1, "b": 1, "c": 1}, (14, 9, 7), {4, 2, 1}),
     ):
         engine.step(session, step, computed=computed)
-        copies = engine.model.rows.switch._copies
-        assert {copy.num_rows for copy in copies if copy._forms} == ready
+        assert {copy.num_rows for copy in copies_of(engine) if copy._forms} == ready
         assert len(cuda.executables) == len(ready)
     engine.finish(session)
     assert cuda.conflicts == []
@@ -708,8 +713,7 @@ def test_graphs_that_are_made_ahead_have_room_for_drafts(cuda: SimulatedCuda) ->
     engine = Engine(cuda, LLAMA)
     session = engine.start(num_drafts=1)
     engine.step(session, {"a": 6, "b": 5}, computed=[5, 0])
-    copies = engine.model.rows.switch._copies
-    assert {copy.num_rows for copy in copies if copy._forms} == {4}
+    assert {copy.num_rows for copy in copies_of(engine) if copy._forms} == {4}
     engine.finish(session)
 
 
@@ -1080,7 +1084,7 @@ def test_a_graph_that_could_not_be_given_up_is_not_launched_again(
         session = engine.start(leave_out=leave_out)
         engine.step(session, DECODE)
         engine.finish(session)
-    copy = next(copy for copy in engine.model.rows.switch._copies if len(copy._forms) == 2)
+    copy = next(copy for copy in copies_of(engine) if len(copy._forms) == 2)
     destroy, refusals = SimulatedCuda.cuGraphExecDestroy, iter([False, True])
     monkeypatch.setattr(
         SimulatedCuda, "cuGraphExecDestroy", lambda *args: 1 if next(refusals, False) else destroy(*args)
