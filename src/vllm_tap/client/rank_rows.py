@@ -144,8 +144,11 @@ def _is_of(request: Request, sequences: Sequences) -> bool:
     Inside, vLLM puts something random behind a request's name, and the number of a completion before it.
     """
     output_id = sequences.request_ids.get(request.sample, "")
-    names = request.request_id, request.request_id.removeprefix(f"{request.completion}_")
-    return any(name == output_id or name.startswith(f"{output_id}-") for name in names)
+    name, inside = request.request_id, f"{output_id}-"
+    if name.startswith(inside) or name == output_id:
+        return True
+    name = name.removeprefix(f"{request.completion}_")
+    return name.startswith(inside) or name == output_id
 
 
 def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], everything: bool, num_rows: int) -> IntArray:
