@@ -32,12 +32,11 @@ MEANING = (
 def summary(results_dir: Path) -> str:
     """Return one table of all ratios, a column for each kind of GPU, or a sentence if there are no results.
 
-    What was measured more than once is taken from where the plain engine ran without the plugin, and of these from
-    where most was measured.
+    What was measured more than once is taken from where the plain engine ran without the plugin.
     """
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     found = [results for results, _ in _read(results_dir)]
-    for results in sorted(found, key=lambda results: (results.get("plain") == IDLE_IS_PLAIN, -len(_measured(results)))):
+    for results in sorted(found, key=lambda results: results.get("plain") == IDLE_IS_PLAIN):
         gpu = results["machine"]["gpu"]
         shape = results["shape"] + (f", {len(shares)} ranks" if (shares := results.get("tp2_shares")) else "")
         for row in _measured(results):

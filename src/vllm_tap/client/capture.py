@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,7 +132,7 @@ def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> l
     if given is not None and fields:
         raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
     if given is None:
-        given = engine.new_params(llm, copy.deepcopy(fields))
+        given = engine.new_params(llm, fields)
     each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
     if len(each) != num_prompts:
         raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import copy
 import functools
 import itertools
 import math
@@ -63,7 +64,7 @@ def pools(llm: Any) -> bool:
 
 
 def new_params(llm: Any, fields: dict[str, Any]) -> Any:
-    """Return sampling or pooling parameters with these fields.
+    """Return sampling or pooling parameters with copies of these fields, of which nobody else holds anything.
 
     Raises:
         SpecError: A field that they do not have.
@@ -73,7 +74,7 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
     for name in fields:
         if name not in known:
             raise SpecError(f"{kind.__name__} has no field {name!r}.{nearest(name, known)}")
-    return kind(**fields)
+    return kind(**copy.deepcopy(fields))
 
 
 def require_params(llm: Any, params: Any) -> None:

@@ -19,6 +19,7 @@ from vllm_tap.engine.held_experts import HeldExperts
 from vllm_tap.engine.rows import Selection
 from vllm_tap.engine.slab import SlabKeeper
 from vllm_tap.engine.tap import REGISTRY, Rows
+from vllm_tap.errors import EngineUnsupportedError
 
 if TYPE_CHECKING:
     from vllm_tap.engine.device_sink import DeviceSink
@@ -125,6 +126,18 @@ class DeviceRows(Rows):
         elif not self.refusal:
             self.refusal = f"the taps' kernels do not run on this device ({type(error).__name__}: {error})"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
+
+    def require_room(self, indices: Iterable[int]) -> None:
+        """Refuse taps for which the tables have no room.
+
+        Raises:
+            EngineUnsupportedError: There are some.
+        """
+        num_taps = self._num_taps(indices)
+        if num_taps > len(self.table):
+            raise EngineUnsupportedError(
+                f"a model with {num_taps} taps has too many: there is room for {len(self.table)}. Capture fewer layers."
+            )
 
     def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
         """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside.

@@ -112,6 +112,7 @@ class DeviceSink:
                 # One of the taps writes the labels: a kernel of their own would be one more launch in every step.
                 labels = 0 if modes else kernel.LABELS
                 modes[tap.index] = plane, tap.mode | labels
+        rows.require_room(modes)
         plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
         self._planes, self._steps = Ring(0, rows.events), Ring(0, rows.events)
         self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)

@@ -139,7 +139,7 @@ class GraphSwitch:
             return True  # once a step wants taps
         if self._prepared == (num_rows, self.on):
             return False
-        sizes = sorted(self._copies)
+        sizes = sorted(size for size, copies in self._copies.items() if copies)
         place = bisect.bisect_left(sizes, num_rows)
         try:
             for size in sizes[place : place + 1] + sizes[max(place - 1, 0) : place]:

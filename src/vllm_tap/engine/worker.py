@@ -212,6 +212,8 @@ class TapWorker(host_runner.Recorder):
             self._keeper.linger()
             raise
         self._closing.append(self._session)
+        # Last: the driver may let nobody else in while it pins memory.
+        self._grow_ahead(self._session)
         return messages.Started(rank=self.rank, streams=self._session.streams)
 
     def _new_session(self, start: messages.Start) -> Session:
@@ -221,11 +223,15 @@ class TapWorker(host_runner.Recorder):
             place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
         pool = self._pool(start.shared)
         pool.budget_bytes = start.budget_bytes
-        expected = block_bytes(start.expected_rows, streams)
-        largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
-        pool.grow_ahead(expected + expected // SLACK, largest)
         sink = self._sink(start, streams, pool)
         return Session(start, self.rank, streams, sink, pool, self._taps.rows)
+
+    def _grow_ahead(self, session: Session) -> None:
+        """Have memory for all rows that are expected prepared in the background."""
+        start, streams = session.start, session.streams
+        expected = block_bytes(start.expected_rows, streams)
+        largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
+        self._pool(start.shared).grow_ahead(expected + expected // SLACK, largest)
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
         assert self._taps is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from vllm_tap.client import engine
 from vllm_tap.client.engine import STEPS_BETWEEN, _first_step_first, _outputs_watched, _token_lists
+from vllm_tap.errors import SpecError
 
 
 class Core:
@@ -123,3 +125,23 @@ def test_the_client_of_the_core_is_left_as_it_was(is_replaced: bool) -> None:
     assert vars(core) == before
     if is_replaced:
         assert core.get_output is mine
+
+
+def test_parameters_are_made_of_copies_of_known_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller passes stays the caller's; a name that is not known is said before anything is copied."""
+
+    class SamplingParams:
+        max_tokens: int
+        stop: list[str]
+
+        def __init__(self, **fields: Any) -> None:
+            self.__dict__.update(fields)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SamplingParams))
+    llm = SimpleNamespace(model_config=SimpleNamespace(runner_type="generate"))
+    mine = ["."]
+    params = engine.new_params(llm, {"max_tokens": 3, "stop": mine})
+    assert (params.max_tokens, params.stop) == (3, mine)
+    assert params.stop is not mine
+    with pytest.raises(SpecError, match="no field 'max_token'"):
+        engine.new_params(llm, {"max_token": (token for token in ())})

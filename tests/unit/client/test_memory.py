@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -48,16 +49,7 @@ class Worker:
                 table.append((number, offset, NUM_ROWS))
                 offset = -(-layout(offset, NUM_ROWS, [STREAM]).end // 64) * 64
         self.server.publish(self.reader.client, [chunk.block_id for chunk in chunks])
-        return Descriptor(
-            rank=0,
-            capture_id="c",
-            streams=(STREAM,),
-            requests=(),
-            chunks=tuple(chunks),
-            blocks=np.array(table, "<i8").tobytes(),
-            byte_order="little",
-            wait_seconds=0.0,
-        )
+        return describe(chunks, table)
 
     def fetch(self, segment_id: int, offset: int, nbytes: int) -> bytes:
         """Return bytes of a segment, as the inline transport does."""
@@ -76,6 +68,20 @@ class Worker:
         self.reader.close()
         self.server.close()
         self.pool.close()
+
+
+def describe(chunks: Sequence[Chunk], table: Sequence[tuple[int, int, int]]) -> Descriptor:
+    """Return what says that these blocks (chunk, offset, number of rows) lie in chunks."""
+    return Descriptor(
+        rank=0,
+        capture_id="c",
+        streams=(STREAM,),
+        requests=(),
+        chunks=tuple(chunks),
+        blocks=np.array(table, "<i8").tobytes(),
+        byte_order="little",
+        wait_seconds=0.0,
+    )
 
 
 def placed(descriptor: Descriptor) -> Layout[IntArray]:
@@ -124,38 +130,21 @@ def test_mapped_bytes_equal_fetched_ones(worker):
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2), st.booleans()), max_size=30), st.integers(1, 4))
 def test_labels_are_those_of_each_block_whatever_their_distances(blocks, num_repeats):
-    """Blocks of any numbers of rows, with gaps and in other regions, also many times in a row: read one by one."""
-    region = np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8)
-    chunks, table, offset = [Chunk(1, 0, len(region), 1)], [], 0
-    for num_rows, gap, is_new in [block for block in blocks for _ in range(num_repeats)]:
-        if is_new:
-            chunks.append(Chunk(len(chunks) % 2 + 1, 0, len(region), len(chunks) + 1))
-            offset = 0
-        table.append((len(chunks) - 1, offset, num_rows))
+    """Blocks of any numbers of rows, with gaps and in two segments, also many times in a row: read one by one."""
+    segments = {number: np.random.default_rng(number).integers(0, 256, 1 << 16, np.uint8) for number in (1, 2)}
+    chunks = tuple(Chunk(number, 0, len(segment), number) for number, segment in segments.items())
+    table, expected, chunk, offset = [], [np.empty((3, 0), np.int32)], 0, 0
+    for num_rows, gap, changes in [block for block in blocks for _ in range(num_repeats)]:
+        chunk ^= changes
+        table.append((chunk, offset, num_rows))
+        labels = segments[chunks[chunk].segment_id][offset : offset + 12 * num_rows]
+        expected.append(labels.view(np.int32).reshape(3, num_rows))
         offset = -(-layout(offset, num_rows, [STREAM]).end // 64) * 64 + 64 * gap
-    described = Descriptor(
-        rank=0,
-        capture_id="c",
-        streams=(STREAM,),
-        requests=(),
-        chunks=tuple(chunks),
-        blocks=np.array(table, "<i8").reshape(-1, 3).tobytes(),
-        byte_order="little",
-        wait_seconds=0.0,
-    )
-
-    def fetch(segment_id: int, begin: int, nbytes: int) -> bytes:
-        return (region + np.uint8(segment_id))[begin : begin + nbytes].tobytes()
-
-    memory = FetchedMemory(described, placed(described), fetch)
-    counts = described.table()[:, 2]
-    expected = [
-        memory.view(block, int(memory.placed.labels[block]), 12 * count).view(torch.int32).view(3, count)
-        for block, count in enumerate(counts.tolist())
-    ]
-    labels = memory.labels(counts)
+    descriptor = describe(chunks, table)
+    reader = SimpleNamespace(hold=lambda _: None, segment_array=segments.__getitem__)
+    labels = MappedMemory(descriptor, placed(descriptor), reader).labels(descriptor.table()[:, 2])
     assert labels.dtype == np.int32
-    assert torch.equal(torch.from_numpy(labels), torch.cat([torch.empty(3, 0, dtype=torch.int32), *expected], 1))
+    np.testing.assert_array_equal(labels, np.concatenate(expected, axis=1))
 
 
 def test_a_chunk_is_free_when_its_tensors_and_the_memory_are_gone(worker):

@@ -27,7 +27,7 @@ from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
 from vllm_tap.engine.slab import LINGER_SECONDS, SlabKeeper
 from vllm_tap.engine.tap import Tap
-from vllm_tap.errors import BudgetError, CaptureError, TransportError
+from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError, TransportError
 from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
@@ -190,11 +190,12 @@ class Engine:
         staging: str = "staged",
         positions: str = "all",
         leave_out: int = 0,
+        leave_out_last: int = 0,
         generates: bool = True,
         num_drafts: int = 0,
     ) -> Session:
-        """Start a capture of all layers, or of all but some."""
-        places = self.model.places[leave_out:]
+        """Start a capture of all layers, or of all but the first some and the last some."""
+        places = self.model.places[leave_out : len(self.model.places) - leave_out_last]
         names = dict.fromkeys(place.stream for place in places)
         streams = []
         for name in names:
@@ -708,6 +709,25 @@ def test_graphs_are_made_while_the_device_is_busy(cuda: SimulatedCuda) -> None:
     assert cuda.conflicts == []
 
 
+def test_graphs_that_are_gone_hide_none_that_are_there(cuda: SimulatedCuda) -> None:
+    """Those of another size may be captured anew: the next larger one is made ahead nevertheless."""
+    engine = Engine(cuda, LLAMA)
+    sizes = sorted({copy.num_rows for copy in copies_of(engine)})
+    smallest, gone, next_one = sizes[:3]
+    engine.model._graphs = {size: graphs for size, graphs in engine.model._graphs.items() if size != gone}
+    gc.collect()
+    session = engine.start()
+    engine.step(session, DECODE)
+    for copy in copies_of(engine):
+        copy.forget()
+    switch = engine.model.rows.switch
+    switch._prepared = 0, frozenset()
+    while switch.prepare(gone):
+        pass
+    assert {copy.num_rows for copy in copies_of(engine) if copy._forms} == {smallest, next_one}
+    engine.finish(session)
+
+
 def test_graphs_that_are_made_ahead_have_room_for_drafts(cuda: SimulatedCuda) -> None:
     """A step has more than one token of each request."""
     engine = Engine(cuda, LLAMA)
@@ -782,6 +802,38 @@ def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captur
         assert cuda.num_launches - before == len(LLAMA) - leave_out
         engine.finish(session)
         assert running() == 0
+
+
+@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+def test_a_capture_without_the_last_taps_of_the_one_before_gets_its_own_rows_alone(
+    cuda: SimulatedCuda, places: list[Place], in_pieces: bool
+) -> None:
+    """In graphs that have taps of both, and outside: what the device knew of the last taps is gone."""
+    engine = Engine(cuda, places, in_pieces)
+    for leave_out_last in (0, 1, len(places) - 1, 0):
+        session = engine.start(leave_out_last=leave_out_last)
+        for step in STEPS[:3]:
+            engine.step(session, step)
+        engine.finish(session)
+        first = engine.model.rows.first_tap
+        on = [place - first for place in session._sink._place_of]
+        table = engine.model.rows.table[:, 0]
+        assert (table >= 0).nonzero().flatten().tolist() == sorted(on)
+    assert cuda.conflicts == []
+
+
+def test_taps_for_which_the_tables_have_no_room_are_refused(cuda: SimulatedCuda) -> None:
+    """Before anything is taken: what lies behind the tables on the device is not ours."""
+    engine = Engine(cuda, LLAMA)
+    rows = engine.model.rows
+    rows.table = rows.table[: len(LLAMA) - 1]
+    with pytest.raises(EngineUnsupportedError, match=f"{len(LLAMA)} taps has too many: there is room"):
+        engine.start()
+    assert (rows.staging_bytes, rows.sink) == (0, None)
+    session = engine.start(leave_out_last=1)
+    engine.step(session, STEPS[0])
+    engine.finish(session)
 
 
 def test_a_rank_without_a_layer_of_the_capture_ships_nothing(cuda: SimulatedCuda) -> None:
