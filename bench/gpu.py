@@ -6,10 +6,11 @@
 
 `MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
-Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios; `tp2` two tensor-parallel ranks, on two
-GPUs; `memory` what an engine holds while nobody captures; `bad` what a capture does when budgets, memory or clients
-fail. `--eager` compares rows with those of an eager engine, `--parts` adds where a capture's time goes, `--forwards`
-when its forward passes run, `--timeline` where the device's time goes in a step, `--extract` vLLM's own extraction.
+Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios, `brief` what short captures take beyond
+an idle engine; `tp2` two tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures; `bad`
+what a capture does when budgets, memory or clients fail. `--eager` compares rows with those of an eager engine,
+`--parts` adds where a capture's time goes, `--forwards` when its forward passes run, `--timeline` where the device's
+time goes in a step, `--extract` vLLM's own extraction.
 """
 
 from __future__ import annotations

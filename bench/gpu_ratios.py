@@ -36,7 +36,9 @@ PLANS: dict[str, Plan] = {
         ("prefill 64 x 1000", [ALL, *FEW], 5),
         ("prefill 16 x 8000", [ALL], 3),
     ],
-    "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS],
+    "full": [(name, [ALL, *FEW], 5) for name in WORKLOADS if not name.startswith("brief")],
+    # What a capture costs however short it is: of longer ones, the rounds differ by more.
+    "brief": [("brief 8 x (64 + 4)", [ALL, *FEW], 200), ("brief 64 x (64 + 4)", [ALL, *FEW], 80)],
     "router": [
         # A round's arms differ by up to 3 % either way: which experts random weights choose, and eight steps or nine.
         ("decode 8 x (64 + 128)", [ROUTER], 45),
@@ -210,7 +212,10 @@ def step_times(times: list[float]) -> dict[str, float]:
 def summarise(
     name: str, times: dict[str, list[float]], parts: dict[str, list[dict[str, float]]], sizes: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Return a row per arm; `ratio` is that of medians, `paired` the median over rounds of the ratio within a round."""
+    """Return a row per arm; `ratio` is that of medians, `paired` the median over rounds of the ratio within a round.
+
+    `beyond_idle_ms` is how much longer than the idle engine an arm takes, in the mean, and the standard error of that.
+    """
     plain = statistics.median(times["plain"])
     rows = []
     for arm in sorted(times):
@@ -223,6 +228,7 @@ def summarise(
                 "seconds": median,
                 "ratio": plain / median,
                 "paired": statistics.median(a / b for a, b in zip(times["plain"], times[arm], strict=True)),
+                "beyond_idle_ms": beyond(times[arm], times.get("idle", times["plain"])),
                 "all": times[arm],
                 "generate": [p["generate"] for p in mine],
                 "bytes": sizes.get(arm, 0),
@@ -232,6 +238,12 @@ def summarise(
     return rows
 
 
+def beyond(times: list[float], idle: list[float]) -> tuple[float, float]:
+    """Return the mean difference of two arms within a round and its standard error, in milliseconds."""
+    more = [(a - b) * 1e3 for a, b in zip(times, idle, strict=True)]
+    return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else 0.0
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
     for row in rows:
@@ -239,8 +251,9 @@ def show(rows: list[dict[str, Any]]) -> None:
         steps = "/".join(
             f"{statistics.median(s[key] for s in row['steps']):.{digits}f}" for key, digits in STEPS if "steps" in row
         )
+        more = "  beyond idle {:.2f} +- {:.2f} ms".format(*row["beyond_idle_ms"]) if "beyond_idle_ms" in row else ""
         print(
             f"{row['workload']:26s} {row['arm']:42s} {row['seconds']:8.4f} s  ratio {row['ratio']:.4f} "
-            f"(paired {row['paired']:.4f}) {row['bytes'] / 1e9:7.2f} GB  steps {steps}  {parts}",
+            f"(paired {row['paired']:.4f}) {row['bytes'] / 1e9:7.2f} GB  steps {steps}  {parts}{more}",
             flush=True,
         )

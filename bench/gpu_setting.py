@@ -26,6 +26,8 @@ WORKLOADS = {
     "decode 8 x (64 + 128)": (8, 64, 128),
     "decode 64 x (64 + 128)": (64, 64, 128),
     "decode 256 x (64 + 128)": (256, 64, 128),
+    "brief 8 x (64 + 4)": (8, 64, 4),
+    "brief 64 x (64 + 4)": (64, 64, 4),
 }
 SPECS: dict[str, dict[str, Any]] = {
     "all layers": {"hidden_states": "all"},
