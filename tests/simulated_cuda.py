@@ -129,7 +129,7 @@ class Graph:
         return super().__new__(cls)
 
     def __init__(self, keep_graph: bool = False) -> None:
-        assert keep_graph, "a graph that is thrown away cannot be edited"
+        self.keep_graph = keep_graph
         self.handle = next(self.device.handles)
         self.nodes = self.device.graphs[self.handle] = Nodes()
         self.executable: Executable | None = None
@@ -139,11 +139,14 @@ class Graph:
 
     def capture_end(self) -> None:
         self.device.recording = None
+        if not self.keep_graph:
+            self.instantiate()
 
     def instantiate(self) -> None:
         self.executable = Executable(self.nodes)
 
     def raw_cuda_graph(self) -> int:
+        assert self.keep_graph, "a graph that is thrown away cannot be edited"
         return self.handle
 
     def replay(self) -> None:

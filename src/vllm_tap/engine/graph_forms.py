@@ -173,6 +173,11 @@ class GraphCopy:
             return _executable_with(wanted, self._graph, self._taps)
 
 
+def can_name_streams() -> bool:
+    """Tell whether this PyTorch has what `_current_stream` needs, which its own compiled code calls."""
+    return hasattr(torch._C, "_cuda_getCurrentRawStream")
+
+
 def _current_stream() -> Callable[[], int]:
     """Return what says on which stream of this device a thread queues its work.
 

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 import torch
 
-from vllm_tap.engine import cuda
+from vllm_tap.engine import cuda, graph_forms
 from vllm_tap.engine.graph_forms import NOTHING, GraphCopy, GraphPiece, Node
 from vllm_tap.errors import TransportError
 
@@ -185,7 +185,8 @@ class GraphSwitch:
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
         original = torch.cuda.CUDAGraph
-        if not hasattr(original, "raw_cuda_graph") or not cuda.can_edit_graphs():
+        can_launch = hasattr(original, "raw_cuda_graph") and graph_forms.can_name_streams()
+        if not can_launch or not cuda.can_edit_graphs():
             logger.info("vllm-tap: CUDA graphs cannot be edited here: taps stay in them while nobody captures")
             yield
             return

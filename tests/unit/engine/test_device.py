@@ -633,6 +633,25 @@ def test_a_driver_that_refuses_to_edit_graphs_leaves_taps_in_them(
     assert cuda.conflicts == []
 
 
+@pytest.mark.parametrize("missing", ["raw_cuda_graph", "_cuda_getCurrentRawStream"])
+def test_a_pytorch_that_does_not_let_graphs_be_edited_leaves_taps_in_them(
+    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """One without what is needed of it: the engine starts all the same, and captures are right."""
+    owner = torch.cuda.CUDAGraph.__mro__[1] if missing == "raw_cuda_graph" else torch._C
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "vllm_tap"):
+        patch.delattr(owner, missing)
+        engine = Engine(cuda, LLAMA)
+    assert "CUDA graphs cannot be edited here" in caplog.text
+    for _ in range(2):
+        engine.model.run(3)
+        session = engine.start()
+        for step in STEPS[:7]:
+            engine.step(session, step)
+        engine.finish(session)
+    assert cuda.conflicts == []
+
+
 def test_graphs_that_are_thrown_away_leave_nothing_behind(cuda: SimulatedCuda) -> None:
     """The V1 runner captures some first, to see how much memory they take; the driver gives their handles to others."""
     model = Model(cuda, LLAMA)
