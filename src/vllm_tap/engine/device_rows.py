@@ -136,7 +136,8 @@ class DeviceRows(Rows):
         num_taps = self._num_taps(indices)
         if num_taps > len(self.table):
             raise EngineUnsupportedError(
-                f"a model with {num_taps} taps has too many: there is room for {len(self.table)}. Capture fewer layers."
+                f"tap {num_taps} of this model is one too many: there is room for {len(self.table)}. "
+                "Leave out the last layers."
             )
 
     def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:

@@ -55,7 +55,7 @@ class GraphPiece:
 
     def __init__(self, graph: int, taps: list[Node], lock: threading.Lock, fail: Callable[[Exception], None]) -> None:
         self._graph, self._taps, self._lock, self._fail = graph, taps, lock, fail
-        self._stream = _current_stream()
+        self._current_stream = _current_stream()
         self._executable = _executable_with(NOTHING, graph, taps)
         self._forms = {NOTHING: self._executable}
         self._enabled: list[bool] | None = None  # the nodes, if they are there
@@ -70,7 +70,7 @@ class GraphPiece:
                     self._switch(on)
                 except TransportError as error:
                     self._fail(error)
-            cuda.launch_graph(self._executable, self._stream())
+            cuda.launch_graph(self._executable, self._current_stream())
         return True
 
     @property
@@ -120,7 +120,7 @@ class GraphCopy:
         self._graph = cuda.clone_graph(graph)
         self._taps = [node.in_copy(self._graph) for node in taps]
         self._lock = lock
-        self._stream = _current_stream()
+        self._current_stream = _current_stream()
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
@@ -140,7 +140,7 @@ class GraphCopy:
             if on is not self._on:
                 self._take_form(on)
             if self._executable:
-                cuda.launch_graph(self._executable, self._stream())
+                cuda.launch_graph(self._executable, self._current_stream())
             return self._executable != 0
 
     def prepare(self, on: frozenset[int]) -> bool:

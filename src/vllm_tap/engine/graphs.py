@@ -30,8 +30,8 @@ from typing import Any, Final
 
 import torch
 
-from vllm_tap.engine import cuda, graph_forms
-from vllm_tap.engine.graph_forms import NOTHING, GraphCopy, GraphPiece, Node
+from vllm_tap.engine import cuda
+from vllm_tap.engine.graph_forms import NOTHING, GraphCopy, GraphPiece, Node, can_name_streams
 from vllm_tap.errors import TransportError
 
 logger = logging.getLogger("vllm_tap")
@@ -185,8 +185,7 @@ class GraphSwitch:
     def keeping(self) -> Iterator[None]:
         """Make PyTorch keep the graphs that are captured inside this block, so that taps can be taken out of them."""
         original = torch.cuda.CUDAGraph
-        can_launch = hasattr(original, "raw_cuda_graph") and graph_forms.can_name_streams()
-        if not can_launch or not cuda.can_edit_graphs():
+        if not (hasattr(original, "raw_cuda_graph") and can_name_streams() and cuda.can_edit_graphs()):
             logger.info("vllm-tap: CUDA graphs cannot be edited here: taps stay in them while nobody captures")
             yield
             return

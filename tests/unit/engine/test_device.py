@@ -282,6 +282,15 @@ class Engine:
         self.step(session, DECODE)
         self.finish(session)
 
+    def idles_and_captures(self) -> None:
+        """Run idle steps and captures in turn, and compare what came with what was made."""
+        for _ in range(2):
+            self.model.run(3)
+            session = self.start()
+            for step in STEPS[:7]:
+                self.step(session, step)
+            self.finish(session)
+
     def abandon(self, session: Session) -> None:
         """Close a session, and free what it filled."""
         session.close()
@@ -624,12 +633,7 @@ def test_a_driver_that_refuses_to_edit_graphs_leaves_taps_in_them(
     cuda.edits_left = edits
     engine = Engine(cuda, LLAMA, in_pieces)
     assert "taps stay in a CUDA graph while nobody captures" in caplog.text
-    for _ in range(2):
-        engine.model.run(3)
-        session = engine.start()
-        for step in STEPS[:7]:
-            engine.step(session, step)
-        engine.finish(session)
+    engine.idles_and_captures()
     assert cuda.conflicts == []
 
 
@@ -643,12 +647,7 @@ def test_a_pytorch_that_does_not_let_graphs_be_edited_leaves_taps_in_them(
         patch.delattr(owner, missing)
         engine = Engine(cuda, LLAMA)
     assert "CUDA graphs cannot be edited here" in caplog.text
-    for _ in range(2):
-        engine.model.run(3)
-        session = engine.start()
-        for step in STEPS[:7]:
-            engine.step(session, step)
-        engine.finish(session)
+    engine.idles_and_captures()
     assert cuda.conflicts == []
 
 
@@ -847,7 +846,10 @@ def test_taps_for_which_the_tables_have_no_room_are_refused(cuda: SimulatedCuda)
     engine = Engine(cuda, LLAMA)
     rows = engine.model.rows
     rows.table = rows.table[: len(LLAMA) - 1]
-    with pytest.raises(EngineUnsupportedError, match=f"{len(LLAMA)} taps has too many: there is room"):
+    with pytest.raises(
+        EngineUnsupportedError,
+        match=f"tap {len(LLAMA)} of this model is one too many: there is room for {len(LLAMA) - 1}",
+    ):
         engine.start()
     assert (rows.staging_bytes, rows.sink) == (0, None)
     session = engine.start(leave_out_last=1)
