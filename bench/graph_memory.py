@@ -43,7 +43,7 @@ def main() -> None:
             executables = [cuda.instantiate(graphs[num_kernels].raw_cuda_graph()) for _ in range(num_graphs)]
             made = held_mib()
             for executable in executables:
-                cuda.launch_graph(executable, stream)
+                cuda.check(cuda.bare_launch()(executable, stream), "cuGraphLaunch")
             launched = held_mib()
             for executable in executables:
                 cuda.destroy_executable(executable)

@@ -94,10 +94,10 @@ class HostBackend:
         return None
 
 
-def choose(worker: Any) -> Backend:
-    """Return the backend of a worker whose model has been loaded."""
+def choose(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:
+    """Return the backend of a worker whose model has been loaded; the lock is held during each of its steps."""
     if worker.device.type != "cuda":
         return HostBackend()
     from vllm_tap.engine.device_backend import DeviceBackend
 
-    return DeviceBackend(worker)
+    return DeviceBackend(worker, step_lock)

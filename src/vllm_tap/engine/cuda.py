@@ -51,9 +51,14 @@ def _driver() -> Any:
 def check(code: int, what: str) -> None:
     """Raise what a code that the driver returned stands for, if it is an error."""
     if code:
-        name = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(name))
-        raise TransportError(f"{what} failed: {(name.value or b'error').decode()} ({code})", code=code)
+        raise failure(code, what)
+
+
+def failure(code: int, what: str) -> TransportError:
+    """Return what a code that the driver returned stands for."""
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(code, ctypes.byref(name))
+    return TransportError(f"{what} failed: {(name.value or b'error').decode()} ({code})", code=code)
 
 
 def current_context() -> int:
@@ -262,11 +267,13 @@ def instantiate(graph: int) -> int:
     return int(executable.value or 0)
 
 
-def launch_graph(executable: int, stream: int) -> None:
-    """Queue an executable graph."""
-    code = _driver().cuGraphLaunch(executable, stream)
-    if code:
-        check(code, "cuGraphLaunch")
+def bare_launch() -> Callable[[int, int], int]:
+    """Return the driver's function that queues an executable graph (graph, stream), for `check`.
+
+    For what steps with prompts do once for every layer.
+    """
+    function: Callable[[int, int], int] = _driver().cuGraphLaunch
+    return function
 
 
 def set_node_enabled(executable: int, node: int, enabled: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -31,7 +31,7 @@ SEGMENT_BYTES: Final = 1 << 30
 class DeviceBackend:
     """Taps write to staging, from which a side stream copies into segments."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, step_lock: AbstractContextManager[Any]) -> None:
         device_tap.install()
         runner, self._device = worker.model_runner, worker.device
         self._sizes = Sizes(
@@ -44,7 +44,7 @@ class DeviceBackend:
             return host_runner.step_headroom(owner) if owner is not None else 0
 
         max_rows, graph_rows = self._sizes.max_rows + MAX_PADDING, self._sizes.graph_rows
-        self.rows = DeviceRows(max_rows, graph_rows, MAX_TAPS, worker.device, headroom)
+        self.rows = DeviceRows(max_rows, graph_rows, MAX_TAPS, worker.device, headroom, step_lock)
         host_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property
@@ -99,7 +99,6 @@ class DeviceBackend:
         profile.watch(device_tap, "_pass", "tap outside graphs")
         profile.watch(device_tap, "_pass_experts", "taps of experts outside graphs")
         profile.watch(cuda, "instantiate", "graph: instantiate")
-        profile.watch(cuda, "launch_graph", "graph: launch")
         profile.watch(cuda, "destroy_executable", "graph: give up")
         profile.watch(cuda, "allocate")
         profile.watch(cuda, "free")

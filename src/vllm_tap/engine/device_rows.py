@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,13 @@ class DeviceRows(Rows):
     """
 
     def __init__(
-        self, max_tokens: int, graph_tokens: int, max_taps: int, device: torch.device, headroom: Callable[[], int]
+        self,
+        max_tokens: int,
+        graph_tokens: int,
+        max_taps: int,
+        device: torch.device,
+        headroom: Callable[[], int],
+        step_lock: AbstractContextManager[Any],
     ) -> None:
         super().__init__()
         self.chosen = 0, 0
@@ -60,7 +66,7 @@ class DeviceRows(Rows):
         self._seen = torch.empty(max_taps, dtype=torch.int32, pin_memory=True).numpy()  # counts that have come back
         self.first_tap = len(REGISTRY)
         self.experts = HeldExperts(self, graph_tokens)
-        self.switch = GraphSwitch(self.fail, self.experts.serve)
+        self.switch = GraphSwitch(self.fail, self.experts.serve, step_lock)
         self.headroom = headroom
         self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget, self._complete_pieces)
         self.main: torch.cuda.Stream | None = None

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
@@ -40,38 +39,67 @@ MOST_FORMS: Final = 4
 """Sets of taps for which a graph is kept executable."""
 
 
-class GraphPiece:
-    """A graph of a piece of the model: executable without its taps at first, with them as soon as they are put in.
+class Switch(Protocol):
+    """What says which taps are on."""
 
-    `launch` does so if a capture wants one, `complete` ahead. What nobody wants is disabled there. It stays: the driver
-    keeps the memory that executable graphs have taken.
+    on: frozenset[int]
+
+    @property
+    def fail(self) -> Callable[[Exception], None]:
+        """Called with what went wrong; the graph runs nevertheless, maybe without taps that are on."""
+
+
+class TappedGraph:
+    """What stands in for PyTorch's graph in `replay`. One step replays many: nothing on the way that can be left out.
 
     Args:
-        graph: PyTorch's, which stays as it is.
-        taps: Its nodes that serve taps.
-        lock: Held while it is launched: another thread may make it ready.
-        fail: Called with what went wrong; the graph runs nevertheless, maybe without taps that are on.
+        owner: PyTorch's graph, which lives at least as long.
+        switch: Which taps are on.
     """
 
-    def __init__(self, graph: int, taps: list[Node], lock: threading.Lock, fail: Callable[[Exception], None]) -> None:
-        self._graph, self._taps, self._lock, self._fail = graph, taps, lock, fail
-        self._current_stream = _current_stream()
+    def __init__(self, owner: Any, switch: Switch) -> None:
+        self._owner, self._switch = weakref.ref(owner), switch
+        self._launch, self._current_stream = cuda.bare_launch(), _current_stream()
+
+    def _leave_to_pytorch(self, error: TransportError | None = None) -> None:
+        """Have PyTorch queue its own executable graph: there is nothing else to queue, or the driver refused it."""
+        if error is not None:
+            self._switch.fail(error)
+        owner: Any = self._owner()
+        type(owner).replay(owner)
+
+
+class GraphPiece(TappedGraph):
+    """A graph of a piece of the model: executable without its taps at first, with them as soon as they are put in.
+
+    `replay` does so if a capture wants one, `complete` ahead. What is on once stays until `rest`: a kernel that nobody
+    wants ends at once, and to disable it costs more than it does, as long as captures come and go. What is executable
+    stays: the driver keeps the memory that executable graphs have taken.
+
+    Args:
+        owner: PyTorch's graph, which lives at least as long.
+        graph: The same, as the driver knows it. It stays as it is.
+        taps: Its nodes that serve taps.
+        switch: Which taps are on.
+    """
+
+    def __init__(self, owner: Any, graph: int, taps: list[Node], switch: Switch) -> None:
+        super().__init__(owner, switch)
+        self._graph, self._taps = graph, taps
         self._executable = _executable_with(NOTHING, graph, taps)
         self._forms = {NOTHING: self._executable}
         self._enabled: list[bool] | None = None  # the nodes, if they are there
-        self._on: frozenset[int] | None = NOTHING
+        self._on = NOTHING  # all that are on among these are enabled
         weakref.finalize(self, _give_up, self._forms).atexit = False
 
-    def launch(self, on: frozenset[int]) -> bool:
-        """Queue the graph with the taps that are on."""
-        with self._lock:
-            if on is not self._on:
-                try:
-                    self._switch(on)
-                except TransportError as error:
-                    self._fail(error)
-            cuda.launch_graph(self._executable, self._current_stream())
-        return True
+    def replay(self) -> None:
+        """Queue the graph with the taps that are on, and maybe with some that find out that they are not."""
+        on = self._switch.on
+        if on is not self._on and on:
+            self._enable(on)
+        code = self._launch(self._executable, self._current_stream())
+        if code:
+            self._leave_to_pytorch(cuda.failure(code, "cuGraphLaunch"))
 
     @property
     def is_complete(self) -> bool:
@@ -79,74 +107,93 @@ class GraphPiece:
         return self._enabled is not None
 
     def complete(self) -> None:
-        """Have its taps there, before a capture wants one.
+        """Have its taps there, disabled, before a capture wants one.
 
         Raises:
-            TransportError: The driver refused. The graph runs nevertheless, and the next launch puts it in order.
+            TransportError: The driver refused. The graph runs nevertheless.
         """
-        with self._lock:
-            if self._on is not None:
-                self._switch(self._on, with_taps=True)
+        self._put_in()
+        self.rest()
 
-    def _switch(self, on: frozenset[int], with_taps: bool = False) -> None:
-        """Have the taps that are on run and no others; put all of them in first if any is, or if asked to."""
-        self._on = None  # unknown, until all has gone well
-        wanted = [not node.taps.isdisjoint(on) for node in self._taps]
-        if self._enabled is None and (with_taps or any(wanted)):
-            every = frozenset(node.handle for node in self._taps)
-            self._executable = self._forms[every] = cuda.instantiate(self._graph)
-            self._enabled = [True] * len(self._taps)
-            cuda.destroy_executable(self._forms.pop(NOTHING))
-        if self._enabled is not None:
-            for place, node in enumerate(self._taps):
-                if wanted[place] != self._enabled[place]:
-                    cuda.set_node_enabled(self._executable, node.handle, wanted[place])
-                    self._enabled[place] = wanted[place]
-        self._on = on
+    def rest(self) -> None:
+        """Disable its taps: nobody is going to want them for a while.
+
+        Raises:
+            TransportError: The driver refused, and some stay.
+        """
+        self._on = NOTHING
+        self._set({place: False for place in range(len(self._taps))})
+
+    def _enable(self, on: frozenset[int]) -> None:
+        self._on = NOTHING  # until all has gone well
+        wanted = {place: True for place, node in enumerate(self._taps) if not node.taps.isdisjoint(on)}
+        try:
+            if wanted and self._enabled is None:
+                self._put_in()
+            self._set(wanted)
+            self._on = on
+        except TransportError as error:
+            self._switch.fail(error)
+
+    def _put_in(self) -> None:
+        every = frozenset(node.handle for node in self._taps)
+        self._executable = self._forms[every] = cuda.instantiate(self._graph)
+        self._enabled = [True] * len(self._taps)
+        cuda.destroy_executable(self._forms.pop(NOTHING))
+
+    def _set(self, wanted: dict[int, bool]) -> None:
+        """Enable or disable nodes, by their places; where taps are not there, they need not be disabled."""
+        if self._enabled is None:
+            return
+        for place, is_wanted in wanted.items():
+            if self._enabled[place] != is_wanted:
+                cuda.set_node_enabled(self._executable, self._taps[place].handle, is_wanted)
+                self._enabled[place] = is_wanted
 
 
-class GraphCopy:
+class GraphCopy(TappedGraph):
     """A graph with its taps, beside one from which they were taken out.
 
     Args:
-        graph: To be copied.
+        owner: PyTorch's graph, which lives at least as long.
+        graph: The same, as the driver knows it, to be copied.
         taps: Its nodes that serve taps.
         num_rows: How many rows pass them.
-        lock: Held while it is launched: what it launches may be given up from another thread.
+        switch: Which taps are on.
     """
 
-    def __init__(self, graph: int, taps: list[Node], num_rows: int, lock: threading.Lock) -> None:
+    def __init__(self, owner: Any, graph: int, taps: list[Node], num_rows: int, switch: Switch) -> None:
+        super().__init__(owner, switch)
         self.num_rows = num_rows
         self._graph = cuda.clone_graph(graph)
         self._taps = [node.in_copy(self._graph) for node in taps]
-        self._lock = lock
-        self._current_stream = _current_stream()
         self._forms: dict[frozenset[int], int] = {}
         self._on = NOTHING
         self._executable = 0
         weakref.finalize(self, _give_up, self._forms, self._graph).atexit = False
 
     def forget(self) -> None:
-        """Give up what was made executable; the lock is held."""
+        """Give up what was made executable."""
         self._on, self._executable = NOTHING, 0
         while self._forms:
             cuda.destroy_executable(self._forms.popitem()[1])
 
-    def launch(self, on: frozenset[int]) -> bool:
-        """Queue the graph with the taps that are on and no others, unless it has none of them."""
-        if not on:
-            return False
-        with self._lock:
-            if on is not self._on:
+    def replay(self) -> None:
+        """Queue the graph with the taps that are on and no others; PyTorch's own, if it has none of them."""
+        on, failed = self._switch.on, None
+        try:
+            if on and on is not self._on:
                 self._take_form(on)
-            if self._executable:
-                cuda.launch_graph(self._executable, self._current_stream())
-            return self._executable != 0
+            if on and self._executable:
+                cuda.check(self._launch(self._executable, self._current_stream()), "cuGraphLaunch")
+                return
+        except TransportError as error:
+            failed = error
+        self._leave_to_pytorch(failed)
 
     def prepare(self, on: frozenset[int]) -> bool:
-        """Make ready what `launch` will queue; return whether there was anything to do."""
-        with self._lock:
-            return on is not self._on and self._take_form(on)
+        """Make ready what `replay` will queue; return whether there was anything to do."""
+        return on is not self._on and self._take_form(on)
 
     def _take_form(self, on: frozenset[int]) -> bool:
         """Choose what to launch; return whether it had to be made."""

@@ -9,8 +9,8 @@ to hold (see `graph_forms`). Therefore:
 - What taps of experts read may stay as it is for as long as somebody holds it: then it is held, and one kernel serves
   all of these taps, at the end of the graph or where much is held. After any other tap, the next kernel starts early.
 - Pieces of a model are many, and a step replays one for each layer: they are made executable with their taps when a
-  capture first wants one of these, or in a pause of the engine after a capture, and stay so, the taps disabled while
-  nobody captures. A step waits for those of its pieces that are not ready.
+  capture first wants one of these, or in a pause of the engine after a capture, and stay so. A step waits for those of
+  its pieces that are not ready. Taps that were on stay enabled until such a pause, for their kernels end at once.
 
 Graphs with taps are launched past PyTorch, which would also move on the random numbers that a graph draws: a forward
 pass draws none.
@@ -21,11 +21,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import torch
@@ -49,6 +48,7 @@ class GraphSwitch:
     Args:
         on_failure: Called with what went wrong when a graph with taps was wanted; the graph has run without them.
         serve: Records what serves all that is `held`; what it returns is called when the capture has ended.
+        step_lock: Held during each step of the engine, in which graphs are replayed.
 
     Attributes:
         on: The taps that captures want now.
@@ -56,14 +56,16 @@ class GraphSwitch:
     """
 
     def __init__(
-        self, on_failure: Callable[[Exception], None], serve: Callable[[Sequence[Any]], Callable[[], None]]
+        self,
+        on_failure: Callable[[Exception], None],
+        serve: Callable[[Sequence[Any]], Callable[[], None]],
+        step_lock: AbstractContextManager[Any],
     ) -> None:
         self.on = NOTHING
         self.num_nodes = 0
-        self.fail, self._serve = on_failure, serve
+        self.fail, self._serve, self._lock = on_failure, serve, step_lock
         self._copies: dict[int, weakref.WeakSet[GraphCopy]] = {}  # by how many rows pass them
         self._pieces: weakref.WeakKeyDictionary[Any, GraphPiece] = weakref.WeakKeyDictionary()  # by PyTorch's graph
-        self._lock = threading.Lock()
         self.held: list[Any] = []
         self._when_ended: list[Callable[[], None]] = []
         self._noted: list[tuple[int, Node]] | None = None
@@ -120,12 +122,12 @@ class GraphSwitch:
 
     def piece(self, owner: Any, graph: int, taps: list[Node]) -> GraphPiece:
         """Return a piece of the model, of which its owner holds PyTorch's graph, with the nodes of its taps."""
-        piece = self._pieces[owner] = GraphPiece(graph, taps, self._lock, self.fail)
+        piece = self._pieces[owner] = GraphPiece(owner, graph, taps, self)
         return piece
 
-    def copied(self, graph: int, taps: list[Node]) -> GraphCopy:
-        """Return a copy of a graph, with the nodes of its taps."""
-        copy = GraphCopy(graph, taps, self._num_rows, self._lock)
+    def copied(self, owner: Any, graph: int, taps: list[Node]) -> GraphCopy:
+        """Return a copy of a graph, of which its owner holds PyTorch's, with the nodes of its taps."""
+        copy = GraphCopy(owner, graph, taps, self._num_rows, self)
         self._copies.setdefault(copy.num_rows, weakref.WeakSet()).add(copy)
         return copy
 
@@ -151,11 +153,19 @@ class GraphSwitch:
         return False
 
     def forget(self) -> None:
-        """Give up what was made for captures; the next one makes it again. From any thread."""
+        """Give up what was made for captures, and disable taps in pieces; the next one does it again. From any thread.
+
+        Raises:
+            TransportError: The driver refused.
+        """
         with self._lock:
             self._prepared = 0, NOTHING
             for copy in itertools.chain.from_iterable(self._copies.values()):
                 copy.forget()
+        with _or_left_in():
+            for _, piece in self._all_pieces():
+                with self._lock:
+                    piece.rest()
 
     def complete_pieces(self, is_quiet: Callable[[], bool]) -> bool:
         """Make pieces ready for any taps while nobody captures and the device is quiet; return whether all are.
@@ -164,22 +174,30 @@ class GraphSwitch:
         """
         try:
             # Asked first: while the engine is busy, it costs no look at hundreds of pieces.
-            return is_quiet() and all(self._complete(owner, is_quiet) for owner in self._pieces.keyrefs())
+            return is_quiet() and all(self._complete(piece, is_quiet) for _, piece in self._all_pieces())
         except TransportError as error:
             logger.info("vllm-tap: pieces of CUDA graphs are made ready when a capture wants them: %s", error)
             return True
 
-    def _complete(self, reference: weakref.ref[Any], is_quiet: Callable[[], bool]) -> bool:
-        """Make the piece of an owner ready if there is time for it; return whether it is."""
-        owner = reference()  # while it lives, so does the graph
-        piece = self._pieces.get(owner) if owner is not None else None
-        if piece is None or piece.is_complete:
+    def _complete(self, piece: GraphPiece, is_quiet: Callable[[], bool]) -> bool:
+        """Make a piece ready if there is time for it; return whether it is."""
+        if piece.is_complete:
             return True
         if self.on or not is_quiet():
             return False
-        piece.complete()
+        with self._lock:
+            if not piece.is_complete:
+                piece.complete()
         time.sleep(YIELD_SECONDS)
         return True
+
+    def _all_pieces(self) -> Iterator[tuple[Any, GraphPiece]]:
+        """Yield pieces with their owners, which hold their graphs."""
+        for reference in self._pieces.keyrefs():
+            owner = reference()
+            piece = self._pieces.get(owner) if owner is not None else None
+            if piece is not None:
+                yield owner, piece
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -214,7 +232,6 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(keep_graph=True)
-            self._taps: GraphPiece | GraphCopy | None = None
 
         def capture_begin(self, *args: Any, **kwargs: Any) -> None:
             switch.begin()
@@ -228,20 +245,12 @@ def _kept(original: Any, switch: GraphSwitch) -> Any:
             taps = switch.take(graph)
             with _or_left_in():
                 if 0 < len(taps) <= FEW_TAPS:
-                    self._taps = switch.piece(self, graph, taps)
-                elif taps:
-                    self._taps = switch.copied(graph, taps)
+                    self.replay = switch.piece(self, graph, taps).replay
+                    return
+                if taps:
+                    self.replay = switch.copied(self, graph, taps).replay
                     for node in taps:
                         cuda.remove_node(graph, node.handle)
-            if not isinstance(self._taps, GraphPiece):
-                self.instantiate()
-
-        def replay(self) -> None:
-            try:
-                if self._taps is not None and self._taps.launch(switch.on):
-                    return
-            except TransportError as error:
-                switch.fail(error)
-            super().replay()
+            self.instantiate()
 
     return KeptGraph

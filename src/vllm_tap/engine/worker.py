@@ -89,7 +89,7 @@ class TapWorker(host_runner.Recorder):
         self = cls(worker)
         try:
             model = host_model.find_model(worker)
-            self._backend = choose(worker)
+            self._backend = choose(worker, self.lock)
             self._keeper = PoolKeeper(self._every_pool, self._backend.is_quiet)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False

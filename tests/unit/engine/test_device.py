@@ -71,7 +71,7 @@ class Model:
         self, cuda: SimulatedCuda, places: list[Place], joins_experts: bool = True, keeps_tensors: bool = False
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
-        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0, threading.RLock())
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -800,26 +800,41 @@ def test_only_rows_that_are_asked_for_are_written(cuda: SimulatedCuda) -> None:
     assert cuda.conflicts == []
 
 
-@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
-def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(
-    cuda: SimulatedCuda, in_pieces: bool
-) -> None:
-    """Those of other taps are taken out of a graph or disabled in it, and all of them once it is idle."""
-    engine = Engine(cuda, LLAMA, in_pieces)
-
-    def running() -> int:
-        before = cuda.num_launches
-        engine.model.run(3)
-        return cuda.num_launches - before
-
-    assert running() == 0
+def test_taps_in_graphs_run_only_for_their_layers_and_only_while_somebody_captures(cuda: SimulatedCuda) -> None:
+    """Those of other taps are taken out of a graph, and all of them once it is idle."""
+    engine = Engine(cuda, LLAMA)
+    assert num_running(engine) == 0
     for leave_out in (1, 0, 2):
         session = engine.start(leave_out=leave_out)
         before = cuda.num_launches
         engine.step(session, DECODE)
         assert cuda.num_launches - before == len(LLAMA) - leave_out
         engine.finish(session)
-        assert running() == 0
+        assert num_running(engine) == 0
+
+
+def test_taps_of_pieces_that_were_on_stay_until_a_pause(cuda: SimulatedCuda) -> None:
+    """What nobody wants ends at once, and writes nothing; to disable it, and enable it again, would take longer."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    num_taps = len(LLAMA)
+    found = [num_running(engine)]
+    for leave_out in (2, 1, 2, 0, 1):
+        session = engine.start(leave_out=leave_out)
+        engine.step(session, DECODE)
+        engine.finish(session)
+        found.append(num_running(engine))
+    assert found == [0, num_taps - 2, num_taps - 1, num_taps - 1, num_taps, num_taps]
+    engine.idles_and_captures()
+    engine.model.rows.slabs.tidy(time.monotonic() + LINGER_SECONDS)
+    assert num_running(engine) == 0
+    engine.idles_and_captures()
+
+
+def num_running(engine: Engine) -> int:
+    """Return how many taps are enabled in graphs of a step."""
+    before = engine.cuda.num_launches
+    engine.model.run(len(DECODE))
+    return engine.cuda.num_launches - before
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
@@ -1025,18 +1040,31 @@ def test_a_graph_that_cannot_be_launched_is_left_to_pytorch(cuda: SimulatedCuda,
 
 
 @pytest.mark.parametrize("edits", [0, 1])
-def test_taps_of_pieces_that_cannot_be_switched_end_the_capture_alone(cuda: SimulatedCuda, edits: int) -> None:
-    """Those that are on already, and should not be, are switched again when the next capture begins."""
+def test_taps_of_pieces_that_cannot_be_enabled_end_the_capture_alone(cuda: SimulatedCuda, edits: int) -> None:
+    """The rest of them are enabled when the next capture begins."""
     engine = Engine(cuda, LLAMA, in_pieces=True)
-    for leave_out in (0, 2):
-        session = engine.start(leave_out=leave_out)
-        engine.step(session, DECODE)
-        engine.finish(session)
+    assert engine.model.rows.switch.complete_pieces(lambda: True)
     session = engine.start()
     cuda.edits_left = edits
     engine.step(session, DECODE)
     cuda.edits_left = sys.maxsize
     engine.has_failed(session, "cuGraphNodeSetEnabled failed")
+
+
+def test_taps_of_pieces_that_cannot_be_disabled_stay(cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture) -> None:
+    """The engine says so once; they are right, and only slower."""
+    engine = Engine(cuda, LLAMA, in_pieces=True)
+    session = engine.start()
+    engine.step(session, DECODE)
+    engine.finish(session)
+    cuda.edits_left = 1
+    engine.model.rows.switch.forget()
+    cuda.edits_left = sys.maxsize
+    assert caplog.text.count("taps stay in a CUDA graph while nobody captures: cuGraphNodeSetEnabled failed") == 1
+    assert num_running(engine) == len(LLAMA) - 1
+    engine.idles_and_captures()
+    engine.model.rows.switch.forget()
+    assert num_running(engine) == 0
 
 
 def num_with_taps(cuda: SimulatedCuda) -> int:
@@ -1057,9 +1085,6 @@ def test_pieces_have_no_taps_until_a_capture_wants_these(cuda: SimulatedCuda) ->
         engine.finish(session)
         assert (len(cuda.executables), len(cuda.graphs)) == held
         found.append(num_with_taps(cuda))
-        before = cuda.num_launches
-        engine.model.run(len(DECODE))
-        assert cuda.num_launches == before
     assert found == [0, len(LLAMA) - 2, len(LLAMA) - 2, len(LLAMA), len(LLAMA)]
 
 
@@ -1110,11 +1135,11 @@ def test_pieces_are_made_ready_when_the_staging_memory_goes(
     assert num_with_taps(cuda) == len(cuda.executables)
 
 
-@pytest.mark.parametrize(("limit", "allowed"), [("instances_left", 1), ("edits_left", 0)])
+@pytest.mark.parametrize(("limit", "allowed", "num_left_on"), [("instances_left", 1, 0), ("edits_left", 0, 1)])
 def test_pieces_that_cannot_be_made_ready_wait_for_a_capture(
-    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, limit: str, allowed: int
+    cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture, limit: str, allowed: int, num_left_on: int
 ) -> None:
-    """The engine goes on with what it has, without taps that nobody wants, and captures are right."""
+    """The engine goes on with what it has, and captures are right."""
     engine = Engine(cuda, LLAMA, in_pieces=True)
     setattr(cuda, limit, allowed)
     with caplog.at_level("INFO", "vllm_tap"):
@@ -1122,8 +1147,9 @@ def test_pieces_that_cannot_be_made_ready_wait_for_a_capture(
     setattr(cuda, limit, sys.maxsize)
     assert caplog.text.count("made ready when a capture wants them") == 1
     launches = cuda.num_launches
-    engine.model.run(1)
-    assert cuda.num_launches == launches
+    for num_rows in engine.model._graphs:
+        engine.model.run(num_rows)
+    assert cuda.num_launches - launches == num_left_on
     session = engine.start()
     engine.step(session, DECODE)
     engine.finish(session)
