@@ -7,10 +7,10 @@
 `MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
 Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios, `brief` what short captures take beyond
-an idle engine; `tp2` two tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures; `bad`
-what a capture does when budgets, memory or clients fail. `--eager` compares rows with those of an eager engine,
-`--parts` adds where a capture's time goes, `--forwards` when its forward passes run, `--timeline` where the device's
-time goes in a step, `--extract` vLLM's own extraction.
+an idle engine; `tp2` two tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures;
+`host` what steps that read prompts ask of the host; `bad` what a capture does when budgets, memory or clients fail.
+`--eager` compares rows with those of an eager engine, `--parts` adds where a capture's time goes, `--forwards` when its
+forward passes run, `--timeline` where the device's time goes in a step, `--extract` vLLM's own extraction.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gpu_bad import run_bad
 from gpu_eager import check_against_eager
 from gpu_extract import measure_extract
 from gpu_forwards import measure_forwards, show_forwards
+from gpu_host import run_host
 from gpu_memory import run_memory
 from gpu_parts import measure_parts, show_parts
 from gpu_ratios import ALL, FEW, PLANS, ROUTER, Plan, Ratios, show
@@ -125,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
-    parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad", "memory"])
+    parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad", "memory", "host"])
     parser.add_argument(
         "--only", type=workloads, nargs="+", metavar="WORKLOAD", help="measure these of the plan's workloads"
     )
@@ -178,6 +179,8 @@ def main() -> None:
         fine = run_bad(setting, report)
     elif args.plan == "memory":
         fine = run_memory(setting, report)
+    elif args.plan == "host":
+        fine = run_host(setting, report)
     else:
         fine = run_ratios(setting, report, args, plan)
     sys.exit(0 if fine else 1)

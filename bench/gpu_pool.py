@@ -4,7 +4,8 @@
     python bench/gpu_pool.py first.json second.json --out bench/results/gpu-llama-8b.json
 
 Engines differ from call to call by more than what an arm costs, and all arms of a call with them: the times of a call
-are scaled to the plain engine's median over all calls. What is measured once a call stands in a list.
+are scaled to the plain engine's median over all calls. What is measured once a call stands in a list. What was put
+together before may be among the results.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_ratios import summarise
 
 SAME = "machine", "shape", "plain"
+BETWEEN = "`, `"
+"""Between the commands of calls, as documents show them."""
+
 ROUNDS = "generate", "segments_gb", "steps"
 """What a row has one of for each round, beside the times."""
 
@@ -37,16 +41,21 @@ def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
     for key in SAME:
         if different := [call[key] for call in calls if call[key] != calls[0][key]]:
             raise ValueError(f"calls of one {key} can be put together, got {calls[0][key]} and {different[0]}.")
-    rates = [call["rates_gb_per_s"] for call in calls]
+    rates = [rate for call in calls for rate in call.get("rates_of_calls", [call["rates_gb_per_s"]])]
     return {
         **{key: calls[0][key] for key in SAME},
-        "command": "`, `".join(dict.fromkeys(call["command"] for call in calls)),
-        "num_calls": len(calls),
+        "command": BETWEEN.join(dict.fromkeys(one for call in calls for one in call["command"].split(BETWEEN))),
+        "num_calls": sum(call.get("num_calls", 1) for call in calls),
         "rates_gb_per_s": {key: statistics.median(rate[key] for rate in rates) for key in rates[0]},
-        "checks": [call["checks"] for call in calls],
+        "rates_of_calls": rates,
+        "checks": [check for call in calls for check in _as_list(call["checks"])],
         "rows": _rows([call["rows"] for call in calls]),
         "parts": [part for call in calls for part in call.get("parts", [])],
     }
+
+
+def _as_list(checks: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return checks if isinstance(checks, list) else [checks]
 
 
 def _rows(calls: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -57,6 +57,20 @@ def test_calls_of_unlike_engines_count_by_their_rounds(pool: Any) -> None:
     assert rows["all"]["parts"]["finish"] == 0.001
 
 
+def test_what_was_put_together_is_put_together_with_more(pool: Any) -> None:
+    """As if it had been done at once."""
+    calls = [
+        call(unit, [1.0, 1.1, 1.2], [1.25 + unit / 10, 1.5, 1.75], checks={"unit": unit}) for unit in (1.0, 10.0, 3.0)
+    ]
+    at_once, one_by_one = pool(calls), pool([pool(calls[:2]), calls[2]])
+    for first, second in zip(at_once["rows"], one_by_one["rows"], strict=True):
+        for key in ("ratio", "paired"):
+            assert second[key] == pytest.approx(first[key])
+        assert second["steps"] == first["steps"]
+    for key in ("command", "num_calls", "checks", "rates_gb_per_s", "parts"):
+        assert one_by_one[key] == at_once[key]
+
+
 def test_a_workload_of_one_call_stays_as_it_was(pool: Any) -> None:
     """As where one plan has more workloads than another; of each, the calls have the same arms."""
     first, second = call(1.0, [1, 1, 1], [2, 2, 2]), call(1.0, [1, 1, 1], [4, 4, 4])
