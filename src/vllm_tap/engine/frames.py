@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Final, TypeVar
 
-FRAME_WORDS: Final = 4200
-"""More than 32 KiB: CPython rounds up to a chunk of 64 KiB, and leaves 30 to what is called from there."""
+from vllm_tap.engine.assumptions import Assumption
+
+FRAME_WORDS: Final = 8200
+"""More than 64 KiB: CPython rounds up to a chunk of 128, and leaves more than 60 to what is called from there."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,6 +23,27 @@ def with_room(function: F) -> F:
     gives it back when it returns (3.11, 3.12, and early releases of 3.13 and 3.14: issue 142183 of python/cpython).
     Where that happens in a loop, it does each time round; a wrapper's frame further out moves it there, or away. The
     frame of such a function always begins a chunk, one that is large enough.
+
+    Cost: a chunk for each call, some ten microseconds with the page faults where it is used.
     """
     function.__code__ = function.__code__.replace(co_stacksize=FRAME_WORDS)
     return function
+
+
+def give_room(loops: Sequence[Assumption]) -> bool:
+    """Give a loop room that an object further out will run, one which is being made now; return whether there is one.
+
+    Args:
+        loops: Methods of classes, of which the caller may be inside the `__init__`.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        kind = type(frame.f_locals.get("self"))
+        paths = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
+        for loop in loops:
+            method = getattr(kind, loop.names[0], None)
+            if loop.owner in paths and inspect.isfunction(method):
+                with_room(method)
+                return True
+        frame = frame.f_back
+    return False

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_tap.engine.assumptions import REQUESTS, V1_ROWS, V2_ROWS
-from vllm_tap.engine.frames import with_room
+from vllm_tap.engine.assumptions import LOOPS, REQUESTS, V1_ROWS, V2_ROWS
+from vllm_tap.engine.frames import give_room, with_room
 from vllm_tap.engine.host import require, require_fields
 from vllm_tap.engine.rows import Batch
 from vllm_tap.frame.messages import Rank
@@ -89,7 +89,6 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
         prepare = require(runner, "_prepare_inputs")
         runner._prepare_inputs = _after(prepare, lambda _: recorder.arm(_batch_v1(runner)))
 
-    @with_room
     @functools.wraps(execute)
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
@@ -121,6 +120,8 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
             recorder.sampled()
         return result
 
+    if not give_room(LOOPS):
+        with_room(execute_model)
     runner.execute_model, runner._dummy_run, runner.sample_tokens = execute_model, _dummy_run, sample_tokens
 
 
