@@ -181,14 +181,15 @@ class GraphCopy(TappedGraph):
     def replay(self) -> None:
         """Queue the graph with the taps that are on and no others; PyTorch's own, if it has none of them."""
         on, failed = self._switch.on, None
-        try:
-            if on and on is not self._on:
-                self._take_form(on)
-            if on and self._executable:
-                cuda.check(self._launch(self._executable, self._current_stream()), "cuGraphLaunch")
-                return
-        except TransportError as error:
-            failed = error
+        if on:
+            try:
+                if on is not self._on:
+                    self._take_form(on)
+                if self._executable:
+                    cuda.check(self._launch(self._executable, self._current_stream()), "cuGraphLaunch")
+                    return
+            except TransportError as error:
+                failed = error
         self._leave_to_pytorch(failed)
 
     def prepare(self, on: frozenset[int]) -> bool:

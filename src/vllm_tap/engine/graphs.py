@@ -192,7 +192,7 @@ class GraphSwitch:
         return True
 
     def _all_pieces(self) -> Iterator[tuple[Any, GraphPiece]]:
-        """Yield pieces with their owners, which hold their graphs."""
+        """Yield pieces with their owners: a graph is there as long as its owner is held."""
         for reference in self._pieces.keyrefs():
             owner = reference()
             piece = self._pieces.get(owner) if owner is not None else None
