@@ -47,10 +47,14 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace, plan:
     measured = rates(setting)
     # The engine with taps first: the second takes its memory share beside it.
     more = arguments() if args.timeline is not None else {}
-    tapped = start_engine(setting, True, **more)
-    plain = None if args.no_plain else start_engine(setting, False, **more)
-    ratios = Ratios(setting, plain or tapped, tapped)
+    pairs = [
+        (start_engine(setting, True, **more), None if args.no_plain else start_engine(setting, False, **more))
+        for _ in range(args.pairs)
+    ]
+    tapped, plain = pairs[0]
+    ratios = Ratios(setting, [(first or second, second) for second, first in pairs])
     facts = ratios.check()
+    facts["pairs"] = args.pairs
     print(f"# {json.dumps(facts)}", flush=True)
     if args.eager:
         facts["eager"] = check_against_eager(setting, tapped)
@@ -79,7 +83,8 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace, plan:
         report.put(timeline=timeline)
     num_layers = tapped.llm_engine.model_config.hf_text_config.num_hidden_layers
     del ratios
-    stop_engine(tapped)
+    for llm in (tapped, *(llm for pair in pairs[1:] for llm in pair if llm)):
+        stop_engine(llm)
     if args.extract:
         try:
             rows += measure_extract(setting, plain, num_layers)
@@ -157,6 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
+    parser.add_argument("--pairs", type=int, default=1, help="engines of each kind, whose rounds take turns")
     parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, one round, one engine at a time")
     parser.add_argument("--memory", type=float, default=0.4)

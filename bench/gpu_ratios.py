@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,10 +60,14 @@ STEPS = (("steps", 0), ("queued_ms", 1), ("first_ms", 1), ("step_ms", 3), ("long
 
 
 class Ratios:
-    """Two engines, and the arms that are timed on them; without a plain one, the idle one stands for it."""
+    """Pairs of engines, and the arms that are timed on them; without a plain one, the idle one stands for it.
 
-    def __init__(self, setting: Setting, plain: Any, tapped: Any) -> None:
-        self.setting, self.plain, self.tapped = setting, plain, tapped
+    Every round is of one pair, the next round of the next: engines of a kind differ, too.
+    """
+
+    def __init__(self, setting: Setting, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self.setting, self._pairs = setting, list(pairs)
+        self.plain, self.tapped = self._pairs[0]
 
     def check(self) -> dict[str, Any]:
         """Check rows before timing: equal prompts give equal rows, staged and direct captures the same bytes.
@@ -132,7 +136,8 @@ class Ratios:
         arms = ["plain"] if self.plain is self.tapped else ["plain", "idle"]
         for spec in specs:
             arms += [spec] if " / " in spec else [f"{spec} / {staging}" for staging in stagings]
-        for round_number in range(-1, setting.rounds(rounds)):
+        for round_number in range(-len(self._pairs), setting.rounds(rounds)):
+            self.plain, self.tapped = self._pairs[round_number % len(self._pairs)]
             prompts = setting.prompts(setting.workload(name))
             setting.random.shuffle(arms)
             for arm in arms:
