@@ -162,7 +162,9 @@ def main() -> None:
     )
     parser.add_argument("--extract", action="store_true", help="measure vLLM's own extract_hidden_states too")
     parser.add_argument("--no-plain", action="store_true", help="compare with the idle engine; starts one engine less")
-    parser.add_argument("--pairs", type=int, default=1, help="engines of each kind, whose rounds take turns")
+    parser.add_argument(
+        "--pairs", type=int, default=1, choices=range(1, 5), help="engines of each kind, whose rounds take turns"
+    )
     parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, one round, one engine at a time")
     parser.add_argument("--memory", type=float, default=0.4)
