@@ -54,12 +54,12 @@ def run_ratios(setting: Setting, report: Report, args: argparse.Namespace, plan:
     tapped, plain = pairs[0]
     ratios = Ratios(setting, [(first or second, second) for second, first in pairs])
     facts = ratios.check()
-    facts["pairs"] = args.pairs
     print(f"# {json.dumps(facts)}", flush=True)
     if args.eager:
         facts["eager"] = check_against_eager(setting, tapped)
         print(f"# against an eager engine: {json.dumps(facts['eager'])}", flush=True)
     report.put(plain="engine without the plugin" if plain else "idle engine", rates_gb_per_s=measured, checks=facts)
+    report.put(pairs=args.pairs)
     rows: list[dict[str, Any]] = []
     for name, specs, rounds in plan:
         new = ratios.measure(name, specs, rounds, args.stagings)

@@ -10,21 +10,19 @@ import os
 import resource
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpu_ratios import ALL
+from gpu_ratios import ALL, standard_error
 from gpu_setting import Report, Setting, capture, generate, start_engine, stop_engine, wait_idle
 
-KINDS = (True, False)
-"""Engines with the plugin, and without it."""
-
 COPIES = 2
+"""Engines of each kind."""
 
 CASES = [  # (what the engines with the plugin do, prompts, tokens of each, tokens to generate)
     ("idle, before a capture", 1, 64, 1),
     ("idle, before a capture", 1, 400, 1),
     ("idle, before a capture", 8, 64, 4),
-    ("all layers", 8, 64, 4),
+    (ALL, 8, 64, 4),
     ("idle, after captures", 8, 64, 4),
 ]
 ROUNDS = 80
@@ -33,62 +31,73 @@ Step = tuple[float, int]
 """(seconds of `execute_model`, page faults of the engine's thread meanwhile)."""
 
 
+class Engine(NamedTuple):
+    """One that runs, with the plugin (`tapped`) or without it."""
+
+    number: int
+    tapped: bool
+    llm: Any
+
+    def run(self, setting: Setting, prompts: list[Any], max_tokens: int, spec: dict[str, Any] | None) -> float:
+        """Capture, or generate where there is no plugin or nothing to capture; return the seconds it took."""
+        if self.tapped and spec is not None:
+            return capture(setting, self.llm, prompts, max_tokens, spec)[0]
+        return generate(self.llm, prompts, max_tokens)[0]
+
+
 def run_host(setting: Setting, report: Report) -> bool:
     """Run all cases in turn on all engines; return whether there was anything to compare."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the plain engines have no calls of ours
-    few = {} if setting.smoke else {"gpu_memory_utilization": 0.9 / (COPIES * len(KINDS)), "max_model_len": 2048}
-    engines: dict[str, Any] = {}
-    for number in range(1, COPIES + 1):
-        for tapped in KINDS:
-            name = f"{'with' if tapped else 'without'} the plugin, {number}"
-            engines[name] = start_engine(setting, tapped, **few)
-            engines[name].collective_rpc(watch_steps)
-    warm = (8, 64, 16) if not setting.smoke else (2, 8, 2)
+    few = {} if setting.smoke else {"gpu_memory_utilization": 0.9 / (2 * COPIES), "max_model_len": 2048}
+    engines = [
+        Engine(number, tapped, start_engine(setting, tapped, **few))
+        for number in range(1, COPIES + 1)
+        for tapped in (True, False)
+    ]
+    for engine in engines:
+        engine.llm.collective_rpc(watch_steps)
+        engine.run(setting, setting.prompts((8, 8 if setting.smoke else 64, 16)), 16, None)
     rows: list[dict[str, Any]] = []
-    for what, *workload in CASES:
-        size = (workload[0], workload[1] if not setting.smoke else 8, workload[2])
+    for what, num_prompts, length, max_tokens in CASES:
+        size = num_prompts, 8 if setting.smoke else length, max_tokens
         spec = setting.spec(ALL) if what == ALL else None
-        for name, llm in engines.items():
-            generate(llm, setting.prompts(warm), warm[2])
-            if spec is not None and name.startswith("with "):
-                capture(setting, llm, setting.prompts(size), size[2], spec)
-                wait_idle(llm)
-                wait_idle(llm, "is_preparing")
+        if spec is not None:
+            for engine in (engine for engine in engines if engine.tapped):
+                engine.run(setting, setting.prompts(size), max_tokens, spec)
+                wait_idle(engine.llm)
+                wait_idle(engine.llm, "is_preparing")
         rows += _measured(setting, engines, what, size, spec)
         report.put(rows=rows)
-    for llm in engines.values():
-        stop_engine(llm)
+    for engine in engines:
+        stop_engine(engine.llm)
     return bool(rows)
 
 
 def _measured(
-    setting: Setting, engines: dict[str, Any], what: str, size: tuple[int, int, int], spec: dict[str, Any] | None
+    setting: Setting, engines: list[Engine], what: str, size: tuple[int, int, int], spec: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for llm in engines.values():
-        llm.collective_rpc(take_steps)
+    times: dict[Engine, list[float]] = {engine: [] for engine in engines}
+    for engine in engines:
+        engine.llm.collective_rpc(take_steps)
     for _ in range(setting.rounds(ROUNDS)):
         prompts = setting.prompts(size)
-        for name in setting.random.sample(list(engines), len(engines)):
-            if spec is not None and name.startswith("with "):
-                times[name].append(capture(setting, engines[name], prompts, size[2], spec)[0])
-            else:
-                times[name].append(generate(engines[name], prompts, size[2])[0])
+        for engine in setting.random.sample(engines, len(engines)):
+            times[engine].append(engine.run(setting, prompts, size[2], spec) * 1e3)
     rows = []
-    for name, llm in engines.items():
-        steps: list[Step] = llm.collective_rpc(take_steps)[0]
+    for engine in engines:
+        steps: list[Step] = engine.llm.collective_rpc(take_steps)[0]
         row = {
-            "case": what if name.startswith("with ") else "plain",
+            "case": what if engine.tapped else "plain",
             "workload": "{} x ({} + {})".format(*size),
-            "engine": name,
-            "ms": statistics.mean(times[name]) * 1e3,
-            "error_ms": statistics.stdev(times[name]) * 1e3 / len(times[name]) ** 0.5 if len(times[name]) > 1 else 0.0,
+            "engine": engine.number,
+            "ms": statistics.mean(times[engine]),
+            "error_ms": standard_error(times[engine]),
             "host_ms": statistics.mean(seconds for seconds, _ in steps) * 1e3,
             "faults": statistics.mean(faults for _, faults in steps),
         }
         print(
-            f"{row['workload']:12s} {name:22s} {row['case']:24s} {row['ms']:7.2f} +- {row['error_ms']:.2f} ms  a step "
-            f"that reads prompts: {row['host_ms']:6.2f} ms of the host, {row['faults']:6.1f} page faults",
+            f"{row['workload']:12s} {row['case']:24s} {row['engine']} {row['ms']:7.2f} +- {row['error_ms']:.2f} ms  a "
+            f"step that reads prompts: {row['host_ms']:6.2f} ms of the host, {row['faults']:6.1f} page faults",
             flush=True,
         )
         rows.append(row)

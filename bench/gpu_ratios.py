@@ -246,7 +246,12 @@ def summarise(
 def beyond(times: list[float], idle: list[float]) -> tuple[float, float]:
     """Return the mean difference of two arms within a round and its standard error, in milliseconds."""
     more = [(a - b) * 1e3 for a, b in zip(times, idle, strict=True)]
-    return statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else 0.0
+    return statistics.mean(more), standard_error(more)
+
+
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of a mean; 0 of one value, of which nothing is known."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def show(rows: list[dict[str, Any]]) -> None:

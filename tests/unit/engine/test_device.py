@@ -71,7 +71,8 @@ class Model:
         self, cuda: SimulatedCuda, places: list[Place], joins_experts: bool = True, keeps_tensors: bool = False
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
-        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0, threading.RLock())
+        self.step_lock = StepLock()
+        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0, self.step_lock)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -1114,6 +1115,46 @@ def test_pieces_are_made_ready_in_a_pause(cuda: SimulatedCuda) -> None:
             engine.step(session, step)
         engine.finish(session)
     assert max(cuda.executables) == made
+
+
+class StepLock:
+    """The lock that each step of an engine holds."""
+
+    def __init__(self) -> None:
+        self.is_held = False
+
+    def __enter__(self) -> None:
+        assert not self.is_held
+        self.is_held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_held = False
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+def test_what_is_executable_changes_between_steps_alone(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, in_pieces: bool
+) -> None:
+    """What another thread makes ready or gives up, a step may be about to launch."""
+    engine = Engine(cuda, LLAMA, in_pieces)
+    session = engine.start(leave_out=1)
+    engine.step(session, DECODE)
+    engine.finish(session)
+    lock, calls = engine.model.step_lock, list[bool]()
+
+    def watched(call: Callable[..., int], *args: Any) -> int:
+        calls.append(lock.is_held)
+        return call(*args)
+
+    for name in ("cuGraphInstantiateWithFlags", "cuGraphNodeSetEnabled", "cuGraphExecDestroy"):
+        monkeypatch.setattr(cuda, name, functools.partial(watched, getattr(cuda, name)))
+    switch = engine.model.rows.switch
+    switch.forget()
+    assert len(calls) == 2  # two copies, or two pieces
+    assert switch.complete_pieces(lambda: True)
+    num_pieces = sum(map(len, engine.model._graphs.values())) if in_pieces else 2
+    assert len(calls) == 2 + 3 * (num_pieces - 2)
+    assert all(calls)
 
 
 def test_pieces_are_made_ready_when_the_staging_memory_goes(
