@@ -175,27 +175,50 @@ def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: 
     return sorted(numbers)
 
 
-def selected(
-    positions: str | tuple[int, ...], prompt_len: npt.NDArray[np.integer], at: npt.NDArray[np.integer]
-) -> npt.NDArray[np.bool_]:
-    """Tell which rows are asked for.
+def wanted_tokens(
+    positions: str | tuple[int, ...],
+    prompt_lens: npt.NDArray[np.integer],
+    starts: npt.NDArray[np.integer],
+    begins: npt.NDArray[np.integer],
+) -> npt.NDArray[np.int64]:
+    """Return which tokens are asked for, of pieces of sequences that lie behind one another.
 
     Args:
         positions: The field of a specification.
-        prompt_len: Length of each row's prompt, [R].
-        at: Position of each row in its sequence, [R].
+        prompt_lens: Length of the prompt of each sequence, [S].
+        starts: Where the piece of each sequence starts among all tokens, and where the last one ends, [S + 1].
+        begins: Position in its sequence at which each piece begins, [S].
 
     Returns:
-        Boolean array [R].
+        Numbers of the tokens, ascending: int64 [R].
+
+    Cost:
+        Some numpy calls, of arrays as long as there are sequences or tokens asked for.
     """
     if positions == "all":
-        return np.ones(len(at), np.bool_)
-    if positions == "prompt":
-        return at < prompt_len
+        return np.arange(starts[-1])
+    offsets = starts[:-1] - begins  # where position 0 would be
+    ends = starts[1:] - offsets
     if positions == "generated":
-        return at >= prompt_len
-    wanted = np.zeros(len(at), np.bool_)
-    for position in (-1,) if positions == "last" else positions:
-        assert isinstance(position, int)
-        wanted |= at == (position + prompt_len if position < 0 else position)
-    return wanted & (at < prompt_len)
+        first = np.maximum(begins, prompt_lens)
+        return _ranges(offsets + first, np.maximum(ends - first, 0))
+    ends = np.minimum(ends, prompt_lens)
+    if positions == "prompt":
+        return _ranges(starts[:-1], np.maximum(ends - begins, 0))
+    numbers = np.array([-1] if positions == "last" else sorted(positions), np.int64)
+    num_negative = int(np.searchsorted(numbers, 0))
+    found = []
+    for some, zero in ((numbers[:num_negative], prompt_lens), (numbers[num_negative:], np.zeros_like(prompt_lens))):
+        if len(some):
+            first, last = np.searchsorted(some, begins - zero), np.searchsorted(some, ends - zero)
+            counts = np.maximum(last - first, 0)
+            found.append(np.repeat(offsets + zero, counts) + some[_ranges(first, counts)])
+    # Of a short prompt, a number from the beginning and one from the end may mean the same position.
+    return found[0] if len(found) == 1 else np.unique(np.concatenate(found))
+
+
+def _ranges(firsts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Return the numbers of ranges, one behind the other."""
+    ends = np.cumsum(lengths)
+    numbers: npt.NDArray[np.int64] = np.arange(lengths.sum()) + np.repeat(firsts - (ends - lengths), lengths)
+    return numbers

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import LayerError, SpecError
-from vllm_tap.spec import LAYERED_STREAMS, NAMED_POSITIONS, Spec, nearest, resolve_layers, selected
+from vllm_tap.spec import LAYERED_STREAMS, NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
 
 LAYERS = st.none() | st.just("all") | st.lists(st.integers(-200, 200), min_size=1, max_size=8)
 POSITIONS = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-300, 300), min_size=1, max_size=8)
@@ -165,10 +165,18 @@ def naive(positions: str | tuple[int, ...], prompt_len: int, position: int) -> b
     )
 
 
-@given(POSITIONS, st.lists(st.tuples(st.integers(1, 200), st.integers(0, 250)), max_size=40))
-def test_selected_is_the_documented_rule(positions: str | list[int], rows: list[tuple[int, int]]) -> None:
-    """For rows of sequences of any length, the mask says row by row what the documentation says."""
+PIECES = st.tuples(st.integers(1, 6) | st.integers(1, 200), st.just(0) | st.integers(0, 250), st.integers(0, 60))
+"""(length of the prompt, position at which the piece begins, tokens)"""
+
+
+@given(POSITIONS | st.lists(st.integers(-6, 6), min_size=1), st.lists(PIECES, max_size=40))
+def test_wanted_tokens_follow_the_documented_rule(
+    positions: str | list[int], pieces: list[tuple[int, int, int]]
+) -> None:
+    """Of pieces of sequences of any length, those that the documentation says, token by token."""
     spec = Spec(hidden_states="all", positions=positions)
-    prompt_len, at = np.array(rows, np.int32).reshape(-1, 2).T
-    expected = [naive(spec.positions, length, position) for length, position in rows]
-    assert selected(spec.positions, prompt_len, at).tolist() == expected
+    prompt_lens, begins, lengths = np.array(pieces, np.int32).reshape(-1, 3).T
+    every = [(prompt_len, begin + i) for prompt_len, begin, length in pieces for i in range(length)]
+    expected = [token for token, place in enumerate(every) if naive(spec.positions, *place)]
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    assert wanted_tokens(spec.positions, prompt_lens, starts, begins).tolist() == expected

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tap.spec import selected
+from vllm_tap.spec import wanted_tokens
 
 
 class TokenArrays:
@@ -92,9 +92,8 @@ class Sequences:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         if positions == "all":
             return np.arange(self.starts[-1]), self.starts
-        lengths = np.diff(self.starts)
-        at = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], lengths)
-        wanted = np.flatnonzero(selected(positions, np.repeat(np.array(prompt_lens), lengths), at))
+        begins = np.zeros(len(prompt_lens), np.int64)
+        wanted = wanted_tokens(positions, np.array(prompt_lens, np.int64), self.starts, begins)
         return wanted, np.searchsorted(wanted, self.starts)
 
     def position_of(self, flat: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_tap.spec import selected
+from vllm_tap.spec import wanted_tokens
 
 Int32 = npt.NDArray[np.int32]
 
@@ -53,17 +53,25 @@ class Selection(NamedTuple):
     """The captured rows of one step: R rows out of T tokens.
 
     `row_map` [T]: destination row of each token, -1 for none. `sources` [R]: the token of each row. `numbers` [R]: the
-    request number of each row. `runs`: the same map as contiguous pieces. `is_everything`: row t is token t.
-    `ends_prompts`: no captured request has tokens of its prompt left after this step, as far as the host knows.
+    request number of each row. `is_everything`: row t is token t. `ends_prompts`: no captured request has tokens of its
+    prompt left after this step, as far as the host knows.
     """
 
     num_rows: int
     row_map: Int32
     sources: Int32
     numbers: Int32
-    runs: list[Run]
     is_everything: bool
     ends_prompts: bool
+
+    @property
+    def runs(self) -> list[Run]:
+        """The same map as contiguous pieces; made when asked for."""
+        if self.is_everything:
+            return [Run(0, 0, self.num_rows)]
+        breaks = np.flatnonzero(np.diff(self.sources) != 1) + 1
+        firsts = np.concatenate(([0], breaks, [self.num_rows]))
+        return [Run(int(self.sources[a]), int(a), int(b - a)) for a, b in itertools.pairwise(firsts)]
 
 
 class Selector:
@@ -75,6 +83,7 @@ class Selector:
 
     def __init__(self, positions: str | tuple[int, ...]) -> None:
         self.takes_all = positions == "all"
+        self._takes_generated = positions in ("all", "generated")
         self._positions = positions
         self._requests: dict[str, CapturedRequest] = {}
         self._ids: list[str] = []
@@ -105,27 +114,22 @@ class Selector:
 
     def _choose(self, batch: Batch, starts: Int32) -> Selection | None:
         counts = starts[1:] - starts[:-1]
-        numbers = np.repeat(self._numbers, counts)
         ends_prompts = bool((batch.num_computed + counts >= self._prompt_lens).all())
-        if not self.takes_all:
-            # Most steps of a long generation have nothing for "prompt", "last" or prompt positions: see that early.
-            if self._positions != "generated" and (batch.num_computed >= self._prompt_lens).all():
-                return None
-            positions = np.arange(len(numbers)) + np.repeat(batch.num_computed - starts[:-1], counts)
-            wanted = selected(self._positions, np.repeat(self._prompt_lens, counts), positions)
-            numbers = np.where(wanted, numbers, np.int32(-1))
-        elif self._numbers.min(initial=0) >= 0:
+        has_others = self._numbers.min(initial=0) < 0
+        if self.takes_all and not has_others:
+            numbers = np.repeat(self._numbers, counts)
             every = np.arange(len(numbers), dtype=np.int32)
-            return Selection(len(numbers), every, every, numbers, [Run(0, 0, len(numbers))], True, ends_prompts)
-        sources = np.flatnonzero(numbers >= 0).astype(np.int32)
+            return Selection(len(numbers), every, every, numbers, True, ends_prompts)
+        # Most steps of a long generation have nothing for "prompt", "last" or prompt positions: see that early.
+        if not self._takes_generated and (batch.num_computed >= self._prompt_lens).all():
+            return None
+        sources = wanted_tokens(self._positions, self._prompt_lens, starts, batch.num_computed)
+        numbers = self._numbers[np.searchsorted(starts, sources, "right") - 1]
+        if has_others:
+            is_captured = numbers >= 0
+            sources, numbers = sources[is_captured], numbers[is_captured]
         if not len(sources):
             return None
-        row_map = np.full(len(numbers), -1, np.int32)
+        row_map = np.full(starts[-1], -1, np.int32)
         row_map[sources] = np.arange(len(sources), dtype=np.int32)
-        return Selection(len(sources), row_map, sources, numbers[sources], _runs(sources), False, ends_prompts)
-
-
-def _runs(sources: Int32) -> list[Run]:
-    breaks = np.flatnonzero(np.diff(sources) != 1) + 1
-    firsts = np.concatenate(([0], breaks, [len(sources)]))
-    return [Run(int(sources[a]), int(a), int(b - a)) for a, b in itertools.pairwise(firsts)]
+        return Selection(len(sources), row_map, sources.astype(np.int32), numbers, False, ends_prompts)

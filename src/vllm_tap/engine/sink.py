@@ -47,8 +47,8 @@ class HostSink:
                 tap.plane = plane
         self._rows.failure = None
         self._rows.num_tokens = int(selection.sources.max(initial=-1)) + 1
-        self._rows.runs = selection.runs
-        self._rows.sources = torch.from_numpy(selection.sources) if len(selection.runs) > GATHER_ABOVE else None
+        self._rows.runs = runs = selection.runs
+        self._rows.sources = torch.from_numpy(selection.sources) if len(runs) > GATHER_ABOVE else None
 
     def repeat(self, start: int) -> bool:
         """Begin a step like the one before: nothing is saved here, so it is to be begun as any other."""

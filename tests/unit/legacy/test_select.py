@@ -11,7 +11,7 @@ import pytest
 
 from vllm_tap.errors import SpecError
 from vllm_tap.legacy.select import FIELDS, covering, read_select
-from vllm_tap.spec import selected
+from vllm_tap.spec import wanted_tokens
 
 TOKENS = [5, 6, 5, 7, 5, 8]
 PROMPT_LEN = 4
@@ -75,8 +75,8 @@ def test_every_combination_of_fields() -> None:
 
 def covered(clause: dict[str, Any]) -> list[int]:
     """Return the positions that the engine is asked for."""
-    mask = selected(covering([read_select(clause)]), np.full(6, PROMPT_LEN), np.arange(6))
-    return np.flatnonzero(mask).tolist()
+    positions = covering([read_select(clause)])
+    return wanted_tokens(positions, np.array([PROMPT_LEN]), np.array([0, 6]), np.array([0])).tolist()
 
 
 @pytest.mark.parametrize("start", [-5, -4, -1, 0, 2, 4, 9])
