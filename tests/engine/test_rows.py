@@ -250,6 +250,14 @@ def test_the_progress_bar_ends_at_all_prompts_and_rows(engine, capsys):
     assert num_rows >= result.num_rows
 
 
+def test_the_end_of_all_steps_is_seen(engine):
+    """The engine passes an empty step on when nothing is left to compute: there rows leave before anyone asks."""
+    engine.llm.collective_rpc("vllm_tap_profile", args=("host",))
+    engine.capture(prompts(), Spec(hidden_states=[0]), max_tokens=3)
+    for figures in engine.llm.collective_rpc("vllm_tap_profile", args=("",)):
+        assert 1 <= len(figures["rest"]) < len(figures["sampled"])
+
+
 def test_requests_that_wait_in_the_engine_keep_their_outputs(engine, known):
     """A capture would run them and throw their outputs away: it is refused; a `Recording` runs beside them."""
     waiting = prompts([30, 5], seed=2)

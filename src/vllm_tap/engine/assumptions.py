@@ -75,7 +75,10 @@ V2_ROWS: Final = Assumption(
 )
 
 REQUESTS: Final = (
-    Assumption("vllm.v1.core.sched.output.SchedulerOutput", ("scheduled_new_reqs",), "to meet captured requests"),
+    Assumption(
+        "vllm.v1.core.sched.output.SchedulerOutput", ("scheduled_new_reqs", "total_num_scheduled_tokens"),
+        "to meet captured requests, and to see that the engine has nothing more to compute",
+    ),
     Assumption(
         "vllm.v1.core.sched.output.NewRequestData",
         ("req_id", "prompt_token_ids", "sampling_params", "pooling_params"), "to meet captured requests",

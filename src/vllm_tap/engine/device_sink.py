@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_tap.engine import cuda, kernel
@@ -85,12 +86,14 @@ class DeviceSink:
         self._small_rows = max(sizes.graph_rows, MIN_STAGED_ROWS)
         self._request_rows = sizes.request_rows
         self._num_steps = 0
+        self._num_counted = -1  # when counts were last asked for
+        self._seen = np.empty(0, np.int32)
         self._num_rows = self._num_requests = 0
         self._is_large = False
         self._side = rows.side_stream()
         self._plan: Plan | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
-        self._main = 0
+        self._main = torch.cuda.current_stream(self._device).cuda_stream
         self._unsent = False
         self._unprepared = False
         self._burst: Burst | None = None
@@ -288,16 +291,23 @@ class DeviceSink:
         self._rows.passed.record(self._side)
         self._rows.passed.synchronize()
 
+    def rest(self) -> None:
+        """Queue the copies of what is staged, and that of what the taps have counted, behind all queued steps."""
+        self._flush()
+        if self._num_counted != self._num_steps:
+            self._let_side_follow(self._main)
+            self._seen = self._rows.send_counts(self._side)
+            self._num_counted = self._num_steps
+
     def settle(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
 
         Raises:
             CaptureError: A tap was silent.
         """
-        self._flush()
-        self._let_side_follow(torch.cuda.current_stream(self._device).cuda_stream)
-        seen = self._rows.send_counts(self._side)
+        self.rest()
         self._wait_for_side()
+        seen = self._seen
         silent = [place for place in self._place_of if seen[place - self._rows.first_tap] != self._num_steps]
         if silent:
             tap = REGISTRY[silent[0]]

@@ -59,6 +59,9 @@ class Recorder:
     def sampled(self) -> None:
         """The copy of the sampled tokens to the host has been queued."""
 
+    def rest(self) -> None:
+        """A step had no tokens: what was asked of the engine has been launched, and it waits for the next requests."""
+
     def disarm(self) -> None:
         """A forward pass without requests is about to run."""
 
@@ -69,7 +72,7 @@ def runner_name(runner: Any) -> str:
 
 
 def watch_runner(runner: Any, recorder: Recorder) -> None:
-    """Let the recorder see every step of the runner, in the order meet, arm, forward, drain, sampled.
+    """Let the recorder see every step of the runner, as meet, arm, forward, drain, sampled; and rest, without tokens.
 
     Raises:
         EngineUnsupportedError: The runner does not look as expected; it has not been changed.
@@ -105,6 +108,8 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
                     recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()), _generates(new))
             result = execute(scheduler_output, *args, **kwargs)
             recorder.drain()
+            if not scheduler_output.total_num_scheduled_tokens:
+                recorder.rest()
             return result
 
     @functools.wraps(dummy_run)

@@ -53,6 +53,9 @@ class Sink(Protocol):
         The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
         """
 
+    def rest(self) -> None:
+        """Queue what `settle` waits for: no step is known to follow."""
+
     def settle(self) -> None:
         """Wait until all rows lie in their blocks."""
 
@@ -200,6 +203,15 @@ class Session:
         """
         try:
             self._sink.send(self._generates)
+        except Exception as error:
+            self.fail(error)
+
+    def rest(self) -> None:
+        """Where the engine has nothing more to compute: send off all rows while it finishes, before the client asks."""
+        if self.error is not None:
+            return
+        try:
+            self._sink.rest()
         except Exception as error:
             self.fail(error)
 

@@ -1,7 +1,7 @@
 """Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
 
-A sink has six verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `settle` (all rows lie in
-their blocks), `close`.
+A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `rest` (no step is known
+to follow), `settle` (all rows lie in their blocks), `close`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class HostSink:
 
     def send(self, generates: bool) -> None:
         """Send off what is still on the device: nothing."""
+
+    def rest(self) -> None:
+        """Queue what `settle` waits for: nothing."""
 
     def settle(self) -> None:
         """Wait until all rows lie in their blocks: they already do."""

@@ -125,6 +125,10 @@ class TapWorker(host_runner.Recorder):
         if self._session is not None:
             self._session.send()
 
+    def rest(self) -> None:
+        if self._session is not None:
+            self._session.rest()
+
     def disarm(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
@@ -325,7 +329,7 @@ class TapWorker(host_runner.Recorder):
 
     def _host_profile(self) -> Profile:
         profile = Profile()
-        for name in ("start", "finish", "arm", "drain", "sampled"):
+        for name in ("start", "finish", "arm", "drain", "sampled", "rest"):
             profile.watch(self, name)
         profile.watch(self, "_sink", "start: sink")
         profile.watch(Session, "finish", "finish: settle")

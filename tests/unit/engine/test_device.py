@@ -927,11 +927,33 @@ def test_a_thread_that_has_not_used_the_device_drops_a_capture(cuda: SimulatedCu
     assert cuda.conflicts == []
 
 
-def test_a_tap_that_a_step_missed_is_an_error(cuda: SimulatedCuda) -> None:
+@pytest.mark.parametrize("staging", ["staged", "direct"])
+def test_all_is_on_its_way_when_the_engine_rests(cuda: SimulatedCuda, staging: str) -> None:
+    """Without a wait; nothing is left to queue for the end. More steps may come all the same."""
+    engine = Engine(cuda, LLAMA)
+    session = engine.start(staging)
+    for _ in range(2):
+        for step in STEPS[:3]:
+            engine.step(session, step)
+        num_copies, waits = cuda.copies_left, cuda.num_host_waits
+        session.rest()
+        assert cuda.num_host_waits == waits
+        assert num_copies - cuda.copies_left == (2 if staging == "staged" else 1), "rows and counts"
+        num_copies = cuda.copies_left
+        session.rest()
+    engine.finish(session)
+    assert cuda.copies_left == num_copies
+    assert cuda.conflicts == []
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_tap_that_a_step_missed_is_an_error(cuda: SimulatedCuda, rests: bool) -> None:
     """A step that skips a layer would leave old bytes in its plane: no rows are handed over."""
     engine = Engine(cuda, LLAMA)
     session = engine.start()
     engine.step(session, STEPS[0])
+    if rests:
+        session.rest()
     engine.model.places = LLAMA[:-1]
     engine.model._graphs = {}
     engine.step(session, DECODE)

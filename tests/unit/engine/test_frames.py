@@ -79,7 +79,7 @@ def watched_runner() -> Runner:
     return runner
 
 
-OUTPUT = SimpleNamespace(scheduled_new_reqs=[])
+OUTPUT = SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=1)
 
 
 def test_steps_of_a_runner_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
