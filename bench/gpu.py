@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
-    parser.add_argument("--plan", default="full", choices=[*PLANS, "tp2", "bad", "memory", "host"])
+    parser.add_argument("--plan", default="full", choices=[*PLANS, "bad", "memory", "host"])
     parser.add_argument(
         "--only", type=workloads, nargs="+", metavar="WORKLOAD", help="measure these of the plan's workloads"
     )
@@ -176,13 +176,13 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     if args.smoke:
-        args.no_plain = args.apart = True
+        args.no_plain = True
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     setting = Setting(args.models, args.shape, args.smoke, args.memory, args.engine, args.out)
     report = Report(setting, args)
     if args.plan == "tp2":
         report.put(rates_gb_per_s=rates(setting))
-        fine = run_tp2(setting, report, args.apart)
+        fine = run_tp2(setting, report, args, plan)
     elif args.plan == "bad":
         fine = run_bad(setting, report)
     elif args.plan == "memory":

@@ -67,7 +67,7 @@ def run_host(setting: Setting, report: Report) -> bool:
                 wait_idle(engine.llm)
                 wait_idle(engine.llm, "is_preparing")
         rows += _measured(setting, engines, what, size, spec)
-        report.put(rows=rows)
+        report.put(hosts=rows)
     for engine in engines:
         stop_engine(engine.llm)
     return bool(rows)

@@ -45,6 +45,11 @@ PLANS: dict[str, Plan] = {
         ("decode 256 x (64 + 128)", [ROUTER], 9),
         ("prefill 64 x 1000", [ROUTER], 45),
     ],
+    "tp2": [
+        ("prefill 64 x 1000", [ALL], 7),
+        ("decode 8 x (64 + 128)", [ALL], 15),
+        ("decode 256 x (64 + 128)", [ALL], 7),
+    ],
 }
 
 ROUNDING = 1e-6

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from gpu_ratios import Ratios, show, summarise
+from gpu_ratios import Plan, Ratios, show, summarise
 from gpu_setting import Report, Setting, capture, generate, sampling, start_engine, status, stop_engine
 
 ALL = "all layers"
-PLAN = [("prefill 64 x 1000", 7), ("decode 8 x (64 + 128)", 15), ("decode 256 x (64 + 128)", 7)]
 BYTES_OF = "prefill 64 x 1000"
 
 
-def run_tp2(setting: Setting, report: Report, apart: bool) -> bool:
+def run_tp2(setting: Setting, report: Report, args: argparse.Namespace, plan: Plan) -> bool:
     """Measure, print, and return whether each of two ranks copies half of what one does."""
     one = start_engine(setting, True)
     alone = rank_bytes(setting, one)
@@ -23,7 +23,7 @@ def run_tp2(setting: Setting, report: Report, apart: bool) -> bool:
     shares = [rank["num_bytes"] / alone[0]["num_bytes"] for rank in shared]
     report.put(tp1_rank_bytes=alone, tp2_rank_bytes=shared, tp2_shares=shares)
     print(f"# bytes of rank 0 alone {alone[0]}, of two ranks {shared}: shares {shares}", flush=True)
-    rows = _apart(setting, two) if apart else _beside(setting, two)
+    rows = _apart(setting, two, plan) if args.apart else _beside(setting, two, plan, args.no_plain)
     report.put(rows=rows)
     show(rows)
     halves = all(abs(share - 0.5) < 0.05 for share in shares)
@@ -54,24 +54,26 @@ def rank_bytes(setting: Setting, llm: Any) -> list[dict[str, float]]:
     ]
 
 
-def _beside(setting: Setting, tapped: Any) -> list[dict[str, Any]]:
-    plain = start_engine(setting, False, tensor_parallel_size=2)
-    ratios = Ratios(setting, plain, tapped)
+def _beside(setting: Setting, tapped: Any, plan: Plan, no_plain: bool) -> list[dict[str, Any]]:
+    plain = tapped if no_plain else start_engine(setting, False, tensor_parallel_size=2)
+    ratios = Ratios(setting, [(plain, tapped)])
     rows = []
-    for name, rounds in PLAN:
-        rows += ratios.measure(name, [ALL], rounds, ["auto"])
-    stop_engine(plain)
+    for name, specs, rounds in plan:
+        rows += ratios.measure(name, specs, rounds, ["auto"])
+    del ratios
     stop_engine(tapped)
+    if not no_plain:
+        stop_engine(plain)
     return rows
 
 
-def _apart(setting: Setting, tapped: Any) -> list[dict[str, Any]]:
+def _apart(setting: Setting, tapped: Any, plan: Plan) -> list[dict[str, Any]]:
     """One engine after the other, for GPUs that do not hold both."""
-    times: dict[str, dict[str, list[float]]] = {name: {} for name, _ in PLAN}
-    parts: dict[str, list[dict[str, float]]] = {name: [] for name, _ in PLAN}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name, *_ in plan}
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in plan}
     sizes: dict[str, int] = {}
     arm = f"{ALL} / auto"
-    for name, rounds in PLAN:
+    for name, _, rounds in plan:
         workload = setting.workload(name)
         for round_number in range(-1, setting.rounds(rounds)):
             prompts = setting.prompts(workload)
@@ -85,11 +87,11 @@ def _apart(setting: Setting, tapped: Any) -> list[dict[str, Any]]:
             del result
     stop_engine(tapped)
     plain = start_engine(setting, False, tensor_parallel_size=2)
-    for name, rounds in PLAN:
+    for name, _, rounds in plan:
         workload = setting.workload(name)
         for round_number in range(-1, setting.rounds(rounds)):
             seconds, _ = generate(plain, setting.prompts(workload), workload[2])
             if round_number >= 0:
                 times[name].setdefault("plain", []).append(seconds)
     stop_engine(plain)
-    return [row for name, _ in PLAN for row in summarise(name, times[name], {arm: parts[name]}, {arm: sizes[name]})]
+    return [row for name, *_ in plan for row in summarise(name, times[name], {arm: parts[name]}, {arm: sizes[name]})]
