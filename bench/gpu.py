@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=1, choices=range(1, 5), help="engines of each kind, whose rounds take turns"
     )
-    parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other")
+    parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other, always a plain one too")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, one round, one engine at a time")
     parser.add_argument("--memory", type=float, default=0.4)
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as JSON")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gpu_ratios import Plan, Ratios, show, summarise
+from gpu_ratios import ALL, Plan, Ratios, show, summarise
 from gpu_setting import Report, Setting, capture, generate, sampling, start_engine, status, stop_engine
 
-ALL = "all layers"
 BYTES_OF = "prefill 64 x 1000"
 
 

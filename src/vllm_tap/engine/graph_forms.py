@@ -72,9 +72,9 @@ class TappedGraph:
 class GraphPiece(TappedGraph):
     """A graph of a piece of the model: executable without its taps at first, with them as soon as they are put in.
 
-    `replay` does so if a capture wants one, `complete` ahead. What is on once stays until `rest`: a kernel that nobody
-    wants ends at once, and to disable it costs more than it does, as long as captures come and go. What is executable
-    stays: the driver keeps the memory that executable graphs have taken.
+    `replay` does so if a capture wants one, `complete` ahead. What is on once stays until `disable`: a kernel that
+    nobody wants ends at once, and to disable it costs more than it does, as long as captures come and go. What is
+    executable stays: the driver keeps the memory that executable graphs have taken.
 
     Args:
         owner: PyTorch's graph, which lives at least as long.
@@ -113,9 +113,9 @@ class GraphPiece(TappedGraph):
             TransportError: The driver refused. The graph runs nevertheless.
         """
         self._put_in()
-        self.rest()
+        self.disable()
 
-    def rest(self) -> None:
+    def disable(self) -> None:
         """Disable its taps: nobody is going to want them for a while.
 
         Raises:

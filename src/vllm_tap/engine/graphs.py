@@ -165,7 +165,7 @@ class GraphSwitch:
         with _or_left_in():
             for _, piece in self._all_pieces():
                 with self._lock:
-                    piece.rest()
+                    piece.disable()
 
     def complete_pieces(self, is_quiet: Callable[[], bool]) -> bool:
         """Make pieces ready for any taps while nobody captures and the device is quiet; return whether all are.
