@@ -7,8 +7,9 @@
 `MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
 the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
 Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios, `brief` what short captures take beyond
-an idle engine; `tp2` two tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures;
-`host` what steps that read prompts ask of the host; `bad` what a capture does when budgets, memory or clients fail.
+an idle engine; `parts` says where a capture's time goes, with one engine and no ratios; `tp2` measures two
+tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures; `host` what steps that read
+prompts ask of the host; `bad` what a capture does when budgets, memory or clients fail.
 `--eager` compares rows with those of an eager engine, `--parts` adds where a capture's time goes, `--forwards` when its
 forward passes run, `--timeline` where the device's time goes in a step, `--extract` vLLM's own extraction.
 """
@@ -175,8 +176,11 @@ def main() -> None:
         plan = planned(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.smoke:
+    if args.plan == "parts":
+        args.parts = args.parts or ""
+    if args.smoke or args.plan == "parts":
         args.no_plain = True
+    if args.smoke:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     setting = Setting(args.models, args.shape, args.smoke, args.memory, args.engine, args.out)
     report = Report(setting, args)

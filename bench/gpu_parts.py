@@ -46,7 +46,7 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
     }
     row["step_us"] = {label: _usual(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
-    for _ in range(min(rounds, 3)):
+    for _ in range(rounds):
         once()
     row["dma"] = [_copies(rank, d2h) for rank in profile(llm, "") if rank.get("copy_seconds")]
     return row
@@ -84,7 +84,8 @@ def _watch_client() -> Any:
     return watched
 
 
-def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, float]:
+def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, Any]:
+    """Return what copies took in the mean of captures, and of each the bytes and the milliseconds."""
     busy, nbytes = sum(figures["copy_seconds"]), sum(figures["copy_bytes"])
     after = statistics.median(figures.get("after_forward", [0.0]))
     copying = statistics.median(figures.get("copying_after_forward", [0.0]))
@@ -97,6 +98,8 @@ def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, float]:
         "share_of_d2h": nbytes / busy / 1e9 / d2h,
         "after_forward_ms": after * 1e3,
         "stall_ms": (after - copying) * 1e3,
+        "each_bytes": figures["copy_bytes"],
+        "each_ms": [seconds * 1e3 for seconds in figures["copy_seconds"]],
     }
 
 
@@ -112,4 +115,5 @@ def show_parts(rows: list[dict[str, Any]]) -> None:
         print(f"    {'bare call':16s}" + "  ".join(f"{label} {value:.3f}" for label, value in calls.items()))
         print(f"    {'host, us a step':16s}" + "  ".join(f"{label} {value:.1f}" for label, value in step.items()))
         for rank, copies in enumerate(row["dma"]):
-            print(f"    {f'copies, rank {rank}':16s}" + "  ".join(f"{label} {v:.3f}" for label, v in copies.items()))
+            means = {label: value for label, value in copies.items() if not label.startswith("each")}
+            print(f"    {f'copies, rank {rank}':16s}" + "  ".join(f"{label} {v:.3f}" for label, v in means.items()))

@@ -20,6 +20,7 @@ ROUTER = "router logits and experts"
 LAYERED = "hidden_states", "router_logits", "expert_ids", "expert_weights"
 
 PLANS: dict[str, Plan] = {
+    "parts": [],
     "least": [("decode 8 x (64 + 128)", [ALL], 1)],
     "short": [  # An arm differs by 0.3 to 0.9 % from round to round; most rounds where a goal is near.
         ("decode 8 x (64 + 128)", [ALL, *FEW], 15),

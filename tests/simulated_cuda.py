@@ -28,6 +28,7 @@ from vllm_tap.engine import cuda, expert_kernel, kernel
 
 HOST = "host"
 CONTEXT = 1
+DISABLE_TIMING = 2  # of an event
 FULL, EARLY = 0, 1 | 1 << 16  # dependencies in a graph
 KERNEL, HOST_CALL = 0, 3  # nodes of a graph
 SUCCESS, OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONTEXT = 0, 2, 1, 201
@@ -177,6 +178,8 @@ class SimulatedCuda:
         self.last_error = SUCCESS  # of the runtime, until it is asked
         self.recording: Graph | None = None
         self.events: dict[int, dict[str, int]] = {}  # the clocks of events, empty until they are recorded
+        self.now_ns = 0  # of the device: copies of rows take time, a nanosecond for each byte, and nothing else does
+        self._passed_ns: dict[int, int] = {}  # when events passed that are timed
         self.graphs: dict[int, Nodes] = {}
         self.executables: dict[int, Executable] = {}
         self.instances_left = sys.maxsize
@@ -299,21 +302,27 @@ class SimulatedCuda:
         name = self.streams[stream].name
         self.queue(name)
         # Not those of what the taps have counted.
-        self.num_copies += self._is_watched(source, nbytes)
+        if self._is_watched(source, nbytes):
+            self.num_copies += 1
+            self.now_ns += nbytes
         self.access(name, source, nbytes, False, f"copy {self.num_copies} from the device")
         self.access(name, target, nbytes, True, f"copy {self.num_copies} to the host")
         ctypes.memmove(target, source, nbytes)
         return SUCCESS
 
-    def cuEventCreate(self, event: Any, _: int) -> int:  # noqa: N802
+    def cuEventCreate(self, event: Any, flags: int) -> int:  # noqa: N802
         event._obj.value = next(self.handles)
         self.events[event._obj.value] = {}
+        if not flags & DISABLE_TIMING:
+            self._passed_ns[event._obj.value] = 0
         return SUCCESS
 
     def cuEventRecord(self, event: int, stream: int) -> int:  # noqa: N802
         if threading.get_ident() not in self._bound:
             return INVALID_CONTEXT
         self.events[event] = dict(self.queue(self.streams[stream].name))
+        if event in self._passed_ns:
+            self._passed_ns[event] = self.now_ns
         return SUCCESS
 
     def cuStreamWaitEvent(self, stream: int, event: int, _: int) -> int:  # noqa: N802
@@ -323,6 +332,12 @@ class SimulatedCuda:
     def cuEventSynchronize(self, event: int) -> int:  # noqa: N802
         self.num_host_waits += 1
         self.learn(HOST, self.events[event])
+        return SUCCESS
+
+    def cuEventElapsedTime(self, milliseconds: Any, first: int, second: int) -> int:  # noqa: N802
+        if not {first, second} <= self._passed_ns.keys() or not (self.events[first] and self.events[second]):
+            return INVALID_VALUE
+        milliseconds._obj.value = (self._passed_ns[second] - self._passed_ns[first]) / 1e6
         return SUCCESS
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802

@@ -15,6 +15,7 @@ from vllm_tap.errors import EngineUnsupportedError, TransportError
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _AUTO_FREE: Final = 1  # CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
 _NODE_PRIORITIES: Final = 8  # CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
+_TIMING: Final = 0  # CU_EVENT_DEFAULT
 _NO_TIMING: Final = 2  # CU_EVENT_DISABLE_TIMING
 _KERNEL: Final = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 _FULL: Final = 0  # CUgraphEdgeData of a dependency that ends when all work of the first node has
@@ -38,6 +39,7 @@ def _driver() -> Any:
     library.cuEventRecord.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuEventSynchronize.argtypes = [ctypes.c_void_p]
+    library.cuEventElapsedTime.argtypes = [ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p]
     library.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
@@ -122,9 +124,9 @@ class Event:
     record one, 30 to wait, 46 for a new one (one H100).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool = False) -> None:
         handle = ctypes.c_void_p()
-        check(_driver().cuEventCreate(ctypes.byref(handle), _NO_TIMING), "cuEventCreate")
+        check(_driver().cuEventCreate(ctypes.byref(handle), _TIMING if timed else _NO_TIMING), "cuEventCreate")
         self._handle = int(handle.value or 0)
 
     def record(self, stream: int) -> None:
@@ -139,16 +141,24 @@ class Event:
         """Wait until this point has passed."""
         check(_driver().cuEventSynchronize(self._handle), "cuEventSynchronize")
 
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the time of the device's clock between two points that have passed; both events are timed."""
+        milliseconds = ctypes.c_float()
+        code = _driver().cuEventElapsedTime(ctypes.byref(milliseconds), earlier._handle, self._handle)
+        check(code, "cuEventElapsedTime")
+        return milliseconds.value / 1e3
+
 
 class Events:
     """Events that are recorded again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool = False) -> None:
+        self._timed = timed
         self._spare: list[Event] = []
 
     def recorded(self, stream: int) -> Event:
         """Return an event behind what is queued on a stream."""
-        event = self._spare.pop() if self._spare else Event()
+        event = self._spare.pop() if self._spare else Event(self._timed)
         event.record(stream)
         return event
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from vllm_tap.engine import cuda
+
 HOST: Final = "host"
 DMA: Final = "dma"
 FORWARD: Final = "forward"
@@ -79,53 +81,62 @@ class DmaProfile(Profile):
         super().__init__()
         import torch
 
-        from vllm_tap.engine import cuda
         from vllm_tap.engine.device_sink import DeviceSink
 
-        self._torch = torch
-        self._copies: list[tuple[Any, Any, int]] = []
-        self._forward_end: Any = None
+        self._current_stream = torch.cuda.current_stream
         self._idle = torch.cuda.Stream()  # whose events pass at once
-        self._base = self._event()
+        # Not PyTorch's, which lets go of the interpreter's lock to record one: while another thread had it, before the
+        # copy is queued, the stream would have nothing to do, and the copy would seem to take as long.
+        self._events = cuda.Events(timed=True)
+        self._taken: list[cuda.Event] = []
+        self._copies: list[tuple[cuda.Event, cuda.Event, int]] = []
+        self._forward_end: cuda.Event | None = None
+        self._base = self._behind_forward()
         self.wrap(cuda, "copy_to_host", self._copy)
         self.wrap(DeviceSink, "end", self._end)
         self.wrap(DeviceSink, "settle", self._settle)
 
-    def _event(self, stream: Any = None) -> Any:
-        event = self._torch.cuda.Event(enable_timing=True)
-        event.record(stream)
+    def _behind(self, stream: int) -> cuda.Event:
+        event = self._events.recorded(stream)
+        self._taken.append(event)
         return event
 
+    def _behind_forward(self) -> cuda.Event:
+        return self._behind(self._current_stream().cuda_stream)
+
     def _copy(self, function: Any, target: int, source: int, nbytes: int, stream: int) -> None:
-        queue = self._torch.cuda.ExternalStream(stream)
-        before = self._event(queue)
+        before = self._behind(stream)
         function(target, source, nbytes, stream)
-        self._copies.append((before, self._event(queue), nbytes))
+        self._copies.append((before, self._behind(stream), nbytes))
 
     def _end(self, function: Any, sink: Any) -> Any:
         silent = function(sink)
-        self._forward_end = self._event()
+        self._forward_end = self._behind_forward()
         return silent
 
     def _settle(self, function: Any, sink: Any) -> None:
-        asked = self._event(self._idle)
+        asked = self._behind(self._idle.cuda_stream)
         function(sink)
-        copies, self._copies = self._copies, []
-        if self._forward_end is None or not copies:
-            return
-        self._torch.cuda.synchronize()
-        # Counted from an event before all others: the time between two events may not be asked for backwards.
-        end = max(self._since_base(self._forward_end), self._since_base(asked))
-        spans = [(self._since_base(before), self._since_base(after)) for before, after, _ in copies]
-        for (begin, done), (_, _, nbytes) in zip(spans, copies, strict=True):
+        if self._forward_end is not None and self._copies:
+            for event in (asked, self._forward_end, self._copies[-1][1]):
+                event.synchronize()
+            self._add(max(self._since_base(self._forward_end), self._since_base(asked)))
+        self._copies, self._forward_end = [], None
+        while self._taken:
+            self._events.give(self._taken.pop())
+        self._base = self._behind_forward()
+
+    def _add(self, end: float) -> None:
+        spans = [(self._since_base(before), self._since_base(after)) for before, after, _ in self._copies]
+        for (begin, done), (_, _, nbytes) in zip(spans, self._copies, strict=True):
             self.add("copy_seconds", done - begin)
             self.add("copy_bytes", nbytes)
         self.add("after_forward", max(spans[-1][1] - end, 0.0))
         self.add("copying_after_forward", sum(max(done - max(begin, end), 0.0) for begin, done in spans))
-        self._base = self._event()
 
-    def _since_base(self, event: Any) -> float:
-        return float(self._base.elapsed_time(event)) / 1e3
+    def _since_base(self, event: cuda.Event) -> float:
+        # Counted from an event before all others: the time between two events may not be asked for backwards.
+        return event.seconds_since(self._base)
 
 
 class ForwardProfile(Profile):

@@ -22,6 +22,7 @@ from vllm_tap.engine import device_backend, device_rows, device_sink, device_tap
 from vllm_tap.engine import session as session_module
 from vllm_tap.engine.device_rows import DeviceRows
 from vllm_tap.engine.graph_forms import MOST_FORMS, GraphCopy
+from vllm_tap.engine.profile import DmaProfile
 from vllm_tap.engine.ring import Ring
 from vllm_tap.engine.rows import Batch
 from vllm_tap.engine.session import Session
@@ -944,6 +945,37 @@ def test_all_is_on_its_way_when_the_engine_rests(cuda: SimulatedCuda, staging: s
     engine.finish(session)
     assert cuda.copies_left == num_copies
     assert cuda.conflicts == []
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_copies_are_timed_by_the_clock_of_the_device(cuda: SimulatedCuda, rests: bool) -> None:
+    """Every copy by itself; behind the request for rows, only what was not queued before. No event is left behind."""
+    engine = Engine(cuda, LLAMA)
+    copy = cuda_calls.copy_to_host
+    profile = DmaProfile()
+    num_events = 0
+    for _ in range(3):
+        num_events = len(cuda.events)
+        session = engine.start()
+        for step in STEPS[:5]:
+            engine.step(session, step)
+        if rests:
+            session.rest()
+        engine.finish(session)
+    assert len(cuda.events) == num_events
+    figures = profile.stop()
+    nbytes = figures["copy_bytes"]
+    assert len(nbytes) == cuda.num_copies
+    assert sum(nbytes) == cuda.now_ns
+    np.testing.assert_allclose(figures["copy_seconds"], np.array(nbytes) / 1e9, rtol=1e-3)
+    last = 0.0 if rests else nbytes[-1] / 1e9
+    np.testing.assert_allclose(figures["after_forward"], [last] * 3, rtol=1e-3)
+    assert figures["copying_after_forward"] == figures["after_forward"]
+    assert cuda_calls.copy_to_host is copy
+    session = engine.start("direct")
+    engine.step(session, DECODE)
+    engine.finish(session)
+    assert profile.figures == figures
 
 
 @pytest.mark.parametrize("rests", [False, True])
