@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,48 +23,56 @@ FEW_STEPS = 20
 """Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
 MEANING = (
-    "; ratio: time of the plain engine over time of the arm; in pairs: the median of the ratios within a round; of as "
-    "many steps: that of runs which took as many steps as most of the plain engine's, if there are "
-    f"{FEW_RUNS} of either"
+    "Medians. Ratio: time of the plain engine over time of the arm; in pairs: the median of the ratios within a round; "
+    "of as many steps: the ratio of runs which took as many steps as most of the plain engine's, if there are "
+    f"{FEW_RUNS} of either."
 )
-"""What results say of their ratios."""
+"""What tables say of their ratios."""
+
+ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router logits and experts")
+"""The columns of the summary from the left: what asks for more comes later, and what nobody here made last."""
 
 
 def summary(results_dir: Path) -> str:
-    """Return one table of all ratios, a column for each kind of GPU, or a sentence if there are no results.
+    """Return one table of all ratios, a line for each workload and a column for each arm; a sentence without any.
 
-    What was measured more than once is taken from where the plain engine ran without the plugin.
+    What was measured more than once is taken from where the plain engine ran without the plugin. The GPU that most was
+    measured on comes first.
     """
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
     found = [results for results, _ in _read(results_dir)]
     for results in sorted(found, key=lambda results: results.get("plain") == IDLE_IS_PLAIN):
-        gpu = results["machine"]["gpu"]
-        shape = results["shape"] + (f", {len(shares)} ranks" if (shares := results.get("tp2_shares")) else "")
+        shape = results["shape"] + _ranks(results)
         for row in _measured(results):
             if row["arm"] != "plain":
-                line = cells.setdefault((shape, row["workload"], row["arm"].removesuffix(" / auto")), {})
-                line.setdefault(gpu, f"{row['ratio']:.3f} ({row['paired']:.3f})")
-    if not cells:
+                line = lines.setdefault((results["machine"]["gpu"], shape, row["workload"]), {})
+                line.setdefault(row["arm"].removesuffix(" / auto"), f"{row['ratio']:.3f} ({row['paired']:.3f})")
+    if not lines:
         return NOTHING
-    gpus = sorted({gpu for line in cells.values() for gpu in line})
-    body = [[*line, *(cells[line].get(gpu, "") for gpu in gpus)] for line in sorted(cells, key=_order)]
-    return table([["shape", "workload", "captured", *gpus], *body])
+    arms = sorted({arm for line in lines.values() for arm in line}, key=_arm_order)
+    weights = Counter(gpu for (gpu, _, _), line in lines.items() for _ in line)
+
+    def order(line: tuple[str, str, str]) -> tuple[Any, ...]:
+        gpu, shape, workload = line
+        return -weights[gpu], gpu, shape, [int(word) if word.isdigit() else word for word in workload.split()]
+
+    body = [[*line, *(lines[line].get(arm, "") for arm in arms)] for line in sorted(lines, key=order)]
+    return table([["GPU", "shape", "workload", *arms], *body])
 
 
-def _order(line: tuple[str, str, str]) -> tuple[Any, ...]:
-    shape, workload, arm = line
-    return shape, [int(word) if word.isdigit() else word for word in workload.split()], arm
+def _arm_order(arm: str) -> tuple[int, str]:
+    return ARMS.index(arm) if arm in ARMS else len(ARMS), arm
 
 
 def tables(results_dir: Path) -> str:
-    """Return a table for every results file, or a sentence if there is none."""
+    """Return a part with tables for every results file, or a sentence if there is none."""
     found = [_gpu_table(results, source) for results, source in _read(results_dir)]
-    return "\n\n".join(found) or NOTHING
+    return "\n\n".join([MEANING, *found]) if found else NOTHING
 
 
 def _read(results_dir: Path) -> Iterator[tuple[dict[str, Any], Path]]:
     """Yield the results that have ratios, with their files."""
-    for source in sorted(results_dir.glob("gpu-*.json")):
+    for source in sorted(results_dir.glob("gpu-*.json"), key=lambda source: source.stem):
         results = json.loads(source.read_text())
         if results.get("rows"):
             yield results, source
@@ -79,16 +88,16 @@ def _gpu_table(results: dict[str, Any], source: Path) -> str:
     rows = _measured(results)
     plain = {row["workload"]: row for row in rows if row["arm"] == "plain"}
     machine, rates = results["machine"], results["rates_gb_per_s"]
+    title = f"### {source.stem}: {machine['gpu']}{_ranks(results)}"
     origin = (
-        f"Shape `{results['shape']}`{_ranks(results)}{_calls(results)}, medians{MEANING if rows else ''}. "
-        f"{machine['gpu']}, {machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, "
-        f"vLLM {machine['vllm']}; "
+        f"{_shares(results)}{_calls(results)}"
+        f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."
     )
     ratios = [table([head, *(_gpu_row(row, plain[row["workload"]]) for row in rows)])] if rows else []
     forwards = [_forwards_table(results["forwards"])] if results.get("forwards") else []
-    return "\n\n".join([*ratios, origin, *forwards])
+    return "\n\n".join([title, origin, *ratios, *forwards])
 
 
 def _forwards_table(rows: list[dict[str, Any]]) -> str:
@@ -130,10 +139,16 @@ def _ratio_alike(row: dict[str, Any], plain: dict[str, Any]) -> str:
 def _calls(results: dict[str, Any]) -> str:
     """Return of how many calls the rounds are, if of several."""
     number = results.get("num_calls", 1)
-    return f", rounds of {number} calls, all times of each scaled by those of its plain engine" if number > 1 else ""
+    return f"Rounds of {number} calls, all times of each scaled by those of its plain engine. " if number > 1 else ""
 
 
 def _ranks(results: dict[str, Any]) -> str:
+    """Return how many tensor-parallel ranks there were, if several."""
+    shares = results.get("tp2_shares")
+    return f", {len(shares)} ranks" if shares else ""
+
+
+def _shares(results: dict[str, Any]) -> str:
     """Return how tensor-parallel ranks shared the bytes, if there were several."""
     shares = [f"{share:.2f}" for share in results.get("tp2_shares", ())]
-    return f", {len(shares)} ranks which copied {' and '.join(shares)} of one rank's bytes" if shares else ""
+    return f"The ranks copied {' and '.join(shares)} of what one rank alone copies. " if shares else ""

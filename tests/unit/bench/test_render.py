@@ -38,7 +38,8 @@ def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
     assert "| prefill 1 x 10 | plain | 1.000 | 1.000 |  |  |  |  |" in text
     assert "| prefill 1 x 10 | all / auto | 0.962 | 0.967 |  |  | 13 | 25 |" in text
     assert "| decode 1 x 10 | plain | 1.000 | 1.000 | 1.000 | 5.000 |  |  |" in text
-    assert "Some GPU, 8 processors" in text
+    assert text.count("### gpu-b: Some GPU\n\n8 processors") == 1
+    assert text.count("Ratio: time of the plain engine") == 1
     assert "55.3 GB/s" in text
     assert "[gpu-b.json](bench/results/gpu-b.json)" in text
     assert text.startswith("before\n")
@@ -69,20 +70,27 @@ def test_what_ran_once_is_no_measurement(tmp_path: Path) -> None:
     assert "decode 9 x 10" not in render(MARKED, tmp_path)
 
 
-def test_a_summary_has_a_column_for_each_gpu(tmp_path: Path) -> None:
-    """By shape, workload and what is captured; of two measurements, that against an engine without the plugin."""
+def test_a_summary_has_a_line_for_each_workload(tmp_path: Path) -> None:
+    """A column for each arm, the GPU with most first; of two measurements, that beside a plain engine."""
     rows = RESULTS["rows"]
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
-    better = [rows[0], rows[1] | {"ratio": 0.97, "paired": 0.971}]  # type: ignore[operator,index]
+    better = [
+        rows[0],
+        rows[1] | {"ratio": 0.97, "paired": 0.971},
+        rows[1] | {"arm": "idle", "workload": "decode 1 x 10"},
+    ]  # type: ignore[operator,index]
     real = {"plain": "engine without the plugin", "rows": better}
     (tmp_path / "gpu-b.json").write_text(json.dumps(RESULTS | real))
     other = {"machine": RESULTS["machine"] | {"gpu": "Another GPU"}, "tp2_shares": [0.5, 0.5]}  # type: ignore[operator]
     (tmp_path / "gpu-c.json").write_text(json.dumps(RESULTS | other))
-    text = render(SUMMARY, tmp_path)
-    assert "| shape | workload | captured | Another GPU | Some GPU |" in text
-    assert "| tiny | prefill 1 x 10 | all |  | 0.970 (0.971) |" in text
-    assert "| tiny, 2 ranks | prefill 1 x 10 | all | 0.962 (0.967) |  |" in text
-    assert "plain" not in text
+    lines = [
+        "| GPU | shape | workload | idle | all |",
+        "|---|---|---|---|---|",
+        "| Some GPU | tiny | decode 1 x 10 | 0.962 (0.967) |  |",
+        "| Some GPU | tiny | prefill 1 x 10 |  | 0.970 (0.971) |",
+        "| Another GPU | tiny, 2 ranks | prefill 1 x 10 |  | 0.962 (0.967) |",
+    ]
+    assert "\n".join(lines) in render(SUMMARY, tmp_path)
 
 
 def test_a_document_in_a_folder_links_to_the_results_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +116,15 @@ def test_a_document_in_a_folder_links_to_the_results_above(tmp_path: Path, monke
 def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
     """Results of several tensor-parallel ranks."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"tp2_shares": [0.5, 0.498]}))
-    assert "Shape `tiny`, 2 ranks which copied 0.50 and 0.50 of one rank's bytes, medians" in render(MARKED, tmp_path)
+    text = render(MARKED, tmp_path)
+    assert "### gpu-a: Some GPU, 2 ranks\n" in text
+    assert "The ranks copied 0.50 and 0.50 of what one rank alone copies." in text
 
 
 def test_a_table_says_of_how_many_calls_it_is(tmp_path: Path) -> None:
     """Results whose rounds are of several."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"num_calls": 3}))
-    assert "Shape `tiny`, rounds of 3 calls, all times of each scaled" in render(MARKED, tmp_path)
+    assert "Rounds of 3 calls, all times of each scaled" in render(MARKED, tmp_path)
 
 
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
