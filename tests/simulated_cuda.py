@@ -334,10 +334,11 @@ class SimulatedCuda:
         self.learn(HOST, self.events[event])
         return SUCCESS
 
-    def cuEventElapsedTime(self, milliseconds: Any, first: int, second: int) -> int:  # noqa: N802
-        if not {first, second} <= self._passed_ns.keys() or not (self.events[first] and self.events[second]):
+    def cuEventElapsedTime(self, milliseconds: Any, first: Any, second: Any) -> int:  # noqa: N802
+        begin, end = first.value, second.value
+        if not {begin, end} <= self._passed_ns.keys() or not (self.events[begin] and self.events[end]):
             return INVALID_VALUE
-        milliseconds._obj.value = (self._passed_ns[second] - self._passed_ns[first]) / 1e6
+        milliseconds._obj.value = (self._passed_ns[end] - self._passed_ns[begin]) / 1e6
         return SUCCESS
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802

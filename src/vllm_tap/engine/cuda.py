@@ -39,7 +39,6 @@ def _driver() -> Any:
     library.cuEventRecord.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     library.cuEventSynchronize.argtypes = [ctypes.c_void_p]
-    library.cuEventElapsedTime.argtypes = [ctypes.POINTER(ctypes.c_float), ctypes.c_void_p, ctypes.c_void_p]
     library.cuMemcpyDtoHAsync_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemAlloc_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t]
@@ -143,9 +142,8 @@ class Event:
 
     def seconds_since(self, earlier: Event) -> float:
         """Return the time of the device's clock between two points that have passed; both events are timed."""
-        milliseconds = ctypes.c_float()
-        code = _driver().cuEventElapsedTime(ctypes.byref(milliseconds), earlier._handle, self._handle)
-        check(code, "cuEventElapsedTime")
+        milliseconds, begin, end = ctypes.c_float(), ctypes.c_void_p(earlier._handle), ctypes.c_void_p(self._handle)
+        check(_driver().cuEventElapsedTime(ctypes.byref(milliseconds), begin, end), "cuEventElapsedTime")
         return milliseconds.value / 1e3
 
 
