@@ -4,8 +4,8 @@
     python bench/gpu.py --models MODELS --shape llama-8b --out results.json
     python bench/gpu.py --smoke --plan short        # the same lines on a CPU engine with a tiny model, a minute
 
-`MODELS/llama-8b` and `MODELS/qwen3-30b-a3b` hold a config.json each; weights are dummies. The plain engine runs without
-the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same fresh prompts.
+`python bench/gpu_models.py MODELS` writes a config.json for each shape; weights are dummies. The plain engine runs
+without the plugin (VLLM_TAP=0), the other one idle and capturing; every round runs all arms once, on the same prompts.
 Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios, `brief` what short captures take beyond
 an idle engine; `parts` says where a capture's time goes, with one engine and no ratios; `tp2` measures two
 tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures; `host` what steps that read
@@ -108,13 +108,31 @@ def planned(args: argparse.Namespace) -> Plan:
     """Return the plan, or what was asked for of it.
 
     Raises:
-        ValueError: It has nothing whose name begins like this.
+        ValueError: It has nothing whose name begins like this, or cannot run here.
     """
+    if not args.smoke:
+        require_device_and_model(args.models / args.shape)
     plan = PLANS.get(args.plan, [])
     for begin in args.only or ():
         if not any(name.startswith(begin) for name, _, _ in plan):
             raise ValueError(f"--plan {args.plan} has no workload that begins with {begin!r}")
     return [line for line in plan if args.only is None or line[0].startswith(tuple(args.only))]
+
+
+def require_device_and_model(model: Path) -> None:
+    """Make sure that engines can start.
+
+    Raises:
+        ValueError: There is no CUDA device, or no such model.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device: --smoke runs the same lines with a tiny model on the CPU")
+    if not (model / "config.json").is_file():
+        raise ValueError(
+            f"{model} has no config.json: python bench/gpu_models.py {model.parent} writes those of all shapes"
+        )
 
 
 def workloads(begin: str) -> str:
