@@ -85,8 +85,12 @@ def _watch_client() -> Any:
 
 
 def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, Any]:
-    """Return what copies took in the mean of captures, and of each the bytes and the milliseconds."""
+    """Return what copies took in the mean of captures, and of each the bytes and the milliseconds.
+
+    `latest_ms` is by how much the slowest one was late: one copy that had to wait tells by itself why a rate is low.
+    """
     busy, nbytes = sum(figures["copy_seconds"]), sum(figures["copy_bytes"])
+    each = zip(figures["copy_seconds"], figures["copy_bytes"], strict=True)
     after = statistics.median(figures.get("after_forward", [0.0]))
     copying = statistics.median(figures.get("copying_after_forward", [0.0]))
     captures = max(len(figures.get("after_forward", [])), 1)
@@ -96,6 +100,7 @@ def _copies(figures: dict[str, list[float]], d2h: float) -> dict[str, Any]:
         "busy_ms": busy / captures * 1e3,
         "gb_per_s": nbytes / busy / 1e9,
         "share_of_d2h": nbytes / busy / 1e9 / d2h,
+        "latest_ms": max(seconds * 1e3 - size / d2h / 1e6 for seconds, size in each),
         "after_forward_ms": after * 1e3,
         "stall_ms": (after - copying) * 1e3,
         "each_bytes": figures["copy_bytes"],
