@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from vllm import LLM
 
 from vllm_tap import Spec, capture
 
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
+
 
 def main() -> None:
     """Capture two prompts and look at one layer."""
-    model = sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct"
+    if len(sys.argv) < 2 and not DEMO_MODEL.is_dir():
+        raise SystemExit(f"{DEMO_MODEL} is not there: `make demo` makes it, or name a model.")
+    model = sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL)
     llm = LLM(model, max_model_len=512, gpu_memory_utilization=0.5)
     result = capture(llm, ["The capital of France is", "Bees dance"], Spec(hidden_states="all"), max_tokens=8)
     rows = result[0].hidden_states[-1]
