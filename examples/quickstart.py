@@ -14,9 +14,9 @@ DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-I
 
 def main() -> None:
     """Capture two prompts and look at one layer."""
-    if len(sys.argv) < 2 and not DEMO_MODEL.is_dir():
-        raise SystemExit(f"{DEMO_MODEL} is not there: `make demo` makes it, or name a model.")
     model = sys.argv[1] if len(sys.argv) > 1 else str(DEMO_MODEL)
+    if model == str(DEMO_MODEL) and not (DEMO_MODEL / "config.json").is_file():
+        raise SystemExit(f"{model} is not there: `make demo` makes it, or name a model.")
     llm = LLM(model, max_model_len=512, gpu_memory_utilization=0.5)
     result = capture(llm, ["The capital of France is", "Bees dance"], Spec(hidden_states="all"), max_tokens=8)
     rows = result[0].hidden_states[-1]

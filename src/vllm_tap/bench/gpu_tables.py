@@ -36,17 +36,19 @@ ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router l
 def summary(results_dir: Path) -> str:
     """Return one table of all ratios, a line for each workload and a column for each arm; a sentence without any.
 
-    What was measured more than once is taken from where the plain engine ran without the plugin. The GPU that most was
-    measured on comes first.
+    What was measured more than once is taken from where the plain engine ran without the plugin; ratios of an idle
+    engine say so. The GPU that most was measured on comes first.
     """
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     found = [results for results, _ in _read(results_dir)]
-    for results in sorted(found, key=lambda results: results.get("plain") == IDLE_IS_PLAIN):
-        shape = results["shape"] + _ranks(results)
+    for results in sorted(found, key=_is_idle):
+        shape, of_idle = results["shape"] + _ranks(results), " of idle" if _is_idle(results) else ""
         for row in _measured(results):
             if row["arm"] != "plain":
                 line = lines.setdefault((results["machine"]["gpu"], shape, row["workload"]), {})
-                line.setdefault(row["arm"].removesuffix(" / auto"), f"{row['ratio']:.3f} ({row['paired']:.3f})")
+                line.setdefault(
+                    row["arm"].removesuffix(" / auto"), f"{row['ratio']:.3f} ({row['paired']:.3f}){of_idle}"
+                )
     if not lines:
         return NOTHING
     arms = sorted({arm for line in lines.values() for arm in line}, key=_arm_order)
@@ -58,6 +60,11 @@ def summary(results_dir: Path) -> str:
 
     body = [[*line, *(lines[line].get(arm, "") for arm in arms)] for line in sorted(lines, key=order)]
     return table([["GPU", "shape", "workload", *arms], *body])
+
+
+def _is_idle(results: dict[str, Any]) -> bool:
+    """Tell whether times are compared with those of an idle engine with taps."""
+    return bool(results.get("plain") == IDLE_IS_PLAIN)
 
 
 def _arm_order(arm: str) -> tuple[int, str]:
@@ -90,7 +97,7 @@ def _gpu_table(results: dict[str, Any], source: Path) -> str:
     machine, rates = results["machine"], results["rates_gb_per_s"]
     title = f"### {source.stem}: {machine['gpu']}{_ranks(results)}"
     origin = (
-        f"{_shares(results)}{_calls(results)}"
+        f"{_shares(results)}{_calls(results)}{'The idle engine stands for a plain one. ' if _is_idle(results) else ''}"
         f"{machine['cpus']} processors, Python {machine['python']}, torch {machine['torch']}, vLLM {machine['vllm']}; "
         f"device to host {rates['d2h']:.1f} GB/s, copies on the device {rates['device_copy']:.0f} GB/s; "
         f"`{results['command']}`; [{source.name}](bench/results/{source.name})."

@@ -127,6 +127,13 @@ def test_a_table_says_of_how_many_calls_it_is(tmp_path: Path) -> None:
     assert "Rounds of 3 calls, all times of each scaled" in render(MARKED, tmp_path)
 
 
+def test_ratios_of_an_idle_engine_say_so(tmp_path: Path) -> None:
+    """In the summary and above the file's own table: no plain engine was measured."""
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
+    assert "| 0.962 (0.967) of idle |" in render(SUMMARY, tmp_path)
+    assert "The idle engine stands for a plain one. 8 processors" in render(MARKED, tmp_path)
+
+
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
     """Without results the document says that there are none."""
     for marked in (MARKED, SUMMARY):
