@@ -37,10 +37,13 @@ from gpu_setting import FAMILIES, WORKLOADS, Report, Setting, rates, start_engin
 from gpu_timeline import arguments, measure_timeline, show_timeline
 from gpu_tp import run_tp2
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_USE_DEEP_GEMM", "0")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""What engines run with unless told otherwise; vLLM is imported where the first one starts."""
 
 
 def run_ratios(setting: Setting, report: Report, args: argparse.Namespace, plan: Plan) -> bool:
@@ -133,6 +136,24 @@ def require_device_and_model(model: Path) -> None:
         )
 
 
+def memory_of_each(args: argparse.Namespace) -> float:
+    """Return the share of the device's memory that every engine takes, as asked for or what all of them fit with.
+
+    Raises:
+        ValueError: More was asked for than there is.
+    """
+    side_by_side = args.plan in PLANS and not args.apart
+    num_engines = args.pairs * (1 if args.no_plain else 2) if side_by_side else 1
+    if args.memory is None:
+        return min(0.4, 0.84 / num_engines)
+    if num_engines * args.memory > 1:
+        raise ValueError(
+            f"--memory {args.memory} is too much for {num_engines} engines side by side: give each at most "
+            f"{1 / num_engines:.2f}, or ask for fewer --pairs"
+        )
+    return args.memory
+
+
 def workloads(begin: str) -> str:
     """Return what names of workloads begin with.
 
@@ -184,23 +205,28 @@ def main() -> None:
     )
     parser.add_argument("--apart", action="store_true", help="tp2: one engine after the other, always a plain one too")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, one round, one engine at a time")
-    parser.add_argument("--memory", type=float, default=0.4)
+    parser.add_argument(
+        "--memory",
+        type=float,
+        help="share of the device for each engine; by default 0.4, or less where more than two run",
+    )
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as JSON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    try:
-        plan = planned(args)
-        if not args.smoke:
-            require_device_and_model(args.models / args.shape)
-    except ValueError as error:
-        parser.error(str(error))
     if args.plan == "parts":
         args.parts = args.parts or ""
     if args.smoke or args.plan == "parts":
         args.no_plain = True
-    if args.smoke:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    setting = Setting(args.models, args.shape, args.smoke, args.memory, args.engine, args.out)
+    try:
+        plan = planned(args)
+        memory = memory_of_each(args)
+        if not args.smoke:
+            require_device_and_model(args.models / args.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, value in {**ENVIRONMENT, **({"VLLM_CPU_KVCACHE_SPACE": "1"} if args.smoke else {})}.items():
+        os.environ.setdefault(name, value)
+    setting = Setting(args.models, args.shape, args.smoke, memory, args.engine, args.out)
     report = Report(setting, args)
     if args.plan == "tp2":
         report.put(rates_gb_per_s=rates(setting))

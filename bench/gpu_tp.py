@@ -22,9 +22,12 @@ def run_tp2(setting: Setting, report: Report, args: argparse.Namespace, plan: Pl
     shares = [rank["num_bytes"] / alone[0]["num_bytes"] for rank in shared]
     report.put(tp1_rank_bytes=alone, tp2_rank_bytes=shared, tp2_shares=shares)
     print(f"# bytes of rank 0 alone {alone[0]}, of two ranks {shared}: shares {shares}", flush=True)
-    rows = _apart(setting, two, plan) if args.apart else _beside(setting, two, plan, args.no_plain)
-    report.put(rows=rows)
-    show(rows)
+    if args.apart:
+        rows = _apart(setting, two, plan)
+        report.put(rows=rows)
+        show(rows)
+    else:
+        _beside(setting, report, two, plan, args.no_plain)
     halves = all(abs(share - 0.5) < 0.05 for share in shares)
     print(f"{'PASS' if halves else 'FAIL'}  each of two ranks takes half of the bytes: {shares}", flush=True)
     return halves
@@ -53,17 +56,19 @@ def rank_bytes(setting: Setting, llm: Any) -> list[dict[str, float]]:
     ]
 
 
-def _beside(setting: Setting, tapped: Any, plan: Plan, no_plain: bool) -> list[dict[str, Any]]:
+def _beside(setting: Setting, report: Report, tapped: Any, plan: Plan, no_plain: bool) -> None:
     plain = tapped if no_plain else start_engine(setting, False, tensor_parallel_size=2)
     ratios = Ratios(setting, [(plain, tapped)])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, specs, rounds in plan:
-        rows += ratios.measure(name, specs, rounds, ["auto"])
+        new = ratios.measure(name, specs, rounds, ["auto"])
+        show(new)
+        rows += new
+        report.put(rows=rows)
     del ratios
     stop_engine(tapped)
     if not no_plain:
         stop_engine(plain)
-    return rows
 
 
 def _apart(setting: Setting, tapped: Any, plan: Plan) -> list[dict[str, Any]]:
