@@ -32,9 +32,12 @@ MEANING = (
 ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router logits and experts")
 """The columns of the summary from the left: what asks for more comes later, and what nobody here made last."""
 
+CHOSEN = (" / staged", " / direct")
+"""How arms end that ask for a way of staging: they stand in the table of their own file."""
+
 
 def summary(results_dir: Path) -> str:
-    """Return one table of all ratios, a line for each workload and a column for each arm; a sentence without any.
+    """Return one table of ratios, a line for each workload and a column for each arm; a sentence without any.
 
     What was measured more than once is taken from where the plain engine ran without the plugin; ratios of an idle
     engine say so. The GPU that most was measured on comes first.
@@ -44,7 +47,7 @@ def summary(results_dir: Path) -> str:
     for results in sorted(found, key=_is_idle):
         shape, of_idle = results["shape"] + _ranks(results), " of idle" if _is_idle(results) else ""
         for row in _measured(results):
-            if row["arm"] != "plain":
+            if row["arm"] != "plain" and not row["arm"].endswith(CHOSEN):
                 line = lines.setdefault((results["machine"]["gpu"], shape, row["workload"]), {})
                 line.setdefault(
                     row["arm"].removesuffix(" / auto"), f"{row['ratio']:.3f} ({row['paired']:.3f}){of_idle}"

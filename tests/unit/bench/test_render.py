@@ -71,13 +71,14 @@ def test_what_ran_once_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_a_summary_has_a_line_for_each_workload(tmp_path: Path) -> None:
-    """A column for each arm, the GPU with most first; of two measurements, that beside a plain engine."""
+    """A column for each arm that leaves staging to the engine; of two measurements, that beside a plain engine."""
     rows = RESULTS["rows"]
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
     better = [
         rows[0],
         rows[1] | {"ratio": 0.97, "paired": 0.971},
         rows[1] | {"arm": "idle", "workload": "decode 1 x 10"},
+        rows[1] | {"arm": "all / direct"},
     ]  # type: ignore[operator,index]
     real = {"plain": "engine without the plugin", "rows": better}
     (tmp_path / "gpu-b.json").write_text(json.dumps(RESULTS | real))
