@@ -32,7 +32,7 @@ MEANING = (
 ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router logits and experts")
 """The columns of the summary from the left: what asks for more comes later, and what nobody here made last."""
 
-CHOSEN = (" / staged", " / direct")
+ASKED_STAGINGS = (" / staged", " / direct")
 """How arms end that ask for a way of staging: they stand in the table of their own file."""
 
 
@@ -47,7 +47,7 @@ def summary(results_dir: Path) -> str:
     for results in sorted(found, key=_is_idle):
         shape, of_idle = results["shape"] + _ranks(results), " of idle" if _is_idle(results) else ""
         for row in _measured(results):
-            if row["arm"] != "plain" and not row["arm"].endswith(CHOSEN):
+            if row["arm"] != "plain" and not row["arm"].endswith(ASKED_STAGINGS):
                 line = lines.setdefault((results["machine"]["gpu"], shape, row["workload"]), {})
                 line.setdefault(
                     row["arm"].removesuffix(" / auto"), f"{row['ratio']:.3f} ({row['paired']:.3f}){of_idle}"
