@@ -169,13 +169,24 @@ def sampling(max_tokens: int) -> dict[str, Any]:
 
 
 def generate(llm: Any, prompts: list[Any], max_tokens: int) -> tuple[float, list[list[int]]]:
-    """Time plain generation."""
+    """Time plain generation, whose prompts are paced as those of a capture are."""
     from vllm import SamplingParams
 
     params = SamplingParams(**sampling(max_tokens))
+    paced = pacing()(llm)
     begin = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    with paced:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - begin, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def pacing() -> Any:
+    """Return what lets a first step fill up before more requests come; captures do so, and so does plain generation."""
+    try:
+        from vllm_tap.vllm import frontend
+    except ImportError:  # a tree of before, see gpu_table.py
+        from vllm_tap.client import engine as frontend
+    return frontend._first_step_first
 
 
 def capture(
