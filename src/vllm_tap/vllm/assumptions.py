@@ -84,7 +84,7 @@ REQUESTS: Final = (
         ("req_id", "prompt_token_ids", "sampling_params", "pooling_params"), "to meet captured requests",
     ),
     Assumption(
-        "vllm.sampling_params.SamplingParams", ("extra_args", "skip_reading_prefix_cache"),
+        "vllm.sampling_params.SamplingParams", ("extra_args", "max_tokens", "skip_reading_prefix_cache"),
         "to mark captured requests, and to have all their rows computed",
     ),
     Assumption(
