@@ -47,7 +47,7 @@ class _Seen:
 
 
 class ReferenceModel:
-    """A Hugging Face model on the device of the tests, in float32, whatever dtype it was saved in, unless told otherwise."""
+    """A Hugging Face model on the device of the tests: in float32, whatever dtype it was saved in, or as told."""
 
     def __init__(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype

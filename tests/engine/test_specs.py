@@ -28,7 +28,7 @@ from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 BLOCK_SIZE = 32  # the granule of the prefix cache
 HIDDEN = Spec(hidden_states="all")
