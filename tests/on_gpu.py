@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lanes", nargs="+", metavar="BEGIN", help="those whose names begin so")
     parser.add_argument("--jobs", type=int, default=12, help="at once")
-    parser.add_argument("--seconds", type=float, default=530, help="for all; lanes that run then are ended")
+    parser.add_argument("--seconds", type=float, default=510, help="for all; lanes that run then are ended")
     parser.add_argument("--smoke", action="store_true", help="on a CPU, one by one, some lanes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("options", nargs="*", help="of pytest, after --")
