@@ -169,7 +169,7 @@ def workloads(begin: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--models", type=Path, default=Path(os.environ.get("MODELS", "models")))
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
     parser.add_argument("--plan", default="full", choices=[*PLANS, "bad", "memory", "host", "document"])
     parser.add_argument(

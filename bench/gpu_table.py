@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print the README's table in ten minutes: captures against the plain engine, of this source tree or of several.
 
-    bash bench/gpu.sh python3 bench/gpu_table.py --models "$MODELS" --out table.json
+    bash bench/gpu.sh python3 bench/gpu_table.py --out table.json
     ... --tree before=build/before --tree after=.     # a change: both trees take turns within every round
     python bench/gpu_table.py --smoke                 # on CPU engines with tiny models, two minutes
 
@@ -107,7 +107,7 @@ class Engine:
         """Send a command, and wait for the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        return self.answer(120)
+        return self.answer(60)
 
     def answer(self, timeout_s: float) -> dict[str, Any]:
         """Wait for an answer.
@@ -260,12 +260,12 @@ def sites_of(trees: list[str]) -> dict[str, Path | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--models", type=Path, default=Path(os.environ.get("MODELS", "models")))
     parser.add_argument(
         "--tree", action="append", default=[], metavar="NAME=FOLDER", help="with src/ and pyproject.toml"
     )
     parser.add_argument("--shapes", nargs="+", default=[group.shape for group in GROUPS])
-    parser.add_argument("--seconds", type=float, default=520, help="for all of it")
+    parser.add_argument("--seconds", type=float, default=500, help="for all of it")
     parser.add_argument("--start-seconds", type=float, default=170, help="for the start of the engines of a model")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, one round")
     parser.add_argument("--out", type=Path)
