@@ -83,6 +83,7 @@ DEVICE = {
     # Each process computes on the device; their threads would only take turns.
     "OMP_NUM_THREADS": "1",
 }
+ENDED = re.compile(r" in [\d.]+s\b")
 SUMMARY = re.compile(r"(\d+) (passed|failed|error|errors|skipped|deselected)")
 
 
@@ -95,7 +96,8 @@ class Run:
         self.log, self.xml = folder / f"{name}.log", folder / f"{name}.xml"
         command = [sys.executable, *lane.words]
         if not lane.words[0].endswith("soak.py"):
-            ours = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240", f"--junitxml={self.xml}"]
+            timeout = "240" if device else "1200"  # where several share a few cores, engines start slowly
+            ours = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", timeout, f"--junitxml={self.xml}"]
             command = [sys.executable, *ours, *options, *lane.words]
         environment = os.environ | device | lane.environment | {"PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
@@ -119,7 +121,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Return what the table says of it, and each test."""
         lines = self.log.read_text(errors="replace").splitlines()
-        words = [line for line in lines if SUMMARY.search(line) and line.rstrip("= ").endswith("s")]
+        words = [line for line in lines if SUMMARY.search(line) and ENDED.search(line)]
         counts = {kind.rstrip("s"): int(number) for number, kind in SUMMARY.findall(words[-1] if words else "")}
         return {
             "lane": self.lane.name,

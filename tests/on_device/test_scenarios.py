@@ -14,11 +14,7 @@ from unit.engine.test_device import (  # noqa: F401  # these run here, on the de
     test_bursts_of_any_steps_carry_what_the_model_made,
     test_only_rows_that_are_asked_for_are_written,
 )
-from unit.engine.test_device_experts import (  # noqa: F401
-    test_experts_in_part,
-    test_experts_that_are_tapped_one_by_one,
-    test_rows_may_be_kept_to_be_looked_at_while_they_are_captured,
-)
+from unit.engine.test_device_experts import test_experts_that_are_tapped_one_by_one  # noqa: F401
 from unit.engine.test_device_pieces import (  # noqa: F401
     test_a_capture_without_the_last_taps_of_the_one_before_gets_its_own_rows_alone,
 )
