@@ -33,6 +33,8 @@ EXAMPLE, OTHER = "qwen3-vl-30b-a3b", "qwen3-30b-a3b"
 MAX_TOKENS = 100
 ROUNDS, PROFILED = 5, 3
 GOAL = 0.985
+MOST_SECONDS = 240
+"""Of one layout, of which an engine's start is half."""
 IMAGE_MARK = MARKS[VISION_START] + MARKS[IMAGE] + MARKS[VISION_END]
 
 NEAR, SHARE_NEAR = 0.05, 0.9
@@ -71,7 +73,7 @@ def layouts(num_gpus: int, ranks: list[int]) -> list[Layout]:
 def run_document(setting: Setting, report: Report, ranks: list[int], seconds: float) -> bool:
     """Measure all layouts, print their tables last, and return whether rows agree and no layout failed."""
     begin = time.monotonic()
-    num_gpus = 2 if setting.smoke else _num_gpus()
+    num_gpus, most = (2, seconds) if setting.smoke else (_num_gpus(), MOST_SECONDS)
     report.put(rates_gb_per_s=_in_a_process(setting, {"do": "rates"}, [{}], 60)[0])
     found: list[dict[str, Any]] = []
     equal: dict[str, Any] = {}
@@ -86,12 +88,12 @@ def run_document(setting: Setting, report: Report, ranks: list[int], seconds: fl
             print(f"# no time left for {layout.shape}, {layout.name}", flush=True)
             break
         task = {"do": "measure", "layout": list(layout)}
-        for rank, result in enumerate(_in_a_process(setting, task, _environments(layout), min(left(), 270))):
+        for rank, result in enumerate(_in_a_process(setting, task, _environments(layout), min(left(), most))):
             found.append({"shape": layout.shape, "layout": layout.name, "rank": rank, **result})
             _show(found[-1:])
         report.put(document=found)
         if number == 0 and num_gpus >= 2:
-            equal = _rows_equal(setting, max(min(left(), 200), 1))
+            equal = _rows_equal(setting, max(min(left(), most), 1))
             report.put(rows_equal=equal)
             print(f"# rows of two ranks and of one: {json.dumps(equal)}", flush=True)
     print()
