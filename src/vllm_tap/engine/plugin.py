@@ -14,8 +14,8 @@ logger = logging.getLogger("vllm_tap")
 def register() -> None:
     """Prepare this vLLM process for captures. Never raises: vLLM does not catch what a plugin raises."""
     try:
-        from vllm_tap.engine import host
+        from vllm_tap.vllm import hooks
 
-        host.install()
+        hooks.install()
     except Exception as error:
         logger.warning("vllm-tap is off in this process, plain generation goes on: %s", error)
