@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -10,26 +10,12 @@ from vllm_tap.errors import SpecError
 from vllm_tap.spec import SINGLE_STREAMS
 
 if TYPE_CHECKING:
+    from vllm_tap.client.model_output import HuggingFaceOutput
     from vllm_tap.client.result import Capture, Sample
 
 HIDDEN: Final = 'Spec(hidden_states="all", embeddings=True, final_hidden_states=True)'
 HIDDEN_WITHOUT_NORM: Final = 'Spec(hidden_states="all", embeddings=True)'
 ROUTER: Final = 'Spec(router_logits="all")'
-
-
-class HuggingFaceOutput(NamedTuple):
-    """What a Hugging Face model returns beside its logits, for a batch of one sequence.
-
-    Attributes:
-        hidden_states: L + 1 tensors [1, R, D]: the embeddings, the residual stream after each decoder layer but the
-            last, and the output of the final norm; of the last one itself where the model has no final norm, as an
-            encoder. None where hidden states were not captured.
-        router_logits: A tensor [R, E] for each layer with experts, in order. None where they were not captured, or
-            where the model has no experts.
-    """
-
-    hidden_states: tuple[torch.Tensor, ...] | None
-    router_logits: tuple[torch.Tensor, ...] | None
 
 
 def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
@@ -41,6 +27,8 @@ def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
         raise SpecError(
             f"as_hf needs every position, this capture has positions={capture.spec.positions!r}: leave positions out."
         )
+    from vllm_tap.client.model_output import HuggingFaceOutput
+
     return HuggingFaceOutput(
         _hidden_states(sample, capture) if has_hidden else None,
         _router_logits(sample, capture) if has_router else None,
