@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from vllm_tap.transport.segment import mapping
-from vllm_tap.transport.segment.server import SegmentServer
 from vllm_tap.transport.segment.memory import PAGE_BYTES
 from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MIB = 1 << 20
 
