@@ -125,7 +125,7 @@ def test_a_completion_that_stops_at_once_leaves_the_others(engine, known):
     plain = engine.generate(given)
     spec = Spec(hidden_states="all", positions="generated")
     params = [greedy(), greedy(ignore_eos=False, stop_token_ids=[plain[1][0]])]
-    with pytest.raises(PositionError, match="prompt 1, completion 0.*stopped at its first.*1 of 2") as caught:
+    with pytest.raises(PositionError, match=r"prompt 1, completion 0.*stopped at its first.*1 of 2") as caught:
         engine.capture(given, spec, sampling_params=params)
     assert (caught.value.sample, caught.value.completion) == (1, 0)
     compare(caught.value.result, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
@@ -186,11 +186,11 @@ def test_mistakes_with_marks_name_the_mark(engine, known):
         compare(recording.finish(engine.llm.generate(given, spent, use_tqdm=False)), known)
     with Recording(engine.llm, HIDDEN) as recording:
         recording.mark_all([greedy()] * 2)
-        with pytest.raises(RowsMissingError, match="No request came with the mark of this sample.*older Recording"):
+        with pytest.raises(RowsMissingError, match=r"No request came with the mark of this sample.*older Recording"):
             recording.finish(engine.llm.generate(given, spent, use_tqdm=False))
     with Recording(engine.llm, HIDDEN) as recording:
         first, _ = recording.mark_all([greedy()] * 2)
-        with pytest.raises(RowsMissingError, match="sample 1.*never met.*More than one request.*of sample 0"):
+        with pytest.raises(RowsMissingError, match=r"sample 1.*never met.*More than one request.*of sample 0"):
             recording.finish(engine.llm.generate(given, [first, first], use_tqdm=False))
     compare(engine.capture(given, HIDDEN), known)
 

@@ -213,5 +213,5 @@ def test_requests_that_share_a_mark_are_named_as_the_cause() -> None:
 def test_no_marked_request_at_all_is_named_as_the_cause() -> None:
     """As with marks of an older recording, which workers leave alone."""
     other = [messages.Request("r-7", 7, 0)]
-    with pytest.raises(RowsMissingError, match="No request came with the mark of this sample.*older Recording"):
+    with pytest.raises(RowsMissingError, match=r"No request came with the mark of this sample.*older Recording"):
         rank_rows([[(0, 0, 1, 0)]], 1, Sequences([output([1], [])], "all"), requests=other)

@@ -41,8 +41,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Segment:
     """One piece of memory, written by the worker.
 
-    A shared segment is a memfd without a name anywhere, sealed so that nobody can resize it and no client can map it
-    for writing; the kernel frees its pages when the last process that holds it is gone, in any order of crashes. One
+    A shared segment is a memfd without a name anywhere, sealed so that nobody can resize it and no client can write
+    into it; the kernel frees its pages when the last process that holds it is gone, in any order of crashes. One
     that is not shared is private anonymous memory.
 
     Attributes:
