@@ -205,6 +205,7 @@ class Capture(Sequence[Sample]):
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
 
+    # As long as nothing else is known, which is what hints go by.
     has_final_norm = has_experts = True
 
     def __init__(
@@ -275,6 +276,8 @@ class Capture(Sequence[Sample]):
 
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a layer over all samples, sample after sample; `start` and `stop` are those of a slice.
+
+        `row_labels` says which sample, position and token each of them is of.
 
         Returns:
             Tensor [R, D] in the stream's dtype, CPU; see `LayerMap` for its lifetime.
