@@ -5,13 +5,22 @@ A hint is a call that works, or says why none would.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
+from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import nearest
 from vllm_tap.streams import ROUTER_STREAMS, SINGLE_STREAMS, STREAMS, field_of
 
-if TYPE_CHECKING:
-    from vllm_tap.client.result import Capture
+
+class Captured(Protocol):
+    """What hints go by of a capture."""
+
+    layers: dict[str, list[int]]
+    routing: dict[int, Routing]
+    num_layers: int
+    has_experts: bool
+    has_final_norm: bool
+
 
 CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kind.field}=True" for kind in STREAMS}
 """What has `Spec` ask for each stream of a result."""
@@ -19,7 +28,7 @@ CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kin
 NO_EXPERTS: Final = "No layer of this model has experts."
 
 
-def for_stream(capture: Capture, stream: object) -> str:
+def for_stream(capture: Captured, stream: object) -> str:
     """Return what to say of a stream that is not in a capture."""
     if stream == "routed_experts":
         return 'routed_experts is captured as two streams: read "expert_ids" or "expert_weights".'
@@ -33,7 +42,7 @@ def for_stream(capture: Capture, stream: object) -> str:
     return f"{has} Use Spec({CHOICES[str(stream)]})."
 
 
-def for_layer(capture: Capture, stream: str, layer: int) -> str:
+def for_layer(capture: Captured, stream: str, layer: int) -> str:
     """Return what to say of a layer, counted from the first, that a stream of a capture lacks."""
     captured = capture.layers[stream]
     if stream in SINGLE_STREAMS:

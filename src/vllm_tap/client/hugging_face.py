@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
 from vllm_tap.errors import SpecError
+from vllm_tap.spec import Spec
 from vllm_tap.streams import SINGLE_STREAMS
 
 if TYPE_CHECKING:
     from vllm_tap.client.model_output import HuggingFaceOutput
-    from vllm_tap.client.result import Capture, Sample
 
 HIDDEN: Final = 'Spec(hidden_states="all", embeddings=True, final_hidden_states=True)'
 HIDDEN_WITHOUT_NORM: Final = 'Spec(hidden_states="all", embeddings=True)'
 ROUTER: Final = 'Spec(router_logits="all")'
+
+
+class Sample(Protocol):
+    """What is read of a sample."""
+
+    @property
+    def hidden_states(self) -> Mapping[int, torch.Tensor]: ...
+    @property
+    def router_logits(self) -> Mapping[int, torch.Tensor]: ...
+    @property
+    def embeddings(self) -> torch.Tensor: ...
+    @property
+    def final_hidden_states(self) -> torch.Tensor: ...
+
+
+class Capture(Protocol):
+    """What is read of the capture that a sample belongs to."""
+
+    spec: Spec
+    layers: dict[str, list[int]]
+    num_layers: int
+    has_final_norm: bool
 
 
 def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
