@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_tap.client import missing
 from vllm_tap.client.connection import connect
 from vllm_tap.client.progress import bar
 from vllm_tap.client.prompts import CHAT_OPTIONS, read_prompts
@@ -60,6 +61,7 @@ def capture(
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
+        PositionError: A prompt lacks a position that was asked for, or a completion generated rows; see `Spec.missing`.
         EngineDiedError: The engine ended.
 
     Source:
@@ -89,6 +91,7 @@ def capture(
         wait=False,
     )
     try:
+        missing.check_prompts(spec, prompts)
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
         show = bar(progress, recording.counts)

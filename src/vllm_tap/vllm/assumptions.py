@@ -283,6 +283,10 @@ PARTS: Final = (
                 _NO_CLIENT,
             ),
             Assumption(
+                "vllm.v1.engine.core_client.EngineCoreClient", ("shutdown",),
+                "to end an engine before its object goes", "`vllm_tap.shutdown` fails",
+            ),
+            Assumption(
                 "vllm.config.scheduler.SchedulerConfig", ("max_num_batched_tokens",),
                 "to let the first step begin before more requests come", _NO_CLIENT,
             ),

@@ -47,6 +47,21 @@ def require_llm(llm: Any) -> None:
         )
 
 
+def shutdown(llm: Any) -> None:
+    """End an engine's processes now, and wait until they are gone; without a call they end with the `llm` object.
+
+    vLLM has no public call for that (0.26 to 0.33). Results stay readable. Any number of calls do no harm.
+
+    Args:
+        llm: A `vllm.LLM`. Requests that wait in it are lost, and it takes no more.
+
+    Raises:
+        SpecError: It is something else.
+    """
+    require_llm(llm)
+    llm.llm_engine.engine_core.shutdown()
+
+
 def require_no_others(llm: Any, advice: str) -> None:
     """Refuse an engine in which requests wait: vLLM would return their outputs among ours, and nobody takes them.
 
