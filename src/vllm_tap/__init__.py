@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm_tap.client.capture import capture
     from vllm_tap.client.recording import Recording
     from vllm_tap.client.result import Capture, LayerMap, RowLabels, Sample
+    from vllm_tap.client.tap import RowBlock, Stream, Tap
     from vllm_tap.errors import (
         BudgetError,
         CaptureError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         TapError,
         TransportError,
     )
+    from vllm_tap.positions import Positions
     from vllm_tap.spec import Spec
     from vllm_tap.vllm.frontend import shutdown
 
@@ -40,12 +42,16 @@ __all__ = [
     "LayerMap",
     "PluginNotLoadedError",
     "PositionError",
+    "Positions",
     "Recording",
+    "RowBlock",
     "RowLabels",
     "RowsMissingError",
     "Sample",
     "Spec",
     "SpecError",
+    "Stream",
+    "Tap",
     "TapError",
     "TransportError",
     "__version__",
@@ -57,10 +63,14 @@ _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
     "LayerMap": "vllm_tap.client.result",
+    "Positions": "vllm_tap.positions",
     "Recording": "vllm_tap.client.recording",
+    "RowBlock": "vllm_tap.client.tap",
     "RowLabels": "vllm_tap.client.result",
     "Sample": "vllm_tap.client.result",
     "Spec": "vllm_tap.spec",
+    "Stream": "vllm_tap.client.tap",
+    "Tap": "vllm_tap.client.tap",
     "shutdown": "vllm_tap.vllm.frontend",
     **{name: "vllm_tap.errors" for name in __all__ if name.endswith("Error")},
 }

@@ -74,7 +74,7 @@ def capture(
     frontend.require_llm(llm)
     _require_no_others(llm)
     read = read_prompts(prompts)
-    chat = {name: sampling.pop(name) for name in CHAT_OPTIONS if name in sampling}
+    chat = take_chat_options(sampling)
     if chat and not read.are_chats:
         raise SpecError(f"{', '.join(chat)}: for conversations alone, and these prompts are none.")
     if read.are_chats:
@@ -113,6 +113,11 @@ def capture(
         raise
     result.seconds.update(start=started - begin, generate=generated - started)
     return result
+
+
+def take_chat_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take what `LLM.chat` takes out of fields of sampling parameters, and return it."""
+    return {name: fields.pop(name) for name in CHAT_OPTIONS if name in fields}
 
 
 def _require_no_others(llm: Any) -> None:

@@ -12,7 +12,6 @@ import torch
 from vllm_tap.client import hints
 from vllm_tap.client.hugging_face import output_of
 from vllm_tap.client.owned import OwnedRows, Place, RowSource
-from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
@@ -115,6 +114,25 @@ class Sample:
         """Token ids at the rows' positions, equal to the final sequence's. Tensor int32 [R]."""
         return torch.from_numpy(self._capture.sequences.token_ids[self._wanted])
 
+    @property
+    def index(self) -> int:
+        """Place of the prompt among those of the call."""
+        return self._slot[0] + self._capture.first_sample
+
+    @property
+    def completion(self) -> int:
+        """Number of the completion of the prompt; 0 unless `n` is above 1."""
+        return self._slot[1]
+
+    @property
+    def output(self) -> Any:
+        """vLLM's output of the prompt, with all its completions."""
+        return self._capture.outputs[self._slot[0]]
+
+    @property
+    def _slot(self) -> tuple[int, int]:
+        return list(self._capture.sequences.slots)[self._number]
+
     def _alone(self, *streams: str) -> Sample:
         """Return this sample as that of a capture that holds nothing else; of all streams unless some are named."""
         return Sample(self._capture._only(self._number, streams or tuple(self._capture.layers)), 0)
@@ -207,13 +225,15 @@ class Capture(Sequence[Sample]):
 
     # As long as nothing else is known, which is what hints go by.
     has_final_norm = has_experts = True
+    first_sample = 0
+    """Number of its first sample among the prompts of a stream, whose captures have one sample each."""
 
     def __init__(
         self,
         spec: Spec,
         outputs: list[Any],
         sequences: Sequences,
-        ranks: list[RankRows],
+        ranks: Sequence[RowSource],
         conventions: dict[str, str],
         routing: dict[int, Routing],
         streams: list[str],

@@ -76,8 +76,9 @@ V2_ROWS: Final = Assumption(
 
 REQUESTS: Final = (
     Assumption(
-        "vllm.v1.core.sched.output.SchedulerOutput", ("scheduled_new_reqs", "total_num_scheduled_tokens"),
-        "to meet captured requests, and to see that the engine has nothing more to compute",
+        "vllm.v1.core.sched.output.SchedulerOutput",
+        ("scheduled_new_reqs", "finished_req_ids", "total_num_scheduled_tokens"),
+        "to meet captured requests and let go of them, and to see that the engine has nothing more to compute",
     ),
     Assumption(
         "vllm.v1.core.sched.output.NewRequestData",

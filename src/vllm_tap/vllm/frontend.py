@@ -180,7 +180,7 @@ def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
     Raises:
         EngineDiedError: The engine core has ended.
     """
-    with _watched(llm):
+    with watched(llm):
         return list(llm.collective_rpc(method, args=args))
 
 
@@ -217,7 +217,7 @@ def generate(
     """
     others = set(unfinished(llm))
     try:
-        with _watched(llm):
+        with watched(llm):
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
@@ -226,7 +226,7 @@ def generate(
                 )
             else:
                 with _first_step_first(llm):
-                    _enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
+                    enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
                 queued()
                 mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -246,7 +246,8 @@ def generate(
     return list(outputs)[-len(prompts) :]
 
 
-def _enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+def enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+    """Queue prompts, or conversations with what `LLM.chat` takes beside them, in an engine that generates."""
     if chat is None:
         llm.enqueue(prompts, params, **options)
     else:
@@ -254,7 +255,7 @@ def _enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str,
 
 
 @contextmanager
-def _watched(llm: Any) -> Iterator[None]:
+def watched(llm: Any) -> Iterator[None]:
     """End a wait for outputs or replies when the engine core dies.
 
     vLLM 0.26 to 0.33 waits on for the reply to a call, and for outputs if the core had no last word.
