@@ -64,6 +64,8 @@ def wanted(positions: str | tuple[int, ...], prompt_len: int, length: int) -> li
         "prompt": range(prompt_len),
         "generated": range(prompt_len, length),
         "last": range(prompt_len - 1, prompt_len),
+        "last_prompt": range(prompt_len - 1, prompt_len),
+        "last_generated": range(max(prompt_len, length - 1), length),
     }
     if isinstance(positions, str):
         return list(named[positions])

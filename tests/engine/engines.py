@@ -265,7 +265,7 @@ def compare_with_outputs(result: Any, references: References) -> None:
         theirs, ours = references.outputs_of(sequence(output)), sample.as_hf()
         if ours.router_logits and getattr(theirs, "router_logits", None) is None:
             pytest.skip(f"the installed transformers gives no router logits as {type(theirs).__name__}")
-        for name, found in ours._asdict().items():
-            for index, (one, other) in enumerate(zip(found or (), getattr(theirs, name, None) or (), strict=True)):
+        for name, found in ours.items():
+            for index, (one, other) in enumerate(zip(found, theirs[name], strict=True)):
                 off = error(one, other, other.square().mean().sqrt())
                 assert off < TOLERANCE, f"{name}[{index}] is off by {off:.2g} of its scale"
