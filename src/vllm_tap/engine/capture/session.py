@@ -29,8 +29,8 @@ from vllm_tap.vllm.runner import Batch
 STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
 MOST_CHUNKS: Final = 16
-"""Small steps share a reservation, of a small part of the budget: each costs the worker and the client some microseconds, and where they lie together
-they leave a device together."""
+"""Small steps share a reservation, of a small part of the budget: each costs the worker and the client some
+microseconds, and steps that lie together leave a device together."""
 
 
 class Session:
