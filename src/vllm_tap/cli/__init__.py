@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from vllm_tap import __version__
 from vllm_tap.cli import capture, doctor, verify
 from vllm_tap.cli.arguments import join_negative
+from vllm_tap.cli.interrupts import EXIT_CODE, say
 from vllm_tap.errors import TapError
-
-INTERRUPTED = 130
 
 ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 """What vLLM logs unless the user says otherwise: by default it would mix with the tables on standard output."""
+
+
+def command() -> int:
+    """Run the command of this process; interrupted, it ends without the seconds that libraries take to be unloaded."""
+    code = main()
+    if code == EXIT_CODE:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vllm-tap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("vllm-tap: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        say("interrupted")
+        return EXIT_CODE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tap.cli import arguments, checks
+from vllm_tap.cli.engine import engine
+from vllm_tap.cli.interrupts import EXIT_CODE, Interrupts, say
 from vllm_tap.cli.prompts import read_prompts
-from vllm_tap.cli.save import check_target, save
+from vllm_tap.cli.save import check_target, draft_of, finished, save
 from vllm_tap.cli.table import size_text, summary
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
-from vllm_tap.spec import Spec
+from vllm_tap.spec import LAYERED_STREAMS, Spec, resolve_layers
 
 
 def add_command(commands: Any) -> None:
@@ -28,8 +30,8 @@ def add_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help=".txt: a prompt a line; .jsonl: "
-        'objects with "prompt" or "prompt_token_ids", other keys are ignored; empty lines too',
+        help='.txt: a prompt a line; .jsonl: objects with "prompt", "messages" or "token_ids", '
+        "other keys are ignored; empty lines too",
     )
     _add_spec_options(parser)
     _add_run_options(parser)
@@ -38,7 +40,7 @@ def add_command(commands: Any) -> None:
 
 
 def _add_spec_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers such as 0,8,-1.")
+    group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers and ranges such as 0-8,-1.")
     layers: dict[str, Any] = {"type": arguments.layers, "metavar": "LAYERS"}
     group.add_argument(
         "--layers", **layers, help="hidden states after these decoder layers; all of them if no other stream is named"
@@ -104,21 +106,48 @@ def spec_of(options: argparse.Namespace) -> Spec:
 def run(options: argparse.Namespace) -> int:
     """Run the command. What can be refused without an engine is refused before one starts."""
     spec = spec_of(options)
-    prompts = read_prompts(options.prompts)
     if options.save:
         check_target(options.save, options.force)
+    prompts = read_prompts(options.prompts)
     require_plugin()
+    check_layers(spec, options)
+    with Interrupts() as interrupts:
+        with engine(options, interrupts) as llm:
+            result = _capture(llm, prompts, spec, options, interrupts)
+        # The rows outlive the engine, whose memory is free for writing the file.
+        with interrupts.held():
+            return _report(result, options, interrupts)
+
+
+def _report(result: Any, options: argparse.Namespace, interrupts: Interrupts) -> int:
+    """Save and say what came; return the exit code."""
+    num_finished = len(finished(result))
+    saved = ""
+    if options.save:
+        interrupts.at_end.append(lambda: draft_of(options.save).unlink(missing_ok=True))
+        size = size_text(save(result, options.save, options.model))
+        saved = f"saved {options.save} ({size})"
+    if num_finished == len(result.outputs):
+        print(summary(result), *filter(None, [saved]), sep="\n")
+        return 0
+    of_all = f"{num_finished:,} of {len(result.outputs):,} samples were finished"
+    say(f"interrupted: {of_all}, {saved or 'not saved (no --save)'}")
+    return EXIT_CODE
+
+
+def check_layers(spec: Spec, options: argparse.Namespace) -> None:
+    """Refuse layers that the model's configuration has not.
+
+    Raises:
+        LayerError: There is no such layer.
+    """
     from vllm_tap.vllm import launch
 
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
-        result = _capture(llm, prompts, spec, options)
-    finally:
-        launch.stop(llm)  # the rows outlive the engine, whose memory is free for writing the file
-    print(summary(result))
-    if options.save:
-        print(f"saved {options.save} ({size_text(save(result, options.save, options.model))})")
-    return 0
+    chosen = {name: layers for name in LAYERED_STREAMS if isinstance(layers := getattr(spec, name), tuple)}
+    number = launch.count_layers(options.model, **arguments.engine_arguments(options)) if chosen else None
+    for name, layers in chosen.items():
+        if number is not None:
+            resolve_layers(name, layers, list(range(number)), number)
 
 
 def require_plugin() -> None:
@@ -132,10 +161,11 @@ def require_plugin() -> None:
             raise PluginNotLoadedError(f"{finding.subject}: {finding.text}.")
 
 
-def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace) -> Any:
+def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace, interrupts: Interrupts) -> Any:
     from vllm_tap.client.capture import capture
     from vllm_tap.vllm.frontend import pools
 
+    prompts = [_rendered(llm, prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
     try:
         return capture(
@@ -145,9 +175,16 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
             transport=options.transport,
             staging=options.staging,
             budget_bytes=options.budget_bytes,
+            interruption=interrupts,
             **sampling,
         )
     except ValueError as error:
         if isinstance(error, TapError):
             raise
         raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error
+
+
+def _rendered(llm: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a conversation as the token ids that the model's chat template makes of it."""
+    text = llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return {"prompt_token_ids": llm.get_tokenizer().encode(text, add_special_tokens=False)}

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_tap.errors import SpecError
+from vllm_tap.spec import MAX_NUMBER
 
-KEYS: Final = ("prompt", "prompt_token_ids")
+KEYS: Final = ("prompt", "messages", "token_ids", "prompt_token_ids")
+"""What an object of a line has one of; the last two are the same."""
 
-Prompt = str | dict[str, Any]
+Prompt = str | dict[str, Any] | list[dict[str, Any]]
+"""A text, token ids, or a conversation, as `capture` takes them."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -50,8 +53,8 @@ def _from_json(line: str, place: str) -> Prompt:
         raise SpecError(f'{place}: expected an object such as {{"prompt": "..."}}, got {type(fields).__name__}.')
     chosen = [key for key in KEYS if key in fields]
     if len(chosen) != 1:
-        have = "both" if chosen else f"neither, but {sorted(fields)}"
-        raise SpecError(f'{place}: an object has "prompt" or "prompt_token_ids", this one has {have}.')
+        have = " and ".join(f'"{key}"' for key in chosen) or f"none, but {sorted(fields)}"
+        raise SpecError(f'{place}: an object has one of "prompt", "messages" and "token_ids", this one has {have}.')
     return _checked(chosen[0], fields[chosen[0]], place)
 
 
@@ -60,7 +63,20 @@ def _checked(key: str, value: Any, place: str) -> Prompt:
         if not isinstance(value, str) or not value:
             raise SpecError(f'{place}: "prompt" is a text that is not empty, got {value!r}.')
         return value
+    if key == "messages":
+        return _conversation(value, place)
     is_list = isinstance(value, list) and value
-    if not is_list or not all(type(token) is int and token >= 0 for token in value):
-        raise SpecError(f'{place}: "prompt_token_ids" is a list of token ids that is not empty.')
-    return {key: value}
+    if not is_list or not all(type(token) is int and 0 <= token <= MAX_NUMBER for token in value):
+        raise SpecError(f'{place}: "{key}" is a list of token ids that is not empty.')
+    return {"prompt_token_ids": value}
+
+
+def _conversation(messages: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise SpecError(f'{place}: "messages" is a list of messages that is not empty.')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise SpecError(
+                f'{place}: message {number} has no "role": write {{"role": "user", "content": "..."}} for each message.'
+            )
+    return messages

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from vllm_tap.cli import arguments, verifications
 from vllm_tap.cli.capture import require_plugin
+from vllm_tap.cli.engine import engine
+from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.table import columns
 from vllm_tap.cli.verifications import Check
 from vllm_tap.errors import CaptureError, SpecError
@@ -56,14 +58,9 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    from vllm_tap.vllm import launch
-
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
+    with Interrupts() as interrupts, engine(options, interrupts) as llm:
         prompts = make_prompts(llm, options.max_tokens, options.seed)
         found = list(_checks(llm, prompts, options))
-    finally:
-        launch.stop(llm)
     return report(options.model, found)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_tap.client.connection import connect
-from vllm_tap.client.progress import bar
+from vllm_tap.client.expected_rows import ExpectedRows
+from vllm_tap.client.interruption import Interruption
+from vllm_tap.client.progress import REFRESH_SECONDS, Bar, is_shown
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import SpecError
@@ -26,6 +30,7 @@ def capture(
     progress: bool | None = None,
     lora_request: Any = None,
     sampling_params: Any = None,
+    interruption: Interruption | None = None,
     **sampling: Any,
 ) -> Capture:
     """Generate from prompts and return the rows that went through the model, labelled.
@@ -43,6 +48,8 @@ def capture(
         progress: Show a progress bar; by default when standard error is a terminal.
         lora_request: A `vllm.lora.request.LoRARequest`, or one (or None) per prompt.
         sampling_params: A `vllm.SamplingParams`, or one per prompt.
+        interruption: Ctrl-C in the block of this object ends the capture with what is finished, if anything is:
+            `outputs` of the result is None where a prompt was not.
         **sampling: Fields of `SamplingParams`, instead of `sampling_params`.
 
     Returns:
@@ -78,17 +85,19 @@ def capture(
     try:
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
-        show = bar(progress, recording.counts)
-        outputs = frontend.generate(
-            llm,
-            prompts,
-            marked,
-            show,
-            lora_request,
-            queued=recording.started,
-            tokens=recording.tokens.read,
-            computed=recording.end,
-        )
+        with _shown(llm, recording, params, progress) as bar:
+            generate = functools.partial(
+                frontend.generate,
+                llm,
+                prompts,
+                marked,
+                bar,
+                lora_request,
+                queued=recording.started,
+                tokens=recording.tokens.read,
+                computed=recording.end,
+            )
+            outputs = generate() if interruption is None else _finished(llm, len(prompts), interruption, generate)
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:
@@ -96,6 +105,35 @@ def capture(
         raise
     result.seconds.update(start=started - begin, generate=generated - started)
     return result
+
+
+@contextmanager
+def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | None) -> Iterator[Any]:
+    """Show a bar during the block, if it is to be; yield what vLLM takes as `use_tqdm`."""
+    if not is_shown(progress):
+        yield False
+        return
+    num_requests = sum(getattr(given, "n", 1) or 1 for given in params)
+    bar = Bar(recording.counts, ExpectedRows(llm, recording.spec.positions, num_requests))
+    try:
+        with frontend.ticking(llm, REFRESH_SECONDS, bar.tick):
+            yield bar.make
+    finally:
+        bar.close()
+
+
+def _finished(
+    llm: Any, num_prompts: int, interruption: Interruption, generate: Callable[[], list[Any]]
+) -> Sequence[Any]:
+    """Return the outputs; interrupted, of the prompts that are finished, and None for the others."""
+    finished: dict[int, Any] = {}
+    try:
+        with frontend.interruptible(llm, interruption, finished):
+            return generate()
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+        return [finished.get(number) for number in range(num_prompts)]
 
 
 def _require_no_others(llm: Any) -> None:
