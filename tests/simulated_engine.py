@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from simulated_cuda import SimulatedCuda
-from vllm_tap.engine.capture.selection import Batch
 from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.cuda import backend, operator
 from vllm_tap.engine.cuda import sink as device_sink
+from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
 from vllm_tap.engine.cuda.tables import DeviceRows
 from vllm_tap.engine.cuda.tapped_graph import GraphCopy
 from vllm_tap.engine.model.tap import Tap
@@ -23,6 +23,7 @@ from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
 from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.vllm.runner import Batch
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 20
@@ -97,7 +98,8 @@ class Model:
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
         self.step_lock = StepLock()
-        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0, self.step_lock)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0, self.step_lock)
+        self.rows.experts = DeferredExperts(self.rows, 2 * GRAPH_TOKENS)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }

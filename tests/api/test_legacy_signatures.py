@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import vllm_tap
+from vllm_tap.engine import plugin
 from vllm_tap.frame.entry import raw_entry
 from vllm_tap.legacy import select
-from vllm_tap.vllm import hooks
 
 assert vllm_tap.__version__  # it offers vllm.hidden_states
 
@@ -80,7 +80,7 @@ def test_worker_calls_are_those_of_the_record() -> None:
     """Every recorded call is a method of the worker's tap that takes no argument, and an entry has the old keys."""
     from vllm_tap.engine.legacy.calls import LegacyTapWorker
 
-    assert list(hooks.LEGACY_METHODS) == RECORDED["worker_calls"]
-    for name in hooks.LEGACY_METHODS:
+    assert list(plugin.LEGACY_METHODS) == RECORDED["worker_calls"]
+    for name in plugin.LEGACY_METHODS:
         assert described(getattr(LegacyTapWorker, name)) == {"parameters": []}
     assert set(RECORDED["payload_entry_keys"]) <= set(raw_entry(0, "torch.float32", (0,), b""))

@@ -31,7 +31,7 @@ from vllm_tap import Spec
 from vllm_tap.client.connection import connect
 from vllm_tap.errors import LayerError
 from vllm_tap.frame.routing import Routing
-from vllm_tap.vllm.hooks import vllm_version
+from vllm_tap.vllm.facts import vllm_version
 
 pytestmark = pytest.mark.engine
 

@@ -62,16 +62,16 @@ def vllm() -> Finding:
 
 
 def _compared(distribution: str, version: str) -> Finding:
-    from vllm_tap.vllm import hooks
+    from vllm_tap.vllm import facts
 
-    oldest, newest = (".".join(map(str, bound)) for bound in (hooks.OLDEST, hooks.NEWEST))
+    oldest, newest = (".".join(map(str, bound)) for bound in (facts.OLDEST, facts.NEWEST))
     text = f"{version or 'of no known version'} ({distribution}); made for {oldest} to {newest}"
     release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if len(release) < 2:
         return Finding(WARN, "vLLM", f"{text}: the version cannot be compared")
-    if release < hooks.OLDEST:
+    if release < facts.OLDEST:
         return Finding(NO, "vLLM", f"{text}: upgrade vLLM to {oldest} or later")
-    if release > hooks.NEWEST:
+    if release > facts.NEWEST:
         return Finding(WARN, "vLLM", f"{text}: newer than any that was tried; what does not fit is refused by name")
     return Finding(OK, "vLLM", text)
 

@@ -26,12 +26,10 @@ from vllm_tap.frame.routing import Routing
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 PROBE_TOKENS = range(1, 17)
 """Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
-
-ENGINE_IS_GONE = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
-"""What vLLM 0.26 to 0.33 says in its errors when the core, or a worker below it, has ended."""
 
 GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
 

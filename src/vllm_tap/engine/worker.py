@@ -11,16 +11,16 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
+from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.idle import PoolKeeper
-from vllm_tap.engine.capture.interfaces import Backend, choose
+from vllm_tap.engine.capture.interfaces import Backend, Sink
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
-from vllm_tap.engine.capture.selection import Batch
-from vllm_tap.engine.capture.session import Session, Sink
-from vllm_tap.engine.model.install import SOURCES, ModelTaps, by_shape
+from vllm_tap.engine.capture.session import Session
+from vllm_tap.engine.model.install import ModelTaps, by_shape
 from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
 from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
 from vllm_tap.errors import CaptureError, TapError
@@ -28,12 +28,14 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
+from vllm_tap.streams import SOURCES
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
-from vllm_tap.vllm import hooks
+from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm import runner as vllm_runner
+from vllm_tap.vllm.runner import Batch
 
 logger = logging.getLogger("vllm_tap")
 
@@ -91,7 +93,7 @@ class TapWorker(vllm_runner.Recorder):
         self = cls(worker)
         try:
             model = vllm_model.find_model(worker)
-            self._backend = choose(worker, self.lock)
+            self._backend = choose_backend(worker, self.lock)
             self._keeper = PoolKeeper(self._every_pool, self._backend.is_quiet)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
@@ -155,7 +157,7 @@ class TapWorker(vllm_runner.Recorder):
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
-            engine=hooks.vllm_version(),
+            engine=facts.vllm_version(),
             runner=vllm_runner.runner_name(worker.model_runner),
             device=worker.device.type,
             num_layers=taps.model.num_layers if taps else 0,
@@ -393,3 +395,12 @@ class TapWorker(vllm_runner.Recorder):
             self._calls = CallServer(weakly(self.call))
             self._closing.append(self._calls)
         return self._calls
+
+
+def choose_backend(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:
+    """Return the backend of a worker whose model has been loaded; the lock is held during each of its steps."""
+    if worker.device.type != "cuda":
+        return CpuBackend()
+    from vllm_tap.engine.cuda.backend import DeviceBackend
+
+    return DeviceBackend(worker, step_lock)

@@ -84,7 +84,7 @@ REQUESTS: Final = (
         ("req_id", "prompt_token_ids", "sampling_params", "pooling_params"), "to meet captured requests",
     ),
     Assumption(
-        "vllm.sampling_params.SamplingParams", ("extra_args", "skip_reading_prefix_cache"),
+        "vllm.sampling_params.SamplingParams", ("extra_args", "max_tokens", "skip_reading_prefix_cache"),
         "to mark captured requests, and to have all their rows computed",
     ),
     Assumption(
@@ -92,15 +92,6 @@ REQUESTS: Final = (
         "to mark captured requests, and to have all their rows computed",
     ),
 )  # fmt: skip
-
-LOOPS: Final = tuple(
-    Assumption(owner, (name,), "to make room once for the frames of all that steps call", "each step makes it")
-    for owner, name in (
-        ("vllm.v1.engine.core.EngineCoreProc", "run_busy_loop"),
-        ("vllm.v1.executor.multiproc_executor.WorkerProc", "worker_busy_loop"),
-    )
-)
-"""Methods that run all steps of a process, of objects that are being made when a model is loaded."""
 
 PARTS: Final = (
     Part(
@@ -200,7 +191,6 @@ PARTS: Final = (
     Part(
         "A step",
         (
-            *LOOPS,
             *_of_both("execute_model", "to see the steps"),
             *_of_both("_dummy_run", "to tell dummy runs from real ones"),
             *_of_both("sample_tokens", "to see when the tokens of a step are on their way"),

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from vllm_tap.frame.routing import Routing, unknown
-from vllm_tap.vllm import hooks
+from vllm_tap.vllm import facts
 
 
 class Experts(NamedTuple):
@@ -101,7 +101,7 @@ def read_routing(experts: Experts) -> Routing:
     try:
         return _stated(experts.router, experts.runner)
     except AttributeError as error:
-        return unknown(f"vLLM {hooks.vllm_version()}: {error}")
+        return unknown(f"vLLM {facts.vllm_version()}: {error}")
 
 
 def _stated(router: Any, runner: Any) -> Routing:

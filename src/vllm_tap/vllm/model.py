@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from vllm_tap.errors import EngineUnsupportedError
-from vllm_tap.vllm.hooks import require
+from vllm_tap.vllm.facts import require
 
 NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "final_norm")
 """What the owner of the decoder layers calls its final norm, over all model files of 0.32."""

@@ -6,16 +6,31 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from vllm_tap.engine.capture.selection import Batch
 from vllm_tap.frame.messages import Rank
 from vllm_tap.labels import Mark, read_mark
-from vllm_tap.vllm.assumptions import LOOPS, REQUESTS, V1_ROWS, V2_ROWS
-from vllm_tap.vllm.frames import give_room, with_room
-from vllm_tap.vllm.hooks import require, require_fields
+from vllm_tap.vllm.assumptions import REQUESTS, V1_ROWS, V2_ROWS
+from vllm_tap.vllm.facts import require, require_fields
+from vllm_tap.vllm.frames import with_room
+
+
+class Batch(NamedTuple):
+    """One step as the runner sees it. Flat rows are tokens, request after request.
+
+    `starts` [num_reqs + 1] and `num_computed` [num_reqs] are the host's values; `positions` and `token_ids` are the
+    runner's own tensors [>= num_tokens] on the device, which under asynchronous scheduling alone are exact.
+    """
+
+    request_ids: list[str]
+    starts: npt.NDArray[np.int32]
+    num_computed: npt.NDArray[np.int32]
+    positions: torch.Tensor
+    token_ids: torch.Tensor
 
 
 def read_rank(worker: Any) -> Rank:
@@ -125,9 +140,7 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
             recorder.sampled()
         return result
 
-    if not give_room(LOOPS):
-        with_room(execute_model)
-    runner.execute_model, runner._dummy_run, runner.sample_tokens = execute_model, _dummy_run, sample_tokens
+    runner.execute_model, runner._dummy_run, runner.sample_tokens = with_room(execute_model), _dummy_run, sample_tokens
 
 
 def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:

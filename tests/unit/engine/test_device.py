@@ -12,10 +12,10 @@ import pytest
 from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, LLAMA, REQUESTS, ROUTER, STEPS, Engine, Place
 from vllm_tap.engine.capture import session as session_module
-from vllm_tap.engine.capture.profile import DmaProfile
 from vllm_tap.engine.cuda import driver as cuda_calls
 from vllm_tap.engine.cuda import sink as device_sink
 from vllm_tap.engine.cuda import tables
+from vllm_tap.engine.cuda.profile import DmaProfile
 from vllm_tap.engine.cuda.ring import Ring
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
 from vllm_tap.frame import layout as blocks

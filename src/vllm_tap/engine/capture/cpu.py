@@ -6,21 +6,23 @@ to follow), `settle` (all rows lie in their blocks), `close`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
-from vllm_tap.engine.capture.selection import Batch, Selection
-from vllm_tap.engine.model.tap import GATHER_ABOVE, Rows, Tap
+from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.profile import Profile
+from vllm_tap.engine.capture.selection import Selection
+from vllm_tap.engine.model.tap import GATHER_ABOVE, Rows, Tap, Taps
 from vllm_tap.frame.layout import Layout, Stream
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.runner import Batch
 
-Taps = Mapping[tuple[str, int], Tap]
 
-
-class HostSink:
+class CpuSink:
     """Planes of the step are views of its block: one copy in all, made by the tap itself."""
 
     def __init__(self, streams: Sequence[Stream], taps: Taps, rows: Rows, pool: SegmentPool) -> None:
@@ -82,3 +84,38 @@ class HostSink:
 
     def close(self) -> None:
         """Give back what the sink holds besides the pool."""
+
+
+class CpuBackend:
+    """Taps write into segments."""
+
+    refusal = ""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
+        """Return a sink; rows are never staged."""
+        return CpuSink(streams, taps, self.rows, pool)
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool."""
+        return SegmentPool(0, shared=shared)
+
+    def is_quiet(self) -> bool:
+        """Nothing of the engine waits for what a pool does."""
+        return True
+
+    def note_stream(self) -> None:
+        """There are no streams."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """There are no streams."""
+        return nullcontext()
+
+    def watch(self, profile: Profile) -> None:
+        """Nothing more to time."""
+
+    def copy_profile(self) -> Profile | None:
+        """There are no copies."""
+        return None

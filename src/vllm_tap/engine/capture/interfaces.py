@@ -1,17 +1,47 @@
-"""What differs between engines on processors and on CUDA devices, behind one face. Worker process."""
+"""Interfaces of a backend and of its sinks: CPU and CUDA engines behind one face. Worker process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol
 
-from vllm_tap.engine.capture.cpu import HostSink, Taps
 from vllm_tap.engine.capture.profile import Profile
-from vllm_tap.engine.capture.session import Sink
-from vllm_tap.engine.model.tap import Rows
-from vllm_tap.frame.layout import Stream
-from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.engine.capture.selection import Selection
+from vllm_tap.engine.model.tap import Rows, Tap, Taps
+from vllm_tap.frame.layout import Layout, Stream
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.runner import Batch
+
+
+class Sink(Protocol):
+    """Where the rows of a step go; see `cpu` and `cuda.sink`."""
+
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
+
+    def repeat(self, start: int) -> bool:
+        """Let rows through as in the step before, into a block that starts here; tell whether that is so."""
+        ...
+
+    def end(self) -> list[Tap]:
+        """The forward pass has been launched; return taps that are known to have been silent."""
+        ...
+
+    def send(self, generates: bool) -> None:
+        """The step's tokens are on their way: send off what is worth it by now.
+
+        The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
+        """
+
+    def rest(self) -> None:
+        """Queue what `settle` waits for: no step is known to follow."""
+
+    def settle(self) -> None:
+        """Wait until all rows lie in their blocks."""
+
+    def close(self) -> None:
+        """Give back what the sink holds besides the blocks."""
 
 
 class Backend(Protocol):
@@ -57,47 +87,3 @@ class Backend(Protocol):
     def copy_profile(self) -> Profile | None:
         """Return a profile of copies from the device, or None where rows need none."""
         ...
-
-
-class HostBackend:
-    """Taps write into segments."""
-
-    refusal = ""
-
-    def __init__(self) -> None:
-        self.rows = Rows()
-
-    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
-        """Return a sink; rows are never staged."""
-        return HostSink(streams, taps, self.rows, pool)
-
-    def new_pool(self, shared: bool) -> SegmentPool:
-        """Return a pool."""
-        return SegmentPool(0, shared=shared)
-
-    def is_quiet(self) -> bool:
-        """Nothing of the engine waits for what a pool does."""
-        return True
-
-    def note_stream(self) -> None:
-        """There are no streams."""
-
-    def on_stream(self) -> AbstractContextManager[None]:
-        """There are no streams."""
-        return nullcontext()
-
-    def watch(self, profile: Profile) -> None:
-        """Nothing more to time."""
-
-    def copy_profile(self) -> Profile | None:
-        """There are no copies."""
-        return None
-
-
-def choose(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:
-    """Return the backend of a worker whose model has been loaded; the lock is held during each of its steps."""
-    if worker.device.type != "cuda":
-        return HostBackend()
-    from vllm_tap.engine.cuda.backend import DeviceBackend
-
-    return DeviceBackend(worker, step_lock)

@@ -10,25 +10,12 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from vllm_tap.engine.model.tap import Run
 from vllm_tap.spec import wanted_tokens
+from vllm_tap.vllm.runner import Batch
 
 Int32 = npt.NDArray[np.int32]
-
-
-class Batch(NamedTuple):
-    """One step as the runner sees it. Flat rows are tokens, request after request.
-
-    `starts` [num_reqs + 1] and `num_computed` [num_reqs] are the host's values; `positions` and `token_ids` are the
-    runner's own tensors [>= num_tokens] on the device, which under asynchronous scheduling alone are exact.
-    """
-
-    request_ids: list[str]
-    starts: Int32
-    num_computed: Int32
-    positions: torch.Tensor
-    token_ids: torch.Tensor
 
 
 class CapturedRequest(NamedTuple):
@@ -39,14 +26,6 @@ class CapturedRequest(NamedTuple):
 
 
 _NOBODY: Final = CapturedRequest(-1, 0)
-
-
-class Run(NamedTuple):
-    """A contiguous piece of the batch: rows `source` to `source + num_rows` become rows `target` and following."""
-
-    source: int
-    target: int
-    num_rows: int
 
 
 class Selection(NamedTuple):

@@ -8,59 +8,28 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
-from vllm_tap.engine.capture.selection import Batch, CapturedRequest, Selection, Selector
-from vllm_tap.engine.model.tap import Rows, Tap
+from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
+from vllm_tap.engine.model.tap import Rows
 from vllm_tap.errors import BudgetError, CaptureError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
 from vllm_tap.labels import Mark
 from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.names import completion_of
+from vllm_tap.vllm.runner import Batch
 
 STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
 """Small steps share a reservation: each costs the worker and the client some microseconds, and where they lie together
 they leave a device together."""
-
-# vLLM names the children of a request with n > 1 "{index}_{parent id}" (v1/engine/parallel_sampling.py).
-_CHILD: Final = re.compile(r"(\d+)_")
-
-
-class Sink(Protocol):
-    """Where the rows of a step go; see `sink` and `device_sink`."""
-
-    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
-        """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
-
-    def repeat(self, start: int) -> bool:
-        """Let rows through as in the step before, into a block that starts here; tell whether that is so."""
-        ...
-
-    def end(self) -> list[Tap]:
-        """The forward pass has been launched; return taps that are known to have been silent."""
-        ...
-
-    def send(self, generates: bool) -> None:
-        """The step's tokens are on their way: send off what is worth it by now.
-
-        The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
-        """
-
-    def rest(self) -> None:
-        """Queue what `settle` waits for: no step is known to follow."""
-
-    def settle(self) -> None:
-        """Wait until all rows lie in their blocks."""
-
-    def close(self) -> None:
-        """Give back what the sink holds besides the blocks."""
 
 
 class Session:
@@ -98,9 +67,8 @@ class Session:
         """
         if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
-        child = _CHILD.match(request_id) if mark.num_completions > 1 else None
         self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
-        self._table.append(messages.Request(request_id, mark.sample, int(child[1]) if child else 0))
+        self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
         # A rank without a layer of this capture ships nothing, not even labels.
         self._is_open = bool(self.streams) and self.error is None
         self._generates = self._generates or (generates and self.start.positions in ("all", "generated"))

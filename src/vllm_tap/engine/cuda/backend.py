@@ -9,11 +9,13 @@ from typing import Any, Final
 
 import torch
 
-from vllm_tap.engine.capture.cpu import Taps
-from vllm_tap.engine.capture.profile import DmaProfile, Profile
+from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.cuda import driver, operator
+from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
+from vllm_tap.engine.cuda.profile import DmaProfile
 from vllm_tap.engine.cuda.sink import DeviceSink, Sizes
 from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.engine.model.tap import Taps
 from vllm_tap.errors import BudgetError, EngineUnsupportedError
 from vllm_tap.frame.layout import Stream
 from vllm_tap.transport.segment.memory import Segment
@@ -45,7 +47,8 @@ class DeviceBackend:
             return vllm_runner.step_headroom(owner) if owner is not None else 0
 
         max_rows, graph_rows = self._sizes.max_rows + MAX_PADDING, self._sizes.graph_rows
-        self.rows = DeviceRows(max_rows, graph_rows, MAX_TAPS, worker.device, headroom, step_lock)
+        self.rows = DeviceRows(max_rows, MAX_TAPS, worker.device, headroom, step_lock)
+        self.rows.experts = DeferredExperts(self.rows, graph_rows)
         vllm_runner.around_capture(runner, self.rows.switch.keeping)
 
     @property

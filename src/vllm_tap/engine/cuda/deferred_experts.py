@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
-from vllm_tap.engine.cuda import kernel
 from vllm_tap.engine.cuda.expert_kernel import SOURCE_WORDS, can_gather, launch_gather_experts, launch_tap_experts
+from vllm_tap.engine.cuda.tables import DeviceRows
 from vllm_tap.engine.model.tap import REGISTRY, Tap
-
-if TYPE_CHECKING:
-    from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.streams import NUMBERS
 
 MAX_GRAPHS: Final = 128
-"""Graphs of the whole model that `HeldExperts` has room for; by default, vLLM captures 51 sizes."""
+"""Graphs of the whole model that `DeferredExperts` has room for; by default, vLLM captures 51 sizes."""
 
 MAX_HELD_BYTES: Final = 256 << 10
 """Most memory that a graph of no rows might hold; one of half as many rows as the largest graph holds half of it.
@@ -38,7 +36,7 @@ class Layer(NamedTuple):
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class HeldExperts:
+class DeferredExperts:
     """Where the tensors of a model's experts lie in its graphs.
 
     Cost: 4 KiB of the device for each layer, as long as the model is there.
@@ -98,6 +96,10 @@ class HeldExperts:
 
         return write
 
+    def launch_layer(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> None:
+        """Put the kernel for one layer into the graph that is being captured."""
+        self.launch([Layer(taps, tensors)])
+
     def launch(self, layers: Sequence[Layer]) -> torch.Tensor | None:
         """Put the kernel for layers that are alike into the graph that is being captured.
 
@@ -105,7 +107,7 @@ class HeldExperts:
             Where it will look for their tensors; None if there is one layer, whose tensors it knows.
         """
         rows, (taps, tensors) = self._rows, layers[0]
-        stream, outs = kernel.STREAM_NUMBERS[taps[0].stream], dtypes(taps)
+        stream, outs = NUMBERS[taps[0].stream], dtypes(taps)
         sources = None
         if len(layers) == 1:
             launch_tap_experts(rows, tensors, taps[0].index - rows.first_tap, stream, outs, ahead=True)

@@ -26,16 +26,9 @@ import triton.language as tl
 
 from vllm_tap.engine.model.tap import FIRST
 from vllm_tap.errors import CaptureError
+from vllm_tap.streams import NUMBERS
 
-STREAM_NUMBERS: Final = {
-    name: number
-    for number, name in enumerate(
-        ("hidden_states", "embeddings", "final_hidden_states", "router_logits", "expert_ids", "expert_weights")
-    )
-}
-"""Places of the streams in the header."""
-
-MAX_STREAMS: Final = len(STREAM_NUMBERS)
+MAX_STREAMS: Final = len(NUMBERS)
 STREAM_PLACE: Final = 2
 LABEL_PLACE: Final = STREAM_PLACE + 2 * MAX_STREAMS
 HEADER_WORDS: Final = LABEL_PLACE + 5 + 1  # even: the row map behind it starts on a multiple of 16 bytes

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_tap.engine.cuda import kernel
-from vllm_tap.engine.cuda.deferred_experts import Layer, dtypes
+from vllm_tap.engine.cuda.deferred_experts import dtypes
 from vllm_tap.engine.cuda.expert_kernel import launch_tap_experts, warm_experts
 from vllm_tap.engine.cuda.tables import DeviceRows
 from vllm_tap.engine.model.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat, require_rows
 from vllm_tap.errors import CaptureError
+from vllm_tap.streams import NUMBERS
 
 _by_pointer: dict[int, Tap] = {}
 
@@ -77,11 +78,12 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     """Do for the three taps of a layer's experts, with one kernel, what `_pass` does for one."""
     place = _place(taps[0], rows)
     if torch.cuda.is_current_stream_capturing():
+        assert rows.experts is not None
         if not taps[0].keeps_tensors or not rows.experts.hold(taps, tensors):
-            rows.experts.launch([Layer(taps, tensors)])
+            rows.experts.launch_layer(taps, tensors)
         return
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
-        if taps[0].keeps_tensors:
+        if taps[0].keeps_tensors and rows.experts is not None:
             rows.experts.make_room()
         warm_experts(rows, tensors, *place, dtypes(taps))
     if not rows.active or rows.sink is None:
@@ -98,7 +100,7 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
 
 
 def _place(tap: Tap, rows: DeviceRows) -> tuple[int, int]:
-    return tap.index - rows.first_tap, kernel.STREAM_NUMBERS[tap.stream]
+    return tap.index - rows.first_tap, NUMBERS[tap.stream]
 
 
 def _find(control: torch.Tensor) -> Tap | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllm_tap.engine.capture.selection import Batch, Selection
+from vllm_tap.engine.capture.selection import Selection
 from vllm_tap.engine.cuda import kernel
 from vllm_tap.frame.layout import LABEL_BYTES, Layout
 from vllm_tap.labels import NUM_LABELS
+from vllm_tap.streams import NUMBERS
+from vllm_tap.vllm.runner import Batch
 
 
 class Lane:
@@ -96,7 +98,7 @@ def new_plan(
             spans.append([begin, begin])
             is_cut = False
         spans[-1][1] = begin + lane.num_planes * num_rows * lane.row_bytes
-        place = kernel.STREAM_PLACE + 2 * kernel.STREAM_NUMBERS[name]
+        place = kernel.STREAM_PLACE + 2 * NUMBERS[name]
         addresses.append((place, len(spans) - 1, begin - spans[-1][0]))
         header[place + 1] = num_rows * lane.row_bytes
     copies = [Copy(*span) for span in spans]

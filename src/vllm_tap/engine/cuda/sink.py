@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from vllm_tap.engine.capture.selection import Batch, Selection
+from vllm_tap.engine.capture.selection import Selection
 from vllm_tap.engine.cuda import driver, kernel
 from vllm_tap.engine.cuda.burst import Burst, Transfer
 from vllm_tap.engine.cuda.plan import Copy, Lane, Plan, new_plan
@@ -32,6 +32,7 @@ from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError
 from vllm_tap.frame.layout import LABEL_BYTES, Layout, Stream
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.runner import Batch
 
 logger = logging.getLogger("vllm_tap")
 

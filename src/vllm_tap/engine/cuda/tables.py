@@ -6,7 +6,7 @@ import logging
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,11 @@ import torch
 
 from vllm_tap.engine.capture.selection import Selection
 from vllm_tap.engine.cuda import driver, kernel
-from vllm_tap.engine.cuda.deferred_experts import HeldExperts
 from vllm_tap.engine.cuda.graphs import GraphSwitch
 from vllm_tap.engine.cuda.slab import SlabKeeper
 from vllm_tap.engine.cuda.tapped_graph import NOTHING
-from vllm_tap.engine.model.tap import REGISTRY, Rows
+from vllm_tap.engine.model.tap import REGISTRY, Rows, Tap
 from vllm_tap.errors import EngineUnsupportedError
-
-if TYPE_CHECKING:
-    from vllm_tap.engine.cuda.sink import DeviceSink
 
 logger = logging.getLogger("vllm_tap")
 
@@ -37,6 +33,41 @@ _pack_start = struct.Struct("=2q").pack
 _START_BYTES: Final = 16
 
 
+class PlaneTaker(Protocol):
+    """The part of a sink that taps outside graphs talk to."""
+
+    failure: Exception | None
+
+    def wants(self, tap: Tap) -> bool:
+        """Tell whether this capture takes the rows of a tap."""
+        ...
+
+    def goes_by_planes(self, tap: Tap) -> bool:
+        """Tell whether the plane of a tap leaves as soon as its layer is through, in this step."""
+        ...
+
+    def send_plane(self, tap: Tap, write: Callable[[int], None]) -> None:
+        """Have the plane of a tap written to an address, and queue the copy of it."""
+
+
+class ExpertHolder(Protocol):
+    """The part of deferred experts that taps in graphs talk to."""
+
+    def make_room(self) -> None:
+        """Take the memory that `hold` needs."""
+
+    def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
+        """Hold what passes the taps of a layer's experts; return whether it is held."""
+        ...
+
+    def launch_layer(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> None:
+        """Put the kernel for one layer into the graph that is being captured."""
+
+    def serve(self, held: Sequence[Any]) -> Callable[[], None]:
+        """Put one kernel for all held layers into the graph that is being captured."""
+        ...
+
+
 class DeviceRows(Rows):
     """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is.
 
@@ -49,7 +80,6 @@ class DeviceRows(Rows):
     def __init__(
         self,
         max_tokens: int,
-        graph_tokens: int,
         max_taps: int,
         device: torch.device,
         headroom: Callable[[], int],
@@ -65,12 +95,12 @@ class DeviceRows(Rows):
         self.counts = torch.zeros(max_taps, dtype=torch.int32, device=device)
         self._seen = torch.empty(max_taps, dtype=torch.int32, pin_memory=True).numpy()  # counts that have come back
         self.first_tap = len(REGISTRY)
-        self.experts = HeldExperts(self, graph_tokens)
-        self.switch = GraphSwitch(self.fail, self.experts.serve, step_lock)
+        self.experts: ExpertHolder | None = None
+        self.switch = GraphSwitch(self.fail, self._serve_experts, step_lock)
         self.headroom = headroom
         self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget, self._complete_pieces)
         self.main: torch.cuda.Stream | None = None
-        self.sink: DeviceSink | None = None
+        self.sink: PlaneTaker | None = None
         self.active = False
         self.refusal = ""
         self._planes: dict[int, tuple[int, int]] = {}
@@ -85,6 +115,10 @@ class DeviceRows(Rows):
         self._num_identity = 0
         self._selection: Selection | None = None
         self._anchors: dict[torch.dtype, torch.Tensor] = {}
+
+    def _serve_experts(self, held: Sequence[Any]) -> Callable[[], None]:
+        assert self.experts is not None
+        return self.experts.serve(held)
 
     @property
     def num_graph_nodes(self) -> int:
@@ -146,7 +180,7 @@ class DeviceRows(Rows):
                 "Leave out the last layers."
             )
 
-    def switch_on(self, sink: DeviceSink, planes: dict[int, tuple[int, int]]) -> None:
+    def switch_on(self, sink: PlaneTaker, planes: dict[int, tuple[int, int]]) -> None:
         """Let the taps in `planes` {index: (plane, mode)} through, in graphs and outside.
 
         Without an operation of PyTorch's, each of which lets go of the interpreter's lock: while an engine takes

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_tap.engine.capture.selection import Batch
 from vllm_tap.engine.capture.session import Session
 from vllm_tap.errors import RowsMissingError
 from vllm_tap.frame.entry import raw_entry
 from vllm_tap.frame.layout import IntArray, layout
 from vllm_tap.labels import NUM_LABELS, Mark
 from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.vllm.runner import Batch
 
 
 class Met(NamedTuple):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from vllm_tap.engine.capture.cpu import Taps
 from vllm_tap.engine.model.residual import NO_ROWS, UNKNOWN, Verdict, decide
 from vllm_tap.engine.model.routing import confirm
-from vllm_tap.engine.model.tap import Rows, Tap, tap, tap_experts
+from vllm_tap.engine.model.tap import Rows, Tap, Taps, tap, tap_experts
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.frame.layout import ITEMSIZE
-from vllm_tap.frame.routing import ROUTED, Routing, unknown
-from vllm_tap.vllm import hooks
+from vllm_tap.frame.routing import Routing, unknown
+from vllm_tap.streams import ROUTER_STREAMS
+from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm.experts import Experts, find_experts, keeps_tensors, leaves_logits, read_routing
-
-SOURCES: Final = {
-    "embeddings": "input of decoder layer 0",
-    "final_hidden_states": "output of the final norm",
-    "router_logits": "output of the gate, before softmax or sigmoid and before any bias that only chooses",
-    "expert_ids": "ids as the router chose them, in its order",
-    "expert_weights": "weights as the router computed them, in the order of the ids",
-}
-"""Where the rows of each stream come from; that of hidden_states is decided for each model, see `convention`."""
 
 
 class ModelTaps:
@@ -99,7 +90,7 @@ class ModelTaps:
                 )
             if experts.hides_choice:
                 reasons["expert_ids"] = reasons["expert_weights"] = (
-                    f"for the experts of layer {layer}, vLLM {hooks.vllm_version()} {experts.hides_choice}. Capture "
+                    f"for the experts of layer {layer}, vLLM {facts.vllm_version()} {experts.hides_choice}. Capture "
                     "router_logits; Capture.routing says how experts follow from them"
                 )
         return reasons
@@ -115,7 +106,7 @@ class ModelTaps:
         stated = read_routing(experts)
         if ("expert_ids", layer) not in self.by_place:
             return stated
-        places = [self.by_place[stream, layer] for stream in ROUTED]
+        places = [self.by_place[stream, layer] for stream in ROUTER_STREAMS]
         rows = [place.probe.hidden for place in places if place.probe is not None]
         found = confirm(stated, *rows) if len(rows) == len(places) else unknown(NO_ROWS)
         for place in places:

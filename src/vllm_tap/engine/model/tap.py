@@ -7,12 +7,11 @@ captured graph therefore serves every capture and costs next to nothing when idl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import torch
 
-from vllm_tap.engine.capture.selection import Run
 from vllm_tap.errors import CaptureError
 
 ADD: Final = 0  # the row is hidden + residual
@@ -20,6 +19,14 @@ FIRST: Final = 1  # the row is hidden alone: the layer returns the whole stream 
 
 PROBE_ROWS: Final = 16
 GATHER_ABOVE: Final = 4  # runs; above this many, one gather is cheaper than a copy per run
+
+
+class Run(NamedTuple):
+    """A contiguous piece of the batch: rows `source` to `source + num_rows` become rows `target` and following."""
+
+    source: int
+    target: int
+    num_rows: int
 
 
 class Probe:
@@ -126,6 +133,9 @@ class Tap:
                 torch.add(rows, residual[source : source + num_rows], out=out)
         self.step = self.rows.step
 
+
+Taps = Mapping[tuple[str, int], Tap]
+"""Taps of a model by stream and layer."""
 
 REGISTRY: Final[list[Tap]] = []
 """All taps of this process, by the index in their control words."""
