@@ -88,6 +88,11 @@ def engine_object(text: str) -> dict[str, Any]:
     return value
 
 
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `engine_arguments` reads."""
     group = parser.add_argument_group("engine", "Passed on to vllm.LLM.")

@@ -11,9 +11,10 @@ from vllm_tap.cli.engine import engine
 from vllm_tap.cli.interrupts import EXIT_CODE, Interrupts, say
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, draft_of, finished, save
-from vllm_tap.cli.table import size_text, summary
+from vllm_tap.cli.table import print_json, size_text, summary, total_seconds
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
-from vllm_tap.spec import LAYERED_STREAMS, Spec, resolve_layers
+from vllm_tap.spec import Spec, resolve_layers
+from vllm_tap.streams import LAYERED_FIELDS
 
 
 def add_command(commands: Any) -> None:
@@ -59,6 +60,7 @@ def _add_spec_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    arguments.add_json_option(parser)
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",
@@ -121,18 +123,34 @@ def run(options: argparse.Namespace) -> int:
 
 def _report(result: Any, options: argparse.Namespace, interrupts: Interrupts) -> int:
     """Save and say what came; return the exit code."""
-    num_finished = len(finished(result))
     saved = ""
     if options.save:
         interrupts.at_end.append(lambda: draft_of(options.save).unlink(missing_ok=True))
-        size = size_text(save(result, options.save, options.model))
-        saved = f"saved {options.save} ({size})"
-    if num_finished == len(result.outputs):
+        saved = f"saved {options.save} ({size_text(save(result, options.save, options.model))})"
+    unfinished = len(result) - len(finished(result))
+    if options.json:
+        _print_json(result, options)
+    elif not unfinished:
         print(summary(result), *filter(None, [saved]), sep="\n")
+    if not unfinished:
         return 0
-    of_all = f"{num_finished:,} of {len(result.outputs):,} samples were finished"
+    of_all = f"{len(result) - unfinished:,} of {len(result):,} samples were finished"
     say(f"interrupted: {of_all}, {saved or 'not saved (no --save)'}")
     return EXIT_CODE
+
+
+def _print_json(result: Any, options: argparse.Namespace) -> None:
+    print_json(
+        model=options.model,
+        num_samples=len(result),
+        num_finished=len(finished(result)),
+        num_rows=result.num_rows,
+        num_bytes=result.num_bytes,
+        layers=result.layers,
+        conventions=result.conventions,
+        seconds=total_seconds(result),
+        saved=str(options.save) if options.save else None,
+    )
 
 
 def check_layers(spec: Spec, options: argparse.Namespace) -> None:
@@ -143,7 +161,7 @@ def check_layers(spec: Spec, options: argparse.Namespace) -> None:
     """
     from vllm_tap.vllm import launch
 
-    chosen = {name: layers for name in LAYERED_STREAMS if isinstance(layers := getattr(spec, name), tuple)}
+    chosen = {name: layers for name in LAYERED_FIELDS if isinstance(layers := getattr(spec, name), tuple)}
     number = launch.count_layers(options.model, **arguments.engine_arguments(options)) if chosen else None
     for name, layers in chosen.items():
         if number is not None:

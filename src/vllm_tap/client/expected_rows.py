@@ -42,10 +42,15 @@ class ExpectedRows:
         return num_rows(self._positions, progress.num_prompt, progress.num_generated)
 
 
-def num_rows(positions: str | tuple[int, ...], num_prompt: int, num_generated: int) -> int:
-    """Return how many rows of a sequence are asked for; its last token never enters the model."""
+def num_rows(positions: Any, num_prompt: int, num_generated: int) -> int:
+    """Return how many rows of a sequence are asked for, or of what is not understood, how many there may be.
+
+    The last token of a sequence never enters the model.
+    """
     behind = max(num_generated - 1, 0)
     counts = {"all": num_prompt + behind, "prompt": num_prompt, "generated": behind}
     if isinstance(positions, str):
         return counts.get(positions, 1)
-    return len({position % num_prompt for position in positions if -num_prompt <= position < num_prompt})
+    if isinstance(positions, tuple):
+        return len({position % num_prompt for position in positions if -num_prompt <= position < num_prompt})
+    return counts["all"]
