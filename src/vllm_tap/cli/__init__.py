@@ -16,6 +16,9 @@ from vllm_tap.errors import TapError
 ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 """What vLLM logs unless the user says otherwise: by default it would mix with the tables on standard output."""
 
+COMPLETES = "_ARGCOMPLETE"
+"""Set by a shell that asks for completions, which has the package of that name; see docs/cli.md."""
+
 
 def command() -> int:
     """Run the command of this process; interrupted, it ends without the seconds that libraries take to be unloaded."""
@@ -30,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for a reported error, 2 for wrong usage, 130 for Ctrl-C."""
     for name, value in ENGINE_LOG.items():
         os.environ.setdefault(name, value)
-    options = _parser().parse_args(join_negative(sys.argv[1:] if argv is None else argv))
+    parser = _parser()
+    if COMPLETES in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(join_negative(sys.argv[1:] if argv is None else argv))
     try:
         return int(options.run(options))
     except TapError as error:
