@@ -28,14 +28,14 @@ def spawn():
 """
 
 WHILE_STARTING = """
-with Interrupts() as interrupts, interrupts.starting():
+with Interrupts(keeps=True) as interrupts, interrupts.starting():
     child = spawn()
     print(child.pid, flush=True)
     time.sleep(600)
 """
 
 WHILE_RUNNING = """
-with Interrupts() as interrupts:
+with Interrupts(keeps=KEEPS) as interrupts:
     with interrupts.starting():
         child = spawn()
     interrupts.at_end.append(lambda: print("the draft is removed", flush=True))
@@ -87,9 +87,18 @@ def test_the_first_ends_what_starts(begin: Callable[[str], Any]) -> None:
     assert not process.child.is_running()
 
 
+def test_the_first_ends_all_if_nothing_is_kept(begin: Callable[[str], Any]) -> None:
+    """Such as a check, or a capture that is not saved."""
+    process = begin("KEEPS = False" + WHILE_RUNNING)
+    interrupt(process)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "the draft is removed\n", "vllm-tap: interrupted\n")
+    assert not process.child.is_running()
+
+
 def test_the_second_ends_all(begin: Callable[[str], Any]) -> None:
     """The first is raised here and not seen by the child; the second ends both, and removes what is half done."""
-    process = begin(WHILE_RUNNING)
+    process = begin("KEEPS = True" + WHILE_RUNNING)
     interrupt(process)
     assert process.stdout.readline() == "child lives\n"
     with pytest.raises(subprocess.TimeoutExpired):

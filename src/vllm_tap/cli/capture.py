@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompts)
     require_plugin()
     check_layers(spec, options)
-    with Interrupts() as interrupts:
+    with Interrupts(keeps=bool(options.save)) as interrupts:
         with engine(options, interrupts) as llm:
             result = _capture(llm, prompts, spec, options, interrupts)
         # The rows outlive the engine, whose memory is free for writing the file.
@@ -135,7 +135,7 @@ def _report(result: Any, options: argparse.Namespace, interrupts: Interrupts) ->
     if not unfinished:
         return 0
     of_all = f"{len(result) - unfinished:,} of {len(result):,} samples were finished"
-    say(f"interrupted: {of_all}, {saved or 'not saved (no --save)'}")
+    say(f"interrupted: {of_all}, {saved}")
     return EXIT_CODE
 
 

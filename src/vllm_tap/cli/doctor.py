@@ -102,7 +102,7 @@ def _examine(options: argparse.Namespace, report: Report) -> None:
     from vllm_tap.client.connection import connect
 
     try:
-        with Interrupts() as interrupts, engine(options, interrupts, enforce_eager=True) as llm:
+        with Interrupts(keeps=False) as interrupts, engine(options, interrupts, enforce_eager=True) as llm:
             hellos = connect(llm).hellos
     except TapError as error:
         report.add(Finding(NO, "engine", str(error)))

@@ -30,15 +30,19 @@ REPEAT_SECONDS: Final = 0.3
 class Interrupts(Interruption):
     """Takes SIGINT in a block of the main thread. The first raises KeyboardInterrupt there, a second ends the process.
 
+    Args:
+        keeps: There is something to keep. Else the first ends the process.
+
     Attributes:
         at_end: Called before the process ends at once.
         came: The first has been raised.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: bool) -> None:
         super().__init__()
         self.at_end: list[Callable[[], object]] = []
-        self._starting = self.came = False
+        self.came = False
+        self._keeps, self._starting = keeps, False
         self._first = -math.inf
 
     def __enter__(self) -> Interrupts:
@@ -68,7 +72,7 @@ class Interrupts(Interruption):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._starting and not self.came:  # else it is for `_watch`
+        if self._keeps and not self._starting and not self.came:  # else it is for `_watch`
             super()._handle(number, frame)
 
     def _raise(self) -> None:
@@ -85,6 +89,8 @@ class Interrupts(Interruption):
                 self._first = now if self._first == -math.inf else self._first
                 if self._starting:
                     self._end("interrupted while the engine started")
+                if not self._keeps:
+                    self._end("interrupted")
                 if now > self._first + REPEAT_SECONDS:
                     self._end("interrupted twice: ended at once")
 

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    with Interrupts() as interrupts, engine(options, interrupts) as llm:
+    with Interrupts(keeps=False) as interrupts, engine(options, interrupts) as llm:
         prompts = make_prompts(llm, options.max_tokens, options.seed)
         found = list(_checks(llm, prompts, options))
     return report(options.model, found, options.json)
