@@ -238,6 +238,16 @@ def test_json_lines_hold_conversations(tmp_path: Path) -> None:
         ("p.jsonl", b'{"token_ids": [99999999999]}', '"token_ids" is a list of token ids'),
         ("p.jsonl", b'{"messages": []}', '"messages" is a list of messages'),
         ("p.jsonl", b'{"messages": [{"role": "user"}, {"content": "a"}]}', 'line 1: message 1 has no "role"'),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user"}]}\n{"prompt": "a"}',
+            "line 2: no conversation, and the lines before",
+        ),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"messages": [{"role": "user"}]}',
+            "line 2: a conversation, and the lines before",
+        ),
         ("p.jsonl", b'{"messages": "Hi"}', '"messages" is a list of messages'),
         ("p.jsonl", b'{"prompt_token_ids": "12"}', "a list of token ids"),
     ],

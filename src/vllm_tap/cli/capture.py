@@ -183,7 +183,6 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
     from vllm_tap.client.capture import capture
     from vllm_tap.vllm.frontend import pools
 
-    prompts = [_rendered(llm, prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
     try:
         return capture(
@@ -200,9 +199,3 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
         if isinstance(error, TapError):
             raise
         raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error
-
-
-def _rendered(llm: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a conversation as the token ids that the model's chat template makes of it."""
-    text = llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return {"prompt_token_ids": llm.get_tokenizer().encode(text, add_special_tokens=False)}

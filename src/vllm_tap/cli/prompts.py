@@ -21,17 +21,30 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file, in the order of its lines; empty lines are left out.
 
     Raises:
-        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, or a line is not one.
+        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, a line is not one, or only some of
+            them are conversations.
     """
     readers: dict[str, Callable[[str, str], Prompt]] = {".txt": lambda line, _: line, ".jsonl": _from_json}
     if path.suffix not in readers:
         raise SpecError(f"{path}: prompts are read from .txt (one a line) or .jsonl, not from {path.suffix!r}.")
     read = readers[path.suffix]
     lines = enumerate(_text(path).split("\n"), 1)
-    found = [read(line.rstrip("\r"), f"{path}, line {number}") for number, line in lines if line.strip()]
+    found: list[Prompt] = []
+    for number, line in lines:
+        if line.strip():
+            found.append(read(line.rstrip("\r"), place := f"{path}, line {number}"))
+            _require_alike(found[-1], found[0], place)
     if not found:
         raise SpecError(f"{path} has no prompt in it: write one a line.", path=str(path))
     return found
+
+
+def _require_alike(prompt: Prompt, first: Prompt, place: str) -> None:
+    if isinstance(prompt, list) != isinstance(first, list):
+        this, those = (
+            ("a conversation", "prompts") if isinstance(prompt, list) else ("no conversation", "conversations")
+        )
+        raise SpecError(f"{place}: {this}, and the lines before are {those}: put each kind into a file of its own.")
 
 
 def _text(path: Path) -> str:
