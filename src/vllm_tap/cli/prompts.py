@@ -21,8 +21,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file, in the order of its lines; empty lines are left out.
 
     Raises:
-        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, a line is not one, or only some of
-            them are conversations.
+        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, a line is not one, or only some
+            of them are conversations.
     """
     readers: dict[str, Callable[[str, str], Prompt]] = {".txt": lambda line, _: line, ".jsonl": _from_json}
     if path.suffix not in readers:
