@@ -115,10 +115,10 @@ def run(options: argparse.Namespace) -> int:
     check_layers(spec, options)
     with Interrupts(keeps=bool(options.save)) as interrupts:
         with engine(options, interrupts) as llm:
-            result = _capture(llm, prompts, spec, options, interrupts)
+            result = _capture(llm, prompts, spec, options)
+            interrupts.hold()
         # The rows outlive the engine, whose memory is free for writing the file.
-        with interrupts.held():
-            return _report(result, options, interrupts)
+        return _report(result, options, interrupts)
 
 
 def _report(result: Any, options: argparse.Namespace, interrupts: Interrupts) -> int:
@@ -179,7 +179,7 @@ def require_plugin() -> None:
             raise PluginNotLoadedError(f"{finding.subject}: {finding.text}.")
 
 
-def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace, interrupts: Interrupts) -> Any:
+def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace) -> Any:
     from vllm_tap.client.capture import capture
     from vllm_tap.vllm.frontend import pools
 
@@ -192,7 +192,6 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
             transport=options.transport,
             staging=options.staging,
             budget_bytes=options.budget_bytes,
-            interruption=interrupts,
             **sampling,
         )
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_tap.client.connection import connect
 from vllm_tap.client.expected_rows import ExpectedRows
-from vllm_tap.client.interruption import Interruption
+from vllm_tap.client.interruption import current
 from vllm_tap.client.progress import REFRESH_SECONDS, Bar, is_shown
 from vllm_tap.client.prompts import CHAT_OPTIONS, read_prompts
 from vllm_tap.client.recording import Recording
@@ -31,7 +31,6 @@ def capture(
     progress: bool | None = None,
     lora_request: Any = None,
     sampling_params: Any = None,
-    interruption: Interruption | None = None,
     **sampling: Any,
 ) -> Capture:
     """Generate from prompts and return the rows that went through the model, labelled.
@@ -52,8 +51,6 @@ def capture(
         sampling_params: A `vllm.SamplingParams`, or one per prompt; on an engine that pools, a `vllm.PoolingParams`,
             whose `task` chooses among the tasks of the model. Without, the engine samples as `llm.generate(prompts)`
             does: by the model's generation_config.json.
-        interruption: Ctrl-C in the block of this object ends the capture with what is finished, if anything is:
-            `outputs` of the result is None where a prompt was not.
         **sampling: Fields of `SamplingParams`, over those of the model's generation_config.json; with conversations
             also what `LLM.chat` takes: `chat_template`, `chat_template_kwargs`, `add_generation_prompt`,
             `continue_final_message`, `tools`, `chat_template_content_format`, `mm_processor_kwargs`.
@@ -111,7 +108,7 @@ def capture(
                 tokens=recording.tokens.read,
                 computed=recording.end,
             )
-            outputs = generate() if interruption is None else _finished(llm, len(prompts), interruption, generate)
+            outputs = _finished(llm, len(prompts), generate)
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:
@@ -136,10 +133,11 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         bar.close()
 
 
-def _finished(
-    llm: Any, num_prompts: int, interruption: Interruption, generate: Callable[[], list[Any]]
-) -> Sequence[Any]:
-    """Return the outputs; interrupted, of the prompts that are finished, and None for the others."""
+def _finished(llm: Any, num_prompts: int, generate: Callable[[], list[Any]]) -> Sequence[Any]:
+    """Return the outputs; if an `Interruption` ends the wait, of the prompts that are finished, None for the others."""
+    interruption = current()
+    if interruption is None:
+        return generate()
     finished: dict[int, Any] = {}
     try:
         with frontend.interruptible(llm, interruption, finished):

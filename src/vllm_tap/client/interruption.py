@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_active: list[Interruption] = []
+
+
+def current() -> Interruption | None:
+    """Return the object in whose block this is; none in other threads than the main one."""
+    return _active[-1] if _active and threading.current_thread() is threading.main_thread() else None
+
 
 class Interruption:
-    """Takes SIGINT in a block of the main thread; KeyboardInterrupt is raised there only where nothing is half done."""
+    """Takes SIGINT in a block of the main thread, in which Ctrl-C ends a capture with what is finished.
+
+    `outputs` of the result is then None where a prompt is not finished. If none is, KeyboardInterrupt goes on.
+    """
 
     def __init__(self) -> None:
         self._seen = False
@@ -18,9 +29,11 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._before: Any = signal.signal(signal.SIGINT, self._handle)
+        _active.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _active.remove(self)
         signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
