@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vllm_tap.engine.capture.interfaces import Backend
 from vllm_tap.errors import TransportError
+from vllm_tap.transport import threads
 
 
 class Closable(Protocol):
@@ -43,4 +44,5 @@ def close_all(things: Sequence[Closable], backend: Backend) -> None:
                 thing.close()
 
     if things:
-        threading.Thread(target=close, name="vllm-tap-close", daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no more threads: the process ends, and so does what it has opened
+            threads.start("vllm-tap-close", close, stop=lambda: None)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.link import Link
 from vllm_tap.transport.segment.memory import MADV_POPULATE_READ, SEAL_GROW, SEAL_SHRINK, address_of, populate
 from vllm_tap.transport.segment.pool import Block
@@ -260,7 +260,7 @@ class SegmentReader:
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
                     arguments = weakref.ref(self), self._ended
-                    threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
+                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._end)
                     self._is_looked_after = True
         return mapping
 
