@@ -137,6 +137,54 @@ def test_a_start_that_fails_leaves_nothing_to_wait_for(monkeypatch):
     assert threads._running == before
 
 
+def test_all_threads_of_a_worker_and_its_client_end():
+    """In time, whatever each waits for: a socket, a while, or a worker that does not read."""
+    program = """
+import atexit, os, sys, threading, time
+
+names = lambda: sorted(thread.name for thread in threading.enumerate())
+began = []
+atexit.register(lambda: print(names(), list(threads._running), time.monotonic() - began[0] < 5, flush=True))
+
+from vllm_tap.engine.capture.idle import PoolKeeper
+from vllm_tap.transport import threads
+from vllm_tap.transport.calls import Caller, CallServer
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
+
+pool = SegmentPool(32 << 20, segment_bytes=2 << 20)
+server, calls = SegmentServer(pool), CallServer(lambda request: request)
+reader, caller = SegmentReader(server.address), Caller(calls.address)
+assert caller.receive(caller.send(b"call")) == b"call"
+block = pool.reserve(1 << 20)
+server.publish(reader.client, [block.block_id])
+lease = reader.lease(block)
+keeper = PoolKeeper([pool], lambda: False)
+keeper.linger()
+
+link = reader._link
+link._send_ended = lambda: False  # as if the worker read nothing: the socket takes no more
+class Full:
+    def fileno(self): return full[0].fileno()
+import socket
+full = socket.socketpair()
+full[0].setblocking(False)
+try:
+    while True: full[0].send(bytes(65536))
+except BlockingIOError: pass
+link._socket = Full()
+link.end([block.block_id])
+
+print(names(), len(threads._running), flush=True)
+began.append(time.monotonic())
+"""
+    done = run(program)
+    at_work = ["vllm-tap-calls", "vllm-tap-calls-client", "vllm-tap-keeper", "vllm-tap-reader", "vllm-tap-segments"]
+    assert done.stdout.splitlines() == [f"{['MainThread', *at_work]} 6", "['MainThread'] [] True"], done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_all_threads_of_the_package_are_started_here():
     """None that is ended where it stands."""
     pattern = re.compile(r"threading\.Thread\(|\bstart_new_thread\(|threading\.Timer\(")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -43,6 +42,5 @@ def close_all(things: Sequence[Closable], backend: Backend) -> None:
             for thing in reversed(things):
                 thing.close()
 
-    if things:
-        with contextlib.suppress(RuntimeError):  # no more threads: the process ends, and so does what it has opened
-            threads.start("vllm-tap-close", close, stop=lambda: None)
+    if things and not threads.is_ending():  # the end of the process does the same
+        threads.start("vllm-tap-close", close, stop=lambda: None)  # it ends by itself

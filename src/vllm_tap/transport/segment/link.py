@@ -81,7 +81,7 @@ class Link:
             if not going:
                 # At the end of the interpreter no thread starts; then the end of the connection says it all.
                 with contextlib.suppress(RuntimeError):
-                    threads.start_bare(self._flush_when_writable, stop=lambda: None)  # it looks
+                    threads.start_bare(self._flush_when_writable, stop=lambda: None)  # it looks by itself
                 break
         self._close_if_done()
 

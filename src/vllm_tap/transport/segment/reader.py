@@ -260,7 +260,7 @@ class SegmentReader:
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
                     arguments = weakref.ref(self), self._ended
-                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._end)
+                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._ended.release)
                     self._is_looked_after = True
         return mapping
 
