@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import functools
 import itertools
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
+from vllm_tap.transport import threads
 
 WATCH_SECONDS: Final = 0.1
 """How often a call that waits looks whether the engine is still there."""
@@ -278,8 +278,8 @@ def watched(llm: Any) -> Iterator[None]:
                     with suppress(InvalidStateError):  # it has come after all
                         reply.set_exception(death)
 
-    # Not `threading.Thread`: its start and its join wait for the thread, 0.28 ms of each call instead of 0.08.
-    _thread.start_new_thread(watch, ())
+    if not threads.is_ending():
+        threads.start_bare(watch, stop=done.set)
     try:
         yield
     finally:
