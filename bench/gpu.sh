@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up a bare GPU machine without network for bench/*.py: stock vLLM from .gpu/vllm-bundle.tar.xz, this package, models.
-#   bash bench/gpu.sh COMMAND...
+#   VLLM_TAP_COMMIT=$(git describe --always --dirty) bash bench/gpu.sh COMMAND...
+# The variable names the commit for the results where the tree came without its history.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 site=${SITE:-/tmp/vllm-tap-site}

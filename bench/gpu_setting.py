@@ -253,6 +253,8 @@ class Report:
         import torch
         import vllm
 
+        from vllm_tap.bench.machine import describe_commit
+
         self._out = setting.out
         self.content: dict[str, Any] = {
             "machine": {
@@ -263,6 +265,7 @@ class Report:
                 "vllm": vllm.__version__,
             },
             "command": command(sys.argv),
+            "commit": describe_commit(),
             "shape": setting.shape,
             "plan": arguments.plan,
         }
