@@ -1,4 +1,4 @@
-"""Count what makes prose hard to read: `python docs/check_prose.py` fails where a document or a docstring exceeds a limit.
+"""Count what makes prose hard to read: `python docs/check_prose.py` fails where a text exceeds a limit.
 
 A sentence ends at `.`, `!`, `?`, `:` or `;` in front of a capital, a digit or code. Blocks of code, lines of tables and
 HTML comments are not prose. Words are what spaces separate.
@@ -53,7 +53,8 @@ def main() -> None:
             faults += check_document(str(path.relative_to(ROOT)), path.read_text())
     for path in sorted((ROOT / "src").rglob("*.py")):
         faults += check_docstrings(str(path.relative_to(ROOT)), path.read_text())
-    sys.exit("\n".join(faults) or None)
+    print("\n".join(faults) if faults else "prose: nothing to mend")
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

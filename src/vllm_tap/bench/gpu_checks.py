@@ -90,7 +90,8 @@ def mechanisms(results_dir: Path) -> str:
     rows = [["mechanism", "measured", "without", "with", "command", "machine", "commit"]]
     for row in json.loads((results_dir / "mechanisms.json").read_text())["rows"]:
         cells = [row[key] for key in ("mechanism", "measured", "without", "with")]
-        rows.append([*cells, f"`{row['command']}`", row["machine"], commit(row)])
+        command = f"`{row['command']}`" if row["command"] else "not recorded"
+        rows.append([*cells, command, row["machine"] or "not recorded", commit(row)])
     return table(rows)
 
 

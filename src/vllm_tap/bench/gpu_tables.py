@@ -23,11 +23,11 @@ FEW_RUNS = 3
 FEW_STEPS = 20
 """Of as many steps or fewer, no length is given: they are prefill steps, each of another length."""
 
-MEANING = (
-    "All figures are medians. *Ratio*: time of the plain engine over time of the variant. *Paired*: the median of the "
-    "ratios within a round. *Same steps*: the ratio of runs that took as many steps as most runs of the plain engine, "
-    f"if each has {FEW_RUNS} of them."
-)
+MEANING = f"""All figures are medians.
+
+- *Ratio*: time of the plain engine over time of the variant.
+- *Paired*: the median of the ratios within a round.
+- *Same steps*: the ratio of runs that took as many steps as most runs of the plain engine, if each has {FEW_RUNS} of them."""
 """Words about the ratios of all tables."""
 
 ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router logits and experts")
