@@ -95,7 +95,8 @@ def test_files_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     paths = re.findall(r"`((?:src|tests|docs|bench|examples|architectures)/[\w./-]*)`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    targets = {target for target in re.findall(r"make ([a-z][a-z-]*)\b", text) if not target.endswith("-")}
+    named = re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE)
+    targets = {target for target in named if not target.endswith("-")}
     makefile = (ROOT / "Makefile").read_text()
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
