@@ -93,15 +93,6 @@ REQUESTS: Final = (
     ),
 )  # fmt: skip
 
-LOOPS: Final = tuple(
-    Assumption(owner, (name,), "to make room once for the frames of all that steps call", "each step makes it")
-    for owner, name in (
-        ("vllm.v1.engine.core.EngineCoreProc", "run_busy_loop"),
-        ("vllm.v1.executor.multiproc_executor.WorkerProc", "worker_busy_loop"),
-    )
-)
-"""Methods that run all steps of a process, of objects that are being made when a model is loaded."""
-
 PARTS: Final = (
     Part(
         "Every process",
@@ -200,7 +191,6 @@ PARTS: Final = (
     Part(
         "A step",
         (
-            *LOOPS,
             *_of_both("execute_model", "to see the steps"),
             *_of_both("_dummy_run", "to tell dummy runs from real ones"),
             *_of_both("sample_tokens", "to see when the tokens of a step are on their way"),

@@ -14,9 +14,9 @@ import torch
 
 from vllm_tap.frame.messages import Rank
 from vllm_tap.labels import Mark, read_mark
-from vllm_tap.vllm.assumptions import LOOPS, REQUESTS, V1_ROWS, V2_ROWS
+from vllm_tap.vllm.assumptions import REQUESTS, V1_ROWS, V2_ROWS
 from vllm_tap.vllm.facts import require, require_fields
-from vllm_tap.vllm.frames import give_room, with_room
+from vllm_tap.vllm.frames import with_room
 
 
 class Batch(NamedTuple):
@@ -140,9 +140,7 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
             recorder.sampled()
         return result
 
-    if not give_room(LOOPS):
-        with_room(execute_model)
-    runner.execute_model, runner._dummy_run, runner.sample_tokens = execute_model, _dummy_run, sample_tokens
+    runner.execute_model, runner._dummy_run, runner.sample_tokens = with_room(execute_model), _dummy_run, sample_tokens
 
 
 def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:
