@@ -27,7 +27,7 @@ MEANING = f"""All figures are medians.
 
 - *Ratio*: time of the plain engine over time of the variant.
 - *Paired*: the median of the ratios within a round.
-- *Same steps*: the ratio of runs that took as many steps as most runs of the plain engine, if each has {FEW_RUNS} of them."""
+- *Same steps*: the ratio of runs that took as many steps as most plain ones, of {FEW_RUNS} runs or more."""
 """Words about the ratios of all tables."""
 
 ARMS = ("idle", "last position, all layers", "3 layers", "all layers", "router logits and experts")
