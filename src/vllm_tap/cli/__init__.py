@@ -15,7 +15,7 @@ from vllm_tap.errors import TapError
 INTERRUPTED = 130
 
 ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-"""What vLLM logs unless the user says otherwise: by default it would mix with the tables on standard output."""
+"""Settings of vLLM's log unless the user sets them: by default it would mix with the tables on standard output."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ ROUTER: Final = 'Spec(router_logits="all")'
 
 
 class HuggingFaceOutput(NamedTuple):
-    """What a Hugging Face model returns beside its logits, for a batch of one sequence.
+    """Outputs of a Hugging Face model beside its logits, for a batch of one sequence.
 
     Attributes:
         hidden_states: L + 1 tensors [1, R, D]: the embeddings, the residual stream after each decoder layer but the

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 REFRESH_SECONDS = 0.5
-"""How often the workers are asked; a call takes about a millisecond of the engine's time."""
+"""Seconds between two questions to the workers; a call takes about a millisecond of the engine's time."""
 
 
 def bar(progress: bool | None, counts: Callable[[], tuple[int, int]]) -> Any:

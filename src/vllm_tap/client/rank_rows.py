@@ -21,7 +21,7 @@ SHOWN = 8
 
 
 class Place(NamedTuple):
-    """Where a stream lies in this rank's blocks."""
+    """Place of a stream in this rank's blocks."""
 
     stream: int
     layer: int
