@@ -100,7 +100,7 @@ soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED) $(SOAK)
 
 # Hooks of pre-commit run these one by one.
-check: check-style check-types check-layers check-documents
+check: check-style check-types check-layers check-documents  ## linters, types, layers, documents
 
 check-style: $(VENV)/.dev
 	$(BIN)/ruff check .
