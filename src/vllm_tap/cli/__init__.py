@@ -14,7 +14,7 @@ from vllm_tap.cli.interrupts import EXIT_CODE, say
 from vllm_tap.errors import TapError
 
 ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-"""What vLLM logs unless the user says otherwise: by default it would mix with the tables on standard output."""
+"""Settings of vLLM's log unless the user sets them: by default it would mix with the tables on standard output."""
 
 COMPLETES = "_ARGCOMPLETE"
 """Set by a shell that asks for completions, which has the package of that name; see docs/cli.md."""

@@ -98,7 +98,7 @@ class Connection:
 
     @property
     def routing(self) -> dict[int, Routing]:
-        """How the routers choose, by layer; empty for a model without experts."""
+        """Statements of how the routers choose, by layer; empty for a model without experts."""
         return dict(sorted(pair for hello in self.hellos for pair in hello.routing.items()))
 
     def available(self, stream: str) -> list[int]:

@@ -22,7 +22,7 @@ SHOWN = 8
 
 
 class Plane(NamedTuple):
-    """Where a layer of a stream lies in this rank's blocks."""
+    """Place of a layer of a stream in this rank's blocks."""
 
     stream: int
     layer: int

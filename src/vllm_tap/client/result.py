@@ -1,4 +1,4 @@
-"""What a user holds after a capture: samples, layers, labelled tensors. Client process."""
+"""Results of a capture in the hands of a user: samples, layers, labelled tensors. Client process."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from vllm_tap.vllm.runner import Batch
 logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 1.0
-"""How long a step with requests of an unknown capture waits for calls that have come and are not handled."""
+"""Seconds that a step with requests of an unknown capture waits for calls that have come and are not handled."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""

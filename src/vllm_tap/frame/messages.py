@@ -34,13 +34,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Versioned(msgspec.Struct):
-    """What is read of a message whose fields are not known."""
+    """Part that is read of a message whose fields are not known."""
 
     version: int
 
 
 class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker stands in the engine."""
+    """Place of a worker in the engine."""
 
     rank: int
     tp_rank: int

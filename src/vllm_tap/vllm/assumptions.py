@@ -1,4 +1,4 @@
-"""What is taken for granted of vLLM's inside: `host` asks here why, docs/vllm-support.md is rendered from here.
+"""Names of vLLM's inside that are taken for granted: `facts` asks here why, docs/vllm-support.md is rendered from here.
 
 Runs in every process; imports nothing of vLLM.
 """

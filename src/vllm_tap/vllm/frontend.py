@@ -1,4 +1,4 @@
-"""What the client asks of a `vllm.LLM`: parameters, and to generate or to embed. Client process."""
+"""Requests of the client to a `vllm.LLM`: parameters, and to generate or to embed. Client process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vllm_tap.spec import nearest
 from vllm_tap.transport import threads
 
 WATCH_SECONDS: Final = 0.1
-"""How often a call that waits looks whether the engine is still there."""
+"""Seconds after which a call that waits looks whether the engine is still there."""
 
 IN_CORE: Final = "uni"
-"""What vLLM calls it if the one worker runs in the process of the engine core."""
+"""vLLM's name for one worker that runs in the process of the engine core."""
 
 FIRST_STEP_SECONDS: Final = 0.005
 """An engine prepares its first step in so long, if its process has nothing else to do."""

@@ -47,7 +47,7 @@ def runs_in_step(worker: Any) -> bool:
 
 
 class Recorder:
-    """What a runner reports to; `TapWorker` implements it.
+    """Receiver of what a runner reports; `TapWorker` implements it.
 
     Attributes:
         lock: Held during each step, and around what other threads ask of the recorder.

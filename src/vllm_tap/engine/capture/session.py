@@ -177,7 +177,7 @@ class Session:
             self.fail(error)
 
     def rest(self) -> None:
-        """Where the engine has nothing more to compute: send off all rows while it finishes, before the client asks."""
+        """Send off all rows while an engine finishes that has nothing more to compute, before the client asks."""
         if self.error is not None:
             return
         try:

@@ -37,7 +37,7 @@ _CLOSED = "the worker's pool of segments is closed: start another capture."
 
 
 class Block(NamedTuple):
-    """Where a run of rows lies.
+    """Place of a run of rows.
 
     Attributes:
         segment_id: number of the segment.
@@ -53,7 +53,7 @@ class Block(NamedTuple):
 
 
 class PoolStats(NamedTuple):
-    """What a pool holds: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
+    """Contents of a pool: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
 
     segments: int
     capacity_bytes: int

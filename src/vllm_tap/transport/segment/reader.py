@@ -19,7 +19,7 @@ from vllm_tap.transport.segment.mapping import Bytes, Mapping, Pages
 from vllm_tap.transport.segment.pool import Block
 
 _NOTICE_SECONDS = 10.0
-"""How long segments that the worker has closed stay mapped in a process that does nothing."""
+"""Seconds that segments stay mapped, in a process that does nothing, after the worker has closed them."""
 
 _END = 1 << 63
 """Numbers of blocks and segments lie below."""
@@ -109,7 +109,7 @@ class SegmentReader:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker is there; False from the moment its connection ends, or after `close`."""
+        """True while the worker is there; False from the moment its connection ends, or after `close`."""
         if not self._closed and self._lock.acquire(blocking=False):  # else another thread is talking to the worker
             try:
                 self._take_notices()
