@@ -10,21 +10,37 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
     from vllm_tap.client.result import Capture, Sample
     from vllm_tap.errors import TapError
     from vllm_tap.spec import Spec
+    from vllm_tap.store.dataset import Dataset, open_dataset
 
 _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
+    "Dataset": "vllm_tap.store.dataset",
     "Recording": "vllm_tap.client.recording",
     "Sample": "vllm_tap.client.result",
     "Spec": "vllm_tap.spec",
     "TapError": "vllm_tap.errors",
+    "open_dataset": "vllm_tap.store.dataset",
+    "record": "vllm_tap.client.record",
 }
 
-__all__ = ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
+__all__ = [
+    "Capture",
+    "Dataset",
+    "Recording",
+    "Sample",
+    "Spec",
+    "TapError",
+    "__version__",
+    "capture",
+    "open_dataset",
+    "record",
+]
 
 
 offer_vllm_hidden_states()

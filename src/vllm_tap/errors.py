@@ -10,7 +10,9 @@ TapError
  |    +-- BudgetError          the memory for rows is full
  |    +-- EngineDiedError      the engine process ended
  +-- TransportError            memory or sockets between worker and client refused
-      +-- DescriptorError      bytes from the other process that do not validate
+ |    +-- DescriptorError      bytes from the other process that do not validate
+ +-- DatasetError              a dataset that cannot be written or read
+      +-- DatasetDamagedError  bytes of a dataset that do not validate
 """
 
 from __future__ import annotations
@@ -75,6 +77,14 @@ class DescriptorError(TransportError, ValueError):
     """Bytes from the other process that do not validate."""
 
 
+class DatasetError(TapError):
+    """A dataset that cannot be written or read; what is sealed in it stays readable."""
+
+
+class DatasetDamagedError(DatasetError, ValueError):
+    """Bytes of a dataset that do not validate."""
+
+
 BY_NAME: dict[str, type[TapError]] = {
     kind.__name__: kind
     for kind in (
@@ -89,6 +99,8 @@ BY_NAME: dict[str, type[TapError]] = {
         EngineDiedError,
         TransportError,
         DescriptorError,
+        DatasetError,
+        DatasetDamagedError,
     )
 }
 """Error classes by name, for turning a worker's reply back into the exception it stands for."""

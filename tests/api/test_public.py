@@ -30,7 +30,10 @@ def fresh(code: str) -> str:
 
 def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
-    assert vllm_tap.__all__ == ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
+    assert vllm_tap.__all__ == [
+        *("Capture", "Dataset", "Recording", "Sample", "Spec", "TapError"),
+        *("__version__", "capture", "open_dataset", "record"),
+    ]
     assert dir(vllm_tap) == vllm_tap.__all__
     for name in vllm_tap.__all__:
         assert getattr(vllm_tap, name) is not None

@@ -163,6 +163,7 @@ class Capture(Sequence[Sample]):
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
+        model: Name, revision and dtype of the model.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
@@ -182,6 +183,7 @@ class Capture(Sequence[Sample]):
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
         self.routing, self.num_layers, self.has_final_norm = routing, num_layers, has_final_norm
         self.seconds: dict[str, float] = {}
+        self.model: dict[str, str] = {}
         self._owner: dict[tuple[str, int], RankRows] = {}
         for rank in ranks:
             for place in rank.places:
@@ -261,6 +263,27 @@ class Capture(Sequence[Sample]):
             raise SpecError(
                 f'{stream} was not captured: this result has {list(self.layers)}. Use Spec({stream}="all").'
             )
+
+    def save(self, path: Any, *, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> None:
+        """Write everything into a new dataset, which `vllm_tap.open_dataset` reads; it is there whole or not at all.
+
+        Args:
+            path: A folder, or a URL that fsspec knows.
+            metadata: A mapping that JSON can hold, or None, for each sample; it becomes `Sample.metadata`.
+
+        Raises:
+            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full.
+
+        Source:
+            See `conventions`, which the dataset repeats.
+
+        Cost:
+            One pass over the rows to write them, and one for their checksums. Ends when the disk has them.
+        """
+        from vllm_tap.client.identity import versions
+        from vllm_tap.store.save import save
+
+        save(self, path, model=self.model, versions=versions(), metadata=metadata)
 
     @property
     def num_rows(self) -> int:
