@@ -176,7 +176,8 @@ class Batches(Sequence[RowBatch]):
         from torch.utils.data import DataLoader
 
         left: Any = range(self._next, len(self))
-        return self._counted(DataLoader(self, batch_size=None, sampler=left, num_workers=num_workers, **options))
+        source: Any = self  # a map-style dataset is whatever has a length and items
+        return self._counted(DataLoader(source, batch_size=None, sampler=left, num_workers=num_workers, **options))
 
     def _counted(self, batches: Any) -> Iterator[RowBatch]:
         for batch in batches:
