@@ -103,7 +103,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
-	$(BIN)/python -m vllm_tap.engine.support docs/vllm-support.md --check
+	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.handover

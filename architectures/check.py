@@ -237,15 +237,16 @@ def describe(llm: Any) -> dict[str, Any]:
     """Return the names of vLLM's classes."""
 
     def names(worker: Any) -> dict[str, Any]:
-        from vllm_tap.engine import host_model, host_runner
+        from vllm_tap.vllm import model as vllm_model
+        from vllm_tap.vllm import runner as vllm_runner
 
         worker = getattr(worker, "worker", worker)
         found: dict[str, Any] = {
             "vllm_class": type(worker.model_runner.get_model()).__name__,
-            "runner": host_runner.runner_name(worker.model_runner),
+            "runner": vllm_runner.runner_name(worker.model_runner),
         }
         with contextlib.suppress(Exception):
-            layers = host_model.find_model(worker).layers
+            layers = vllm_model.find_model(worker).layers
             found["layer_class"] = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values()))
         return found
 
@@ -323,14 +324,14 @@ def examine(llm: Any, reference: ReferenceProcess, family: Family) -> dict[str, 
 
 def plain(llm: Any) -> None:
     """Run a prompt without capture, so that what fails without it is not laid to its charge."""
-    from vllm_tap.client import engine
+    from vllm_tap.vllm import frontend
 
-    params = engine.new_params(llm, {} if _pools(llm) else {"max_tokens": 2, "temperature": 0.0, "detokenize": False})
-    engine.generate(llm, prompts()[:1], [params], use_tqdm=False)
+    params = frontend.new_params(llm, {} if _pools(llm) else {"max_tokens": 2, "temperature": 0.0, "detokenize": False})
+    frontend.generate(llm, prompts()[:1], [params], use_tqdm=False)
 
 
 def _pools(llm: Any) -> bool:
-    from vllm_tap.client.engine import pools
+    from vllm_tap.vllm.frontend import pools
 
     return pools(llm)
 
@@ -432,9 +433,9 @@ def final_norm(llm: Any, result: Any) -> float | str:
         return "no final_hidden_states"
 
     def identity(worker: Any) -> float:
-        from vllm_tap.engine import host_model
+        from vllm_tap.vllm import model as vllm_model
 
-        norm = host_model.find_model(getattr(worker, "worker", worker)).final_norm
+        norm = vllm_model.find_model(getattr(worker, "worker", worker)).final_norm
         assert norm is not None
         with torch.inference_mode():
             normed = norm.forward(result.rows("hidden_states", -1).clone())
@@ -473,9 +474,9 @@ def modules(llm: Any, result: Any) -> dict[str, Any]:
         return hook
 
     def watch(worker: Any) -> None:
-        from vllm_tap.engine import host_model
+        from vllm_tap.vllm import model as vllm_model
 
-        for index, layer in host_model.find_model(getattr(worker, "worker", worker)).layers.items():
+        for index, layer in vllm_model.find_model(getattr(worker, "worker", worker)).layers.items():
             children = dict(layer.named_children())
             norm = next((children[name] for name in ENTRY_NORMS if name in children), None)
             if norm is not None and index:

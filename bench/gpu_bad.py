@@ -188,7 +188,7 @@ def _device_full(setting: Setting, llm: Any, cases: Cases) -> None:
     if not setting.cuda:
         cases.say("SKIP", "device full: there is no device here")
         return
-    from vllm_tap.engine import cuda
+    from vllm_tap.engine.cuda import driver
     from vllm_tap.errors import BudgetError
 
     prompts, spec = setting.prompts(setting.workload(DECODE))[:16], setting.spec("all layers")
@@ -196,7 +196,7 @@ def _device_full(setting: Setting, llm: Any, cases: Cases) -> None:
     reference = rows_of(capture(setting, llm, prompts, 16, spec, staging="staged")[1])
     print(f"# staging went back after {wait_idle(llm):.1f} s", flush=True)
     taken = []
-    while setting.free_bytes() > 2 * PIECE_BYTES and (address := cuda.allocate(PIECE_BYTES)):
+    while setting.free_bytes() > 2 * PIECE_BYTES and (address := driver.allocate(PIECE_BYTES)):
         taken.append(address)
     free = setting.free_bytes()
     print(f"# filled the device: {free / 2**20:.0f} MiB are free", flush=True)
@@ -217,7 +217,7 @@ def _device_full(setting: Setting, llm: Any, cases: Cases) -> None:
         cases.check("device full: the engine still generates the same tokens", generate(llm, prompts, 16)[1] == tokens)
     finally:
         for address in taken:
-            cuda.free(address)
+            driver.free(address)
     staged = rows_of(capture(setting, llm, prompts, 16, spec, staging="staged")[1])
     cases.check(
         "device full: staging works again once there is room", equal(staged, reference), differing(staged, reference)

@@ -73,7 +73,7 @@ def _measure(setting: Setting, tapped: bool, captures: bool) -> dict[str, Any]:
         "idle": _held(setting),
     }
     if captures:
-        from vllm_tap.engine import keeper
+        from vllm_tap.engine.capture import idle
 
         spec = setting.spec(ROUTER if setting.has_experts else ALL)
 
@@ -89,7 +89,7 @@ def _measure(setting: Setting, tapped: bool, captures: bool) -> dict[str, Any]:
         wait_idle(llm)
         wait_idle(llm, "is_preparing")
         found["warm"] = _held(setting)
-        keeper.POOL_LINGER_SECONDS = 0.0  # type: ignore[misc]  # instead of ten minutes
+        idle.POOL_LINGER_SECONDS = 0.0  # type: ignore[misc]  # instead of ten minutes
         wait_idle(llm, "capacity_bytes")
         found["after"] = _held(setting)
         found["captures_s"].append(seconds())

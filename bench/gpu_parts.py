@@ -72,7 +72,7 @@ def _call_ms(setting: Setting, llm: Any, workload: Any, rounds: int) -> dict[str
 
 def _watch_client() -> Any:
     from vllm_tap.client import connection, recording
-    from vllm_tap.engine.profile import Profile
+    from vllm_tap.engine.capture.profile import Profile
 
     watched = Profile()
     watched.watch(connection.Connection, "ask", "start: send")

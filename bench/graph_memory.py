@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_tap.engine import cuda
+from vllm_tap.engine.cuda import driver
 
 CASES = (("400 kernels", 400, 20), ("10 kernels", 10, 700), ("400 kernels", 400, 20))
 
@@ -40,13 +40,13 @@ def main() -> None:
     print(f"{held_mib():.1f} MiB before")
     for name, num_kernels, num_graphs in CASES:
         for _ in range(2):
-            executables = [cuda.instantiate(graphs[num_kernels].raw_cuda_graph()) for _ in range(num_graphs)]
+            executables = [driver.instantiate(graphs[num_kernels].raw_cuda_graph()) for _ in range(num_graphs)]
             made = held_mib()
             for executable in executables:
-                cuda.check(cuda.bare_launch()(executable, stream), "cuGraphLaunch")
+                driver.check(driver.bare_launch()(executable, stream), "cuGraphLaunch")
             launched = held_mib()
             for executable in executables:
-                cuda.destroy_executable(executable)
+                driver.destroy_executable(executable)
             print(f"{num_graphs} x {name}: {made:.1f} MiB made, {launched:.1f} launched, {held_mib():.1f} given up")
 
 

@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_tap.engine import cuda, kernel
-from vllm_tap.engine.expert_kernel import launch_gather_experts, launch_tap_experts
-from vllm_tap.engine.graphs import GraphSwitch
+from vllm_tap.engine.cuda import driver, kernel
+from vllm_tap.engine.cuda.expert_kernel import launch_gather_experts, launch_tap_experts
+from vllm_tap.engine.cuda.graphs import GraphSwitch
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
 
@@ -171,7 +171,7 @@ def layers(
         hidden = reduced(inner, down) if short else inner @ down
         if options is not None:
             launch(state, hidden, residual, index, options)
-            found = cuda.last_captured_node(torch.cuda.current_stream().cuda_stream)
+            found = driver.last_captured_node(torch.cuda.current_stream().cuda_stream)
             if nodes is not None and found:
                 nodes.append(found[1])
         out, summed = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -274,14 +274,14 @@ def following(weights: list[Any]) -> None:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph):
             state.result = steps()
-        copy = cuda.clone_graph(graph.raw_cuda_graph())
+        copy = driver.clone_graph(graph.raw_cuda_graph())
         if name == "next kernel early":
             for node in nodes:
-                cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
+                driver.let_next_start_early(copy, driver.node_in_clone(node, copy))
         print(f"behind a short kernel, {name}: dependencies by data {_dependencies(copy)}", flush=True)
         graphs.append(graph)
         states[name] = state
-        replays[name] = functools.partial(cuda.bare_launch(), cuda.instantiate(copy), stream)
+        replays[name] = functools.partial(driver.bare_launch(), driver.instantiate(copy), stream)
     times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(60):
         for name, replay in replays.items():
@@ -360,7 +360,7 @@ class Routers:
             if way == "apart":
                 for i, (tensor, stream, out) in enumerate(zip(tensors, self.streams, self.outs, strict=True)):
                     kernel.launch_tap(self, tensor, None, 3 * layer + i, stream, out, ahead=True)
-            found = cuda.last_captured_node(torch.cuda.current_stream().cuda_stream)
+            found = driver.last_captured_node(torch.cuda.current_stream().cuda_stream)
             if found:
                 nodes.append(found[1])
             gate[(self.rows,)](*tensors[1:], self.logits[layer + 1], EXPERTS=EXPERTS, CHOICES=CHOICES, num_warps=4)
@@ -380,12 +380,12 @@ def experts(rows: int) -> None:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph):
             run()
-        copy = cuda.clone_graph(graph.raw_cuda_graph())
+        copy = driver.clone_graph(graph.raw_cuda_graph())
         for node in nodes if name in ("apart", "together") else []:
-            cuda.let_next_start_early(copy, cuda.node_in_clone(node, copy))
+            driver.let_next_start_early(copy, driver.node_in_clone(node, copy))
         graphs.append(graph)
         routers[name] = router
-        replays[name] = functools.partial(cuda.bare_launch(), cuda.instantiate(copy), stream)
+        replays[name] = functools.partial(driver.bare_launch(), driver.instantiate(copy), stream)
     times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(60):
         for name, replay in replays.items():
@@ -407,7 +407,7 @@ def experts(rows: int) -> None:
 def _dependencies(graph: int) -> dict[int, int]:
     """Count the edges of a graph by their data: not 0 where a kernel starts before the one ahead of it has ended."""
     count = ctypes.c_size_t()
-    edges = cuda._driver().cuGraphGetEdges_v2
+    edges = driver._driver().cuGraphGetEdges_v2
     assert edges(ctypes.c_void_p(graph), None, None, None, ctypes.byref(count)) == 0
     first, second = ((ctypes.c_void_p * count.value)() for _ in range(2))
     data = (ctypes.c_uint64 * count.value)()
@@ -436,7 +436,7 @@ def between_steps(weights: list[Any]) -> None:
         "a copy of the header from pinned memory": lambda: state.header.copy_(pinned, non_blocking=True),
         "4 words by a kernel": lambda: write_words[(1,)](state.header, *words[:4], num_warps=1),
         "nothing": lambda: None,
-        "a copy of the header": lambda: cuda.write_words(address, data, main.cuda_stream),
+        "a copy of the header": lambda: driver.write_words(address, data, main.cuda_stream),
         "an event": lambda: done.record(main),
         "an event that another stream waits for": record_and_wait,
         "a wait for an event that has passed": lambda: main.wait_event(ended),
@@ -472,7 +472,7 @@ def between_steps(weights: list[Any]) -> None:
 
 
 class _Write(ctypes.Structure):
-    """CUstreamBatchMemOpParams of cuda.h, as a write of 64 bits."""
+    """CUstreamBatchMemOpParams of driver.h, as a write of 64 bits."""
 
     _fields_ = (
         ("operation", ctypes.c_int),
@@ -489,7 +489,7 @@ WRITE_64 = 5  # CU_STREAM_MEM_OP_WRITE_VALUE_64
 
 def _write_batch(address: int, words: list[int], stream: int) -> int:
     jobs = (_Write * len(words))(*[_Write(WRITE_64, address + 8 * i, word) for i, word in enumerate(words)])
-    return int(cuda._driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(stream), len(words), jobs, 0))
+    return int(driver._driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(stream), len(words), jobs, 0))
 
 
 def main() -> None:

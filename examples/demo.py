@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from vllm_tap import Capture, Spec, capture
 from vllm_tap.cli.table import columns, summary
-from vllm_tap.engine.launch import stop
+from vllm_tap.vllm.launch import stop
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "SmolLM2-135M-Instruct"

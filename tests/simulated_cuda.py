@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from vllm_tap.engine import cuda, expert_kernel, kernel
+from vllm_tap.engine.cuda import driver, expert_kernel, kernel
 
 HOST = "host"
 CONTEXT = 1
@@ -551,7 +551,7 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         return ones(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_driver", lambda: device)
+        patch.setattr(driver, "_driver", lambda: device)
         patch.setattr(builder, "create_masked_load", masked_load)
         patch.setattr(builder, "create_masked_store", masked_store)
         patch.setattr(kernel, "can_launch_early", lambda _: False)

@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from simulated_cuda import SimulatedCuda
-from vllm_tap.engine import device_backend, device_sink, device_tap
-from vllm_tap.engine.device_rows import DeviceRows
-from vllm_tap.engine.graph_forms import GraphCopy
-from vllm_tap.engine.rows import Batch
-from vllm_tap.engine.session import Session
-from vllm_tap.engine.tap import Tap
+from vllm_tap.engine.capture.session import Session
+from vllm_tap.engine.cuda import backend, operator
+from vllm_tap.engine.cuda import sink as device_sink
+from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
+from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.engine.cuda.tapped_graph import GraphCopy
+from vllm_tap.engine.model.tap import Tap
 from vllm_tap.errors import TransportError
 from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
-from vllm_tap.transport.pool import SegmentPool
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.vllm.runner import Batch
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 20
@@ -96,7 +98,8 @@ class Model:
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
         self.step_lock = StepLock()
-        self.rows = DeviceRows(MAX_TOKENS + 8, 2 * GRAPH_TOKENS, 64, CPU, lambda: 0, self.step_lock)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0, self.step_lock)
+        self.rows.experts = DeferredExperts(self.rows, 2 * GRAPH_TOKENS)
         self.taps = {
             (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
         }
@@ -126,9 +129,9 @@ class Model:
         tensors = [self._make(place, number, num_tokens) for number, place in enumerate(places)]
         control = self.taps[places[0].stream, places[0].layer].control
         if len(places) > 1:
-            device_tap._tap_experts_cuda(*[hidden for hidden, _ in tensors], control)
+            operator._tap_experts_cuda(*[hidden for hidden, _ in tensors], control)
         else:
-            device_tap._tap_cuda(*tensors[0], control)
+            operator._tap_cuda(*tensors[0], control)
 
     def _make(self, place: Place, number: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Memory serves again in the next layer, unless somebody holds it.
@@ -202,8 +205,8 @@ class Engine:
             8 << 20,
             shared=False,
             segment_bytes=2 << 20,
-            on_create=device_backend.register_segment,
-            on_close=device_backend.unregister_segment,
+            on_create=backend.register_segment,
+            on_close=backend.unregister_segment,
         )
         self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
         self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)

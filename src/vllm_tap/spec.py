@@ -16,14 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.errors import LayerError, SpecError
+from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS
 
 Layers = Literal["all"] | tuple[int, ...] | None
-
-LAYERED_STREAMS: Final = ("hidden_states", "router_logits", "routed_experts")
-"""Streams that exist once per decoder layer, by the names of the fields that choose them."""
-
-SINGLE_STREAMS: Final = ("embeddings", "final_hidden_states")
-"""Streams that exist once per model."""
 
 MAX_NUMBER: Final = 2**31 - 1
 """Layers and positions are not numbered beyond."""
@@ -90,7 +85,7 @@ class Spec:
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams that this specification asks for."""
-        return tuple(name for name in LAYERED_STREAMS + SINGLE_STREAMS if getattr(self, name) not in (None, False))
+        return tuple(name for name in LAYERED_FIELDS + SINGLE_FIELDS if getattr(self, name) not in (None, False))
 
     def to_json(self) -> str:
         """Return this specification as a JSON object; `from_json` gives an equal one back."""

@@ -21,8 +21,8 @@ from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
-from vllm_tap.engine import launch
 from vllm_tap.errors import SpecError
+from vllm_tap.vllm import launch
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import vllm_tap
-from vllm_tap.engine import host
+from vllm_tap.engine import plugin
 from vllm_tap.frame.entry import raw_entry
 from vllm_tap.legacy import select
 
@@ -78,9 +78,9 @@ def test_select_fields_streams_and_keys() -> None:
 
 def test_worker_calls_are_those_of_the_record() -> None:
     """Every recorded call is a method of the worker's tap that takes no argument, and an entry has the old keys."""
-    from vllm_tap.engine.legacy_calls import LegacyTapWorker
+    from vllm_tap.engine.legacy.calls import LegacyTapWorker
 
-    assert list(host.LEGACY_METHODS) == RECORDED["worker_calls"]
-    for name in host.LEGACY_METHODS:
+    assert list(plugin.LEGACY_METHODS) == RECORDED["worker_calls"]
+    for name in plugin.LEGACY_METHODS:
         assert described(getattr(LegacyTapWorker, name)) == {"parameters": []}
     assert set(RECORDED["payload_entry_keys"]) <= set(raw_entry(0, "torch.float32", (0,), b""))

@@ -13,7 +13,7 @@ import torch
 
 from vllm_tap.cli import main, verifications, verify
 from vllm_tap.cli.verifications import Check, Difference
-from vllm_tap.engine import launch
+from vllm_tap.vllm import launch
 
 NUM_LAYERS, WIDTH = 3, 16
 LENGTHS = (4, 30)

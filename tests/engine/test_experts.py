@@ -29,9 +29,9 @@ from models import MOE_FAMILIES
 from routing import check_followed, follow, in_order
 from vllm_tap import Spec
 from vllm_tap.client.connection import connect
-from vllm_tap.engine.host import vllm_version
 from vllm_tap.errors import LayerError
 from vllm_tap.frame.routing import Routing
+from vllm_tap.vllm.facts import vllm_version
 
 pytestmark = pytest.mark.engine
 

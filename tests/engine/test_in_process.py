@@ -17,9 +17,9 @@ import gc, os, sys, threading, weakref
 from engine.engines import Engine, References, compare, prompts, wait_until
 from pathlib import Path
 from vllm_tap import Spec
-from vllm_tap.engine import keeper
+from vllm_tap.engine.capture import idle
 
-keeper.PoolKeeper.poll_seconds = 0.1
+idle.PoolKeeper.poll_seconds = 0.1
 engine = Engine(Path(sys.argv[1]), enforce_eager=True)
 assert engine.status()[0]["pid"] == os.getpid()
 known = References(Path(sys.argv[1]))
@@ -31,7 +31,7 @@ for transport in ("segment", "inline"):
     wait_until(lambda: engine.used_bytes() == 0, "the release of all rows")
 
 assert engine.status()[0]["capacity_bytes"] > 0
-keeper.POOL_LINGER_SECONDS = 0.0
+idle.POOL_LINGER_SECONDS = 0.0
 wait_until(lambda: engine.status()[0]["capacity_bytes"] == 0, "the release of the host's memory")
 
 core = engine.llm.llm_engine.engine_core.engine_core

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from vllm_tap.errors import TransportError
-from vllm_tap.transport.pool import SegmentPool
+from vllm_tap.transport.segment.pool import SegmentPool
 
 MIB = 1 << 20
 

@@ -24,9 +24,9 @@ from engine.engines import (
     prompts,
 )
 from vllm_tap import Spec
-from vllm_tap.client.engine import STEPS_BETWEEN
 from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
 pytestmark = pytest.mark.engine
 

@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import handover, wire
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.memory import SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
-from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport import wire
+from vllm_tap.transport.segment import server as segment_server
+from vllm_tap.transport.segment.memory import SEAL_GROW, SEAL_SEAL, SEAL_SHRINK
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MIB = 1 << 20
 SIZE = 64 * 1024
@@ -417,7 +418,7 @@ def test_a_server_without_descriptors_accepts_again_later(others, caplog, monkey
     pool = SegmentPool(4 * MIB, segment_bytes=2 * MIB)
     server = SegmentServer(pool)
     earlier = [SegmentReader(server.address) for _ in range(others)]
-    monkeypatch.setattr(handover, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(segment_server, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(socket.socket, "accept", accept)
     reader = SegmentReader(server.address)
     assert "Too many open files" in caplog.text

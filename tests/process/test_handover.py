@@ -22,9 +22,9 @@ import pytest
 
 import vllm_tap
 from vllm_tap.errors import BudgetError, TransportError
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MIB = 1 << 20
 BUDGET = 8 * MIB
@@ -339,7 +339,7 @@ def test_the_end_of_many_held_blocks_waits_for_no_worker(worker, reader):
 @pytest.mark.parametrize("looks", [True, False], ids=["a client that looks", "a client that does nothing"])
 def test_clients_let_go_of_segments_that_the_worker_closed(worker, looks, monkeypatch):
     """Trimming frees the memory in the client too: as soon as it looks at the connection, and if it does not, soon."""
-    monkeypatch.setattr("vllm_tap.transport.reader._NOTICE_SECONDS", 1000 if looks else 0.05)
+    monkeypatch.setattr("vllm_tap.transport.segment.reader._NOTICE_SECONDS", 1000 if looks else 0.05)
     reader = SegmentReader(worker.address)
     # Engines of other tests in this process may still be mapped, here and below.
     before = mapped_segments("self")

@@ -16,19 +16,19 @@ from changes import when_imported
 _for_ever = contextlib.ExitStack()
 
 
-def simulate(backend: Any) -> None:
+def simulate(worker: Any) -> None:
     """Let the worker of this process take a simulated device for its own."""
     from simulated_cuda import simulated_cuda
-    from vllm_tap.engine import device_tap, kernel
-    from vllm_tap.engine.device_backend import DeviceBackend
-    from vllm_tap.engine.session import Session
-    from vllm_tap.engine.tap import LIBRARY
+    from vllm_tap.engine.capture.session import Session
+    from vllm_tap.engine.cuda import kernel, operator
+    from vllm_tap.engine.cuda.backend import DeviceBackend
+    from vllm_tap.engine.model.tap import LIBRARY
     from vllm_tap.errors import CaptureError
 
     cuda = _for_ever.enter_context(simulated_cuda())
-    LIBRARY.impl("tap", device_tap._tap_cuda, "CPU", allow_override=True)
-    LIBRARY.impl("tap_experts", device_tap._tap_experts_cuda, "CPU", allow_override=True)
-    backend.choose = DeviceBackend
+    LIBRARY.impl("tap", operator._tap_cuda, "CPU", allow_override=True)
+    LIBRARY.impl("tap_experts", operator._tap_experts_cuda, "CPU", allow_override=True)
+    worker.choose_backend = DeviceBackend
     kernel.LARGE_ROWS = 4  # a program of many rows takes the interpreter no longer than one of one row
     finish = Session.finish
 
@@ -44,4 +44,4 @@ def simulate(backend: Any) -> None:
 
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     runpy.run_path(str(Path(__file__).parents[1] / "interpreter" / "sitecustomize.py"))
-when_imported({"vllm_tap.engine.backend": simulate})
+when_imported({"vllm_tap.engine.worker": simulate})

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import LayerError, SpecError
-from vllm_tap.spec import LAYERED_STREAMS, NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
+from vllm_tap.spec import NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
+from vllm_tap.streams import LAYERED_FIELDS
 
 LAYERS = st.none() | st.just("all") | st.lists(st.integers(-200, 200), min_size=1, max_size=8)
 POSITIONS = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-300, 300), min_size=1, max_size=8)
@@ -116,7 +117,7 @@ def test_positions_are_sorted_and_unique() -> None:
 
 def test_nearest_names_one_or_lists_all() -> None:
     """A name that is close gets a hint; one that is not gets the list."""
-    assert nearest("router_logit", LAYERED_STREAMS) == " Did you mean 'router_logits'?"
+    assert nearest("router_logit", LAYERED_FIELDS) == " Did you mean 'router_logits'?"
     assert nearest("zzz", ["a", "b"]) == " Known: a, b."
 
 

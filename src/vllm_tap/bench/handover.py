@@ -25,10 +25,10 @@ import torch
 from vllm_tap.bench.channel import Channel
 from vllm_tap.bench.machine import describe_machine
 from vllm_tap.bench.methods import METHODS, Client, Layers, Worker, as_bytes
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.memory import round_up
-from vllm_tap.transport.pool import SEGMENT_GRANULE_BYTES, SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.memory import round_up
+from vllm_tap.transport.segment.pool import SEGMENT_GRANULE_BYTES, SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MEMCPY = "memcpy"
 SLOW_METHODS = {"lists"}

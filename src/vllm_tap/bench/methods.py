@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 
 from vllm_tap.bench.channel import Channel
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 Layers = list[torch.Tensor]
 

@@ -16,11 +16,11 @@ from typing import Any, Final
 import torch
 
 from vllm_tap.bench.seed_paths import PATHS, SeedExtension, Tensors, timed
-from vllm_tap.client import engine as client_engine
 from vllm_tap.client.capture import capture
-from vllm_tap.engine import launch
 from vllm_tap.legacy.deserialize import deserialize_hidden_states
 from vllm_tap.spec import Spec
+from vllm_tap.vllm import frontend as client_engine
+from vllm_tap.vllm import launch
 
 NUM_TOKENS: Final = 1000
 NUM_LAYERS: Final = 32

@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         check_target(options.save, options.force)
     require_plugin()
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     llm = launch.start(options.model, **arguments.engine_arguments(options))
     try:
@@ -134,7 +134,7 @@ def require_plugin() -> None:
 
 def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespace) -> Any:
     from vllm_tap.client.capture import capture
-    from vllm_tap.client.engine import pools
+    from vllm_tap.vllm.frontend import pools
 
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
     try:

@@ -43,7 +43,7 @@ def python() -> Finding:
 
 def torch() -> Finding:
     """torch, which comes with vLLM."""
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     version = launch.describe_torch()
     return Finding(OK, "torch", version) if version else Finding(NO, "torch", "not installed: it comes with vLLM")
@@ -51,7 +51,7 @@ def torch() -> Finding:
 
 def vllm() -> Finding:
     """vLLM, its distribution and its version."""
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     installed = launch.find_vllm()
     if installed is None:
@@ -62,23 +62,23 @@ def vllm() -> Finding:
 
 
 def _compared(distribution: str, version: str) -> Finding:
-    from vllm_tap.engine import host
+    from vllm_tap.vllm import facts
 
-    oldest, newest = (".".join(map(str, bound)) for bound in (host.OLDEST, host.NEWEST))
+    oldest, newest = (".".join(map(str, bound)) for bound in (facts.OLDEST, facts.NEWEST))
     text = f"{version or 'of no known version'} ({distribution}); made for {oldest} to {newest}"
     release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if len(release) < 2:
         return Finding(WARN, "vLLM", f"{text}: the version cannot be compared")
-    if release < host.OLDEST:
+    if release < facts.OLDEST:
         return Finding(NO, "vLLM", f"{text}: upgrade vLLM to {oldest} or later")
-    if release > host.NEWEST:
+    if release > facts.NEWEST:
         return Finding(WARN, "vLLM", f"{text}: newer than any that was tried; what does not fit is refused by name")
     return Finding(OK, "vLLM", text)
 
 
 def plugin() -> Finding:
     """The entry point by which vLLM's processes load this package."""
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     found = launch.find_plugins()
     if found:
@@ -119,9 +119,9 @@ def shared_memory() -> Finding:
 def _trip() -> None:
     """Hand a page from a pool to a reader, in this process."""
     from vllm_tap.errors import TransportError
-    from vllm_tap.transport.handover import SegmentServer
-    from vllm_tap.transport.pool import SEGMENT_GRANULE_BYTES, SegmentPool
-    from vllm_tap.transport.reader import SegmentReader
+    from vllm_tap.transport.segment.pool import SEGMENT_GRANULE_BYTES, SegmentPool
+    from vllm_tap.transport.segment.reader import SegmentReader
+    from vllm_tap.transport.segment.server import SegmentServer
 
     pool = SegmentPool(SEGMENT_GRANULE_BYTES, segment_bytes=SEGMENT_GRANULE_BYTES)
     try:
@@ -154,7 +154,7 @@ def memory() -> Finding:
 
 def default_budget_bytes() -> int:
     """Return the budget of a capture that names none; 0 where the client cannot be loaded."""
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     if not launch.describe_torch():
         return 0
@@ -165,7 +165,7 @@ def default_budget_bytes() -> int:
 
 def cuda() -> Finding:
     """CUDA devices."""
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     devices = launch.describe_devices()
     return Finding(OK, "CUDA", "; ".join(devices) if devices else "no device: engines run on the processor")

@@ -50,7 +50,7 @@ def show(finding: Finding) -> None:
 def _examine(options: argparse.Namespace) -> int:
     """Start an engine and say what can be captured from it."""
     from vllm_tap.client.connection import connect
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     sys.stdout.flush()  # the engine writes to the same terminal
     llm = None

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from vllm_tap import __version__
 from vllm_tap.errors import SpecError
-from vllm_tap.spec import SINGLE_STREAMS
+from vllm_tap.streams import SINGLE_STREAMS
 
 FORMAT: Final = "vllm-tap capture 1"
 """Names the arrangement of tensors and metadata in a file; rises when it changes."""

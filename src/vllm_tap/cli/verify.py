@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    from vllm_tap.engine import launch
+    from vllm_tap.vllm import launch
 
     llm = launch.start(options.model, **arguments.engine_arguments(options))
     try:
@@ -118,20 +118,20 @@ def _spec(connection: Any) -> Spec:
 
 def _checks(llm: Any, prompts: list[Any], options: argparse.Namespace) -> Iterator[Check]:
     """Capture, and yield one check after the other."""
-    from vllm_tap.client import engine
     from vllm_tap.client.capture import capture
     from vllm_tap.client.connection import connect
+    from vllm_tap.vllm import frontend
 
     connection = connect(llm)
-    spec, pools = _spec(connection), engine.pools(llm)
+    spec, pools = _spec(connection), frontend.pools(llm)
     sampling: dict[str, Any] = {} if pools else {"max_tokens": options.max_tokens, "temperature": 0, "ignore_eos": True}
 
     def again(**how: Any) -> Any:
         return capture(llm, prompts, spec, progress=False, **how, **sampling)
 
     def plain() -> list[list[int]]:
-        params = [engine.new_params(llm, {**sampling, "skip_reading_prefix_cache": True}) for _ in prompts]
-        return verifications.generated(engine.generate(llm, prompts, params, use_tqdm=False))
+        params = [frontend.new_params(llm, {**sampling, "skip_reading_prefix_cache": True}) for _ in prompts]
+        return verifications.generated(frontend.generate(llm, prompts, params, use_tqdm=False))
 
     before = [] if pools else plain()
     try:

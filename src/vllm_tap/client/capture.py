@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_tap.client import engine
 from vllm_tap.client.connection import connect
 from vllm_tap.client.progress import bar
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
+from vllm_tap.vllm import frontend
 
 
 def capture(
@@ -62,7 +62,7 @@ def capture(
         One write per row in the worker; none here until rows are read (see `LayerMap`).
     """
     begin = time.perf_counter()
-    engine.require_llm(llm)
+    frontend.require_llm(llm)
     _require_no_others(llm)
     prompts = _checked_prompts(prompts)
     params = _params(llm, len(prompts), sampling_params, sampling)
@@ -79,7 +79,7 @@ def capture(
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
         show = bar(progress, recording.counts)
-        outputs = engine.generate(
+        outputs = frontend.generate(
             llm,
             prompts,
             marked,
@@ -99,9 +99,9 @@ def capture(
 
 
 def _require_no_others(llm: Any) -> None:
-    if engine.unfinished(llm):
+    if frontend.unfinished(llm):
         connect(llm).status()  # says so if the engine is gone: its requests stay for ever
-    engine.require_no_others(llm, "capture beside them with vllm_tap.Recording")
+    frontend.require_no_others(llm, "capture beside them with vllm_tap.Recording")
 
 
 def _checked_prompts(prompts: Any) -> list[Any]:
@@ -132,12 +132,12 @@ def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> l
     if given is not None and fields:
         raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
     if given is None:
-        given = engine.new_params(llm, fields)
+        given = frontend.new_params(llm, fields)
     each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
     if len(each) != num_prompts:
         raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")
     for params in {id(params): params for params in each}.values():
-        engine.require_params(llm, params)
+        frontend.require_params(llm, params)
     return each
 
 

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from vllm_tap.client import engine
 from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory
 from vllm_tap.errors import (
     CaptureError,
@@ -25,13 +24,12 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import IntArray, Layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.transport.calls import Caller
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.vllm import frontend
+from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 PROBE_TOKENS = range(1, 17)
 """Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
-
-ENGINE_IS_GONE = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
-"""What vLLM 0.26 to 0.33 says in its errors when the core, or a worker below it, has ended."""
 
 GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
 
@@ -64,16 +62,16 @@ class Connection:
 
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
-        engine.require_no_others(llm, "make a Recording, which asks the workers, before you add any")
+        frontend.require_no_others(llm, "make a Recording, which asks the workers, before you add any")
         longest = max(llm.model_config.max_model_len - 1, 1)
         if num_tokens > longest:
             num_tokens *= 3  # the first step may begin with the first of several prompts; one of the next ones is full
         lengths = [min(longest, num_tokens - begin) for begin in range(0, num_tokens, longest)]
-        fields = {} if engine.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
-        params = engine.new_params(llm, fields)
+        fields = {} if frontend.pools(llm) else {"max_tokens": 1, "temperature": 0.0}
+        params = frontend.new_params(llm, fields)
         params.skip_reading_prefix_cache = True
         prompts = [{"prompt_token_ids": list(itertools.islice(itertools.cycle(PROBE_TOKENS), n))} for n in lengths]
-        engine.generate(llm, prompts, [params] * len(prompts), use_tqdm=False)
+        frontend.generate(llm, prompts, [params] * len(prompts), use_tqdm=False)
 
     def greet(self) -> None:
         """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
@@ -214,7 +212,7 @@ class Connection:
     def _rpc(self, name: str, *args: Any) -> list[Any]:
         llm = self._require_alive()
         try:
-            return engine.call(llm, f"vllm_tap_{name}", args)
+            return frontend.call(llm, f"vllm_tap_{name}", args)
         except EngineDiedError:
             raise
         except Exception as error:
@@ -322,7 +320,7 @@ _connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictio
 
 def connect(llm: Any) -> Connection:
     """Return the connection to an engine, made on first use and kept as long as the engine object lives."""
-    engine.require_llm(llm)
+    frontend.require_llm(llm)
     connection = _connections.get(llm)
     if connection is None:
         connection = _connections[llm] = Connection(llm)

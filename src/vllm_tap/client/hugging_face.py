@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from vllm_tap.errors import SpecError
-from vllm_tap.spec import SINGLE_STREAMS
+from vllm_tap.streams import SINGLE_STREAMS
 
 if TYPE_CHECKING:
     from vllm_tap.client.result import Capture, Sample

@@ -15,8 +15,8 @@ from vllm_tap.errors import DescriptorError
 from vllm_tap.frame.layout import CACHE_LINE, LABEL_BYTES, IntArray, Layout, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
 from vllm_tap.labels import NUM_LABELS
-from vllm_tap.transport.pool import Block
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.pool import Block
+from vllm_tap.transport.segment.reader import SegmentReader
 
 Bytes = npt.NDArray[np.uint8]
 

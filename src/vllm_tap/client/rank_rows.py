@@ -14,6 +14,7 @@ from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame.layout import IntArray
 from vllm_tap.frame.messages import Descriptor, Request
+from vllm_tap.vllm.names import is_request_of
 
 SHOWN = 8
 """Positions that an error message lists."""
@@ -139,16 +140,9 @@ def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Se
 
 
 def _is_of(request: Request, sequences: Sequences) -> bool:
-    """Tell whether a request is the one that the output of its sample names.
-
-    Inside, vLLM puts something random behind a request's name, and the number of a completion before it.
-    """
+    """Tell whether a request is the one that the output of its sample names."""
     output_id = sequences.request_ids.get(request.sample, "")
-    name, inside = request.request_id, f"{output_id}-"
-    if name.startswith(inside) or name == output_id:
-        return True
-    name = name.removeprefix(f"{request.completion}_")
-    return name.startswith(inside) or name == output_id
+    return is_request_of(request.request_id, request.completion, output_id)
 
 
 def _last_written(flat: IntArray, usable: npt.NDArray[np.bool_], everything: bool, num_rows: int) -> IntArray:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vllm_tap.client import engine
 from vllm_tap.client.capture import capture
 from vllm_tap.client.identity import full_model_facts, versions
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store.dataset import Dataset
 from vllm_tap.store.recording import Run, record_with
+from vllm_tap.vllm import frontend
 
 
 def record(
@@ -74,7 +74,7 @@ def record(
     Cost:
         One pass over the rows to write them and one for their checksums, while the engine computes the next piece.
     """
-    engine.require_llm(llm)
+    frontend.require_llm(llm)
     for name, given in (("sampling_params", sampling_params), ("lora_request", lora_request)):
         if isinstance(given, Sequence):
             raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")

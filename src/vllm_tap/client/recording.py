@@ -21,16 +21,14 @@ from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
-from vllm_tap.frame.routing import ROUTED, summary
+from vllm_tap.frame.routing import summary
 from vllm_tap.labels import mark
-from vllm_tap.spec import LAYERED_STREAMS, SINGLE_STREAMS, Layers, Spec, nearest, resolve_layers
+from vllm_tap.spec import Layers, Spec, nearest, resolve_layers
+from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
 
 MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
 
 STAGINGS: Final = ("auto", "staged", "direct")
-
-SHIPPED: Final = {"routed_experts": ("expert_ids", "expert_weights")}
-"""Fields of a Spec that stand for more than one stream of the workers."""
 
 
 class Recording:
@@ -226,7 +224,7 @@ class Recording:
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual
         routing = self._connection.routing
-        for name in ROUTED:
+        for name in ROUTER_STREAMS:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"
         return Capture(
@@ -262,14 +260,14 @@ def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
     has_experts = bool(connection.available("router_logits"))
     streams: dict[str, tuple[int, ...]] = {}
     for field in spec.streams:
-        for stream in SHIPPED.get(field, (field,)):
+        for stream in streams_of(field):
             available = connection.available(stream)
             reason = connection.why_not(stream)
-            if not available and not reason and (field in SINGLE_STREAMS or has_experts):
+            if not available and not reason and (field in SINGLE_FIELDS or has_experts):
                 reason = "no forward pass went through the place where it is taken"
             if reason:
                 raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
-            layers: Layers = getattr(spec, field) if field in LAYERED_STREAMS else "all"
+            layers: Layers = getattr(spec, field) if field in LAYERED_FIELDS else "all"
             streams[stream] = tuple(resolve_layers(stream, layers, available, connection.num_layers))
     return streams
 

@@ -7,15 +7,73 @@ engines with taps and without.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from vllm_tap.errors import PluginNotLoadedError
+from vllm_tap.labels import NO_TAPS
 
 logger = logging.getLogger("vllm_tap")
+
+RPC_METHODS: Final = ("open", "call", "fetch", "release", "status", "profile")
+"""Methods of `TapWorker` that clients reach through `collective_rpc("vllm_tap_<name>")`."""
+
+REPLYING: Final = ("open", "call", "release")
+"""Those of them whose replies are messages."""
+
+LEGACY_METHODS: Final = (
+    "enable_hidden_states_capture",
+    "disable_hidden_states_capture",
+    "get_captured_hidden_states",
+    "clear_hidden_states",
+    "get_hidden_states_debug_info",
+    "enable_moe_router_logits_capture",
+    "disable_moe_router_logits_capture",
+    "get_moe_router_logits",
+    "clear_moe_router_logits",
+    "get_moe_debug_info",
+)
+"""Methods of `LegacyCalls`, reached by their own names."""
 
 
 def register() -> None:
     """Prepare this vLLM process for captures. Never raises: vLLM does not catch what a plugin raises."""
     try:
-        from vllm_tap.engine import host
+        from vllm_tap.vllm import hooks
 
-        host.install()
+        own = {f"vllm_tap_{name}": _rpc(name) for name in RPC_METHODS}
+        legacy = {name: _rpc(name) for name in LEGACY_METHODS}
+        hooks.install(_on_loaded, hooks.Calls(own | legacy, optional=LEGACY_METHODS))
     except Exception as error:
         logger.warning("vllm-tap is off in this process, plain generation goes on: %s", error)
+
+
+def _on_loaded(worker: Any) -> None:
+    from vllm_tap.engine.legacy.calls import LegacyTapWorker
+
+    worker.vllm_tap = LegacyTapWorker.install(worker)
+
+
+def _rpc(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any) -> Any:
+        tap_worker = getattr(self, "vllm_tap", None)
+        if tap_worker is None:
+            return _without_taps(name, self.rank)
+        with tap_worker.lock:
+            return getattr(tap_worker, name)(*args)
+
+    return method
+
+
+def _without_taps(name: str, rank: int) -> Any:
+    """Return the reply of a worker without taps.
+
+    It does not raise: vLLM stops at the failure of the first of several ranks, and takes the replies of the others for
+    those to its next call.
+    """
+    text = f"{NO_TAPS}: it was made with VLLM_TAP=0 or with an additional_config that is no dict"
+    if name in REPLYING:
+        from vllm_tap.frame import messages
+
+        return messages.encode(messages.Failure(rank=rank, error=PluginNotLoadedError.__name__, message=text))
+    return {"error": f"{PluginNotLoadedError.__name__}: {text}"}

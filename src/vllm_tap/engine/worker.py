@@ -11,27 +11,31 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
-from vllm_tap.engine import host, host_model, host_runner
-from vllm_tap.engine.backend import Backend, choose
-from vllm_tap.engine.closing import Closable, close_all, weakly
-from vllm_tap.engine.convention import MODES, NO_ROWS, UNKNOWN
-from vllm_tap.engine.keeper import PoolKeeper
-from vllm_tap.engine.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
-from vllm_tap.engine.rows import Batch
-from vllm_tap.engine.session import Session, Sink
-from vllm_tap.engine.tap import ADD, PROBE_ROWS
-from vllm_tap.engine.taps import SOURCES, ModelTaps, by_shape
+from vllm_tap.engine.capture.closing import Closable, close_all, weakly
+from vllm_tap.engine.capture.cpu import CpuBackend
+from vllm_tap.engine.capture.idle import PoolKeeper
+from vllm_tap.engine.capture.interfaces import Backend, Sink
+from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
+from vllm_tap.engine.capture.session import Session
+from vllm_tap.engine.model.install import ModelTaps, by_shape
+from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
 from vllm_tap.errors import CaptureError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
+from vllm_tap.streams import SOURCES
 from vllm_tap.transport.calls import CallServer
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.pool import SegmentPool
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.transport.segment.server import SegmentServer
+from vllm_tap.vllm import facts
+from vllm_tap.vllm import model as vllm_model
+from vllm_tap.vllm import runner as vllm_runner
+from vllm_tap.vllm.runner import Batch
 
 logger = logging.getLogger("vllm_tap")
 
@@ -63,7 +67,7 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
     return call
 
 
-class TapWorker(host_runner.Recorder):
+class TapWorker(vllm_runner.Recorder):
     """The taps of a worker's model, its pools of segments, and the capture under way, if any."""
 
     def __init__(self, worker: Any) -> None:
@@ -88,13 +92,13 @@ class TapWorker(host_runner.Recorder):
         """Put taps into the model that a worker has just loaded; if they do not fit, keep the reason."""
         self = cls(worker)
         try:
-            model = host_model.find_model(worker)
-            self._backend = choose(worker, self.lock)
+            model = vllm_model.find_model(worker)
+            self._backend = choose_backend(worker, self.lock)
             self._keeper = PoolKeeper(self._every_pool, self._backend.is_quiet)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
-            host_runner.watch_runner(worker.model_runner, self)
+            vllm_runner.watch_runner(worker.model_runner, self)
         except Exception as error:
             self.refusal = str(error) if isinstance(error, TapError) else f"{type(error).__name__}: {error}"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
@@ -148,13 +152,13 @@ class TapWorker(host_runner.Recorder):
             refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
-        rank = host_runner.read_rank(worker)
+        rank = vllm_runner.read_rank(worker)
         unclear = {verdict.reason, *(found.reason for found in routing.values())}
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
-            engine=host.vllm_version(),
-            runner=host_runner.runner_name(worker.model_runner),
+            engine=facts.vllm_version(),
+            runner=vllm_runner.runner_name(worker.model_runner),
             device=worker.device.type,
             num_layers=taps.model.num_layers if taps else 0,
             streams=streams,
@@ -173,12 +177,12 @@ class TapWorker(host_runner.Recorder):
         Not in data parallel engines, which run in step: a forward pass of one alone waits for the others. There, and
         where dummy rows tell nothing, the client sends a request.
         """
-        if not taps.seen and not host_runner.runs_in_step(self._worker):
-            host_runner.run_dummy(self._worker.model_runner)
+        if not taps.seen and not vllm_runner.runs_in_step(self._worker):
+            vllm_runner.run_dummy(self._worker.model_runner)
 
     def _eager_rows(self) -> int:
         """Return of how many tokens a step is that replays no CUDA graph, in which taps learn nothing."""
-        graph_rows = host_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
+        graph_rows = vllm_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
         return max(graph_rows + 1, PROBE_ROWS)
 
     def _streams(self, taps: ModelTaps, residual: str, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
@@ -234,7 +238,7 @@ class TapWorker(host_runner.Recorder):
         """Have memory for all rows that are expected prepared in the background."""
         start, streams = session.start, session.streams
         expected = block_bytes(start.expected_rows, streams)
-        largest = block_bytes(min(start.expected_rows, host_runner.max_rows(self._worker)), streams)
+        largest = block_bytes(min(start.expected_rows, vllm_runner.max_rows(self._worker)), streams)
         self._pool(start.shared).grow_ahead(expected + expected // SLACK, largest)
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
@@ -245,7 +249,7 @@ class TapWorker(host_runner.Recorder):
     def _share(self, start: messages.Start) -> Iterable[Stream]:
         """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
         assert self._taps is not None
-        rank = host_runner.read_rank(self._worker)
+        rank = vllm_runner.read_rank(self._worker)
         mine = {
             (stream, layer): tap
             for (stream, layer), tap in self._taps.by_place.items()
@@ -391,3 +395,12 @@ class TapWorker(host_runner.Recorder):
             self._calls = CallServer(weakly(self.call))
             self._closing.append(self._calls)
         return self._calls
+
+
+def choose_backend(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:
+    """Return the backend of a worker whose model has been loaded; the lock is held during each of its steps."""
+    if worker.device.type != "cuda":
+        return CpuBackend()
+    from vllm_tap.engine.cuda.backend import DeviceBackend
+
+    return DeviceBackend(worker, step_lock)

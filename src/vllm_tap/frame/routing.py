@@ -8,9 +8,6 @@ import msgspec
 
 UNKNOWN: Final = "unknown"
 
-ROUTED: Final = ("router_logits", "expert_ids", "expert_weights")
-"""Streams of a router: what it chooses by, and what it chose."""
-
 
 class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the router of one layer chooses K of E experts by the logits of a token, and weights them.

@@ -9,12 +9,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from vllm_tap.client.engine import pools
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import LayerError, SpecError
 from vllm_tap.legacy import runs
 from vllm_tap.legacy.select import IntArray, Select, covering, read_select
 from vllm_tap.spec import Spec, nearest
+from vllm_tap.vllm.frontend import pools
 
 STREAMS: Final = ("hidden_states", "router_logits")
 

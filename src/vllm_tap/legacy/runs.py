@@ -6,11 +6,11 @@ import sys
 from typing import Any
 
 from vllm_tap.client import capture as new
-from vllm_tap.client import engine
 from vllm_tap.client.connection import connect
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import EngineUnsupportedError, SpecError
 from vllm_tap.spec import Spec
+from vllm_tap.vllm import frontend
 
 HIDDEN = Spec(hidden_states="all")
 ROUTER = Spec(router_logits="all")
@@ -22,13 +22,13 @@ def embed(llm: Any, texts: Any, spec: Spec) -> Capture:
     Raises:
         SpecError: The engine generates.
     """
-    engine.require_llm(llm)
-    if not engine.pools(llm):
+    frontend.require_llm(llm)
+    if not frontend.pools(llm):
         raise SpecError(
             "this engine generates and does not embed: call the function that ends in _generate, or start it with "
             'LLM(..., runner="pooling", convert="embed").'
         )
-    result = _capture(llm, texts, spec, engine.new_params(llm, {}))
+    result = _capture(llm, texts, spec, frontend.new_params(llm, {}))
     embedding = sys.modules["vllm"].EmbeddingRequestOutput
     result.outputs[:] = [embedding.from_base(output) for output in result.outputs]
     return result
@@ -40,14 +40,14 @@ def generate(llm: Any, prompts: Any, spec: Spec, max_tokens: int, sampling: dict
     Raises:
         SpecError: The engine embeds, or more than one completion a prompt is asked for.
     """
-    engine.require_llm(llm)
-    if engine.pools(llm):
+    frontend.require_llm(llm)
+    if frontend.pools(llm):
         raise SpecError("this engine embeds and does not generate: call the function without _generate.")
     if sampling.get("n") not in (None, 1):
         raise SpecError(
             f"n={sampling['n']}: a sample here is one sequence. Use vllm_tap.capture, whose samples have all."
         )
-    params = engine.new_params(llm, {"temperature": 0.0, "max_tokens": max_tokens, **sampling})
+    params = frontend.new_params(llm, {"temperature": 0.0, "max_tokens": max_tokens, **sampling})
     return _capture(llm, prompts, spec, params)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client import engine
 from vllm_tap.client.connection import Connection
+from vllm_tap.vllm import frontend
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ def test_prompts_have_as_many_tokens_as_are_wanted(
     """No prompt is longer than the model takes with a token to generate, and none of them is found in a cache."""
     sent: list[Any] = []
     given: list[Any] = []
-    monkeypatch.setattr(engine, "new_params", lambda llm, fields: SimpleNamespace(**fields))
+    monkeypatch.setattr(frontend, "new_params", lambda llm, fields: SimpleNamespace(**fields))
     monkeypatch.setattr(
-        engine, "generate", lambda llm, prompts, params, use_tqdm: (sent.extend(prompts), given.extend(params))
+        frontend, "generate", lambda llm, prompts, params, use_tqdm: (sent.extend(prompts), given.extend(params))
     )
     llm = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=longest),

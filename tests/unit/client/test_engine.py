@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client import engine
-from vllm_tap.client.engine import STEPS_BETWEEN, _first_step_first, _outputs_watched, _token_lists
 from vllm_tap.errors import SpecError
+from vllm_tap.vllm import frontend
+from vllm_tap.vllm.frontend import STEPS_BETWEEN, _first_step_first, _outputs_watched, _token_lists
 
 
 class Core:
@@ -59,7 +59,7 @@ def test_requests_beyond_a_full_step_are_sent_a_moment_later(
 ) -> None:
     """All of them, in their order; `pauses` are before requests of these numbers."""
     core = Core()
-    monkeypatch.setattr(engine, "time", SimpleNamespace(sleep=core.events.append))
+    monkeypatch.setattr(frontend, "time", SimpleNamespace(sleep=core.events.append))
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=100),
         parallel_config=SimpleNamespace(distributed_executor_backend=executor),
@@ -71,7 +71,7 @@ def test_requests_beyond_a_full_step_are_sent_a_moment_later(
             core.add_request(request)
     expected: list[Any] = list(requests)
     for number in pauses:
-        expected.insert(number, engine.FIRST_STEP_SECONDS)
+        expected.insert(number, frontend.FIRST_STEP_SECONDS)
     assert core.events == expected
     assert "add_request" not in vars(core)
 
@@ -140,8 +140,8 @@ def test_parameters_are_made_of_copies_of_known_fields(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SamplingParams))
     llm = SimpleNamespace(model_config=SimpleNamespace(runner_type="generate"))
     mine = ["."]
-    params = engine.new_params(llm, {"max_tokens": 3, "stop": mine})
+    params = frontend.new_params(llm, {"max_tokens": 3, "stop": mine})
     assert (params.max_tokens, params.stop) == (3, mine)
     assert params.stop is not mine
     with pytest.raises(SpecError, match="no field 'max_token'"):
-        engine.new_params(llm, {"max_token": (token for token in ())})
+        frontend.new_params(llm, {"max_token": (token for token in ())})

@@ -18,9 +18,9 @@ from vllm_tap.client.memory import FetchedMemory, MappedMemory
 from vllm_tap.errors import DescriptorError
 from vllm_tap.frame.layout import IntArray, Layout, Stream, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.pool import SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MIB = 1 << 20
 STREAM = Stream("hidden_states", "int64", 1, (0,))

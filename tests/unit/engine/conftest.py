@@ -8,8 +8,9 @@ import pytest
 
 from simulated_cuda import SimulatedCuda, simulated_cuda
 from simulated_engine import GRAPH_TOKENS
-from vllm_tap.engine import device_sink, device_tap, graphs, kernel
-from vllm_tap.engine.slab import SlabKeeper
+from vllm_tap.engine.cuda import graphs, kernel, operator
+from vllm_tap.engine.cuda import sink as device_sink
+from vllm_tap.engine.cuda.slab import SlabKeeper
 
 
 @pytest.fixture
@@ -20,6 +21,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
     monkeypatch.setattr(kernel, "LARGE_ROWS", GRAPH_TOKENS)
     monkeypatch.setattr(kernel, "MOST_ROWS", 8)
     monkeypatch.setattr(SlabKeeper, "_start", lambda _: None)
-    monkeypatch.setattr(device_tap, "_by_pointer", {})
+    monkeypatch.setattr(operator, "_by_pointer", {})
     with simulated_cuda() as cuda:
         yield cuda

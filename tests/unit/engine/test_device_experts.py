@@ -6,7 +6,7 @@ import pytest
 
 from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, EXPERTS, FOUR_ROUTERS, GRAPH_TOKENS, LLAMA, ROUTER, STEPS, Engine, Model, Place
-from vllm_tap.engine import held_experts, kernel
+from vllm_tap.engine.cuda import deferred_experts, kernel
 
 
 @pytest.mark.parametrize("leave_out", [1, 2, 3])
@@ -50,7 +50,7 @@ def test_no_more_is_held_than_the_engine_can_spare(
     A graph of half as many rows as the largest, as the one here, holds half of what one of no rows might.
     """
     row_bytes = sum(place.width * place.dtype.itemsize for place in ROUTER[1:4])
-    monkeypatch.setattr(held_experts, "MAX_HELD_BYTES", 2 * GRAPH_TOKENS * row_bytes * num_layers)
+    monkeypatch.setattr(deferred_experts, "MAX_HELD_BYTES", 2 * GRAPH_TOKENS * row_bytes * num_layers)
     engine = Engine(cuda, FOUR_ROUTERS, keeps_tensors=True)
     session = engine.start()
     for step in STEPS[:7]:
@@ -79,9 +79,9 @@ def test_experts_are_taken_layer_by_layer_where_they_cannot_be_held(
 ) -> None:
     """As where a compiled graph made the logits, or a tensor is a part of another that starts at any address."""
     if why == "a row starts anywhere":
-        monkeypatch.setattr(held_experts, "can_gather", lambda _: False)
+        monkeypatch.setattr(deferred_experts, "can_gather", lambda _: False)
     if why == "no room":
-        monkeypatch.setattr(held_experts, "MAX_GRAPHS", 0)
+        monkeypatch.setattr(deferred_experts, "MAX_GRAPHS", 0)
     engine = Engine(cuda, ROUTER, keeps_tensors=why != "memory serves again")
     session = engine.start()
     engine.step(session, DECODE)
@@ -97,7 +97,7 @@ def test_a_kernel_that_cannot_be_put_at_the_end_of_a_graph_ends_captures_alone(
     def fails(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(held_experts, "launch_gather_experts", fails)
+    monkeypatch.setattr(deferred_experts, "launch_gather_experts", fails)
     engine = Engine(cuda, ROUTER, keeps_tensors=True)
     assert "no such kernel" in engine.model.rows.refusal
     engine.model.run(3)

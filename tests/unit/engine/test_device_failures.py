@@ -10,7 +10,8 @@ import pytest
 
 from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, LLAMA, ROUTER, STEPS, Engine, Model, Place
-from vllm_tap.engine import device_sink, kernel
+from vllm_tap.engine.cuda import kernel
+from vllm_tap.engine.cuda import sink as device_sink
 from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError, TransportError
 
 

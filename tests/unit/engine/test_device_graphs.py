@@ -12,8 +12,8 @@ import torch
 
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda
 from simulated_engine import DECODE, LLAMA, Engine, Model, Place, copies_of, num_running
-from vllm_tap.engine.graph_forms import MOST_FORMS
-from vllm_tap.engine.slab import LINGER_SECONDS
+from vllm_tap.engine.cuda.slab import LINGER_SECONDS
+from vllm_tap.engine.cuda.tapped_graph import MOST_FORMS
 from vllm_tap.errors import TransportError
 
 

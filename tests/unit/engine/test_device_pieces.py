@@ -14,8 +14,8 @@ import torch
 
 from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, LLAMA, ROUTER, STEPS, Engine, Place, num_running
-from vllm_tap.engine import graphs
-from vllm_tap.engine.slab import LINGER_SECONDS
+from vllm_tap.engine.cuda import graphs
+from vllm_tap.engine.cuda.slab import LINGER_SECONDS
 
 
 def num_with_taps(cuda: SimulatedCuda) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.engine.host_model import _refuse_config
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm.model import _refuse_config
 
 
 def config(section: str = "", **settings: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.engine import host_runner
+from vllm_tap.vllm import runner as vllm_runner
 
 
 class Runner:
@@ -35,11 +35,11 @@ class Runner:
 
 def test_a_recorder_sees_each_step_and_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the documentation; a step without tokens means rest, dummy runs mean that nothing is captured."""
-    monkeypatch.setattr(host_runner, "require_fields", lambda _: None)
-    runner, recorder = Runner(), host_runner.Recorder()
+    monkeypatch.setattr(vllm_runner, "require_fields", lambda _: None)
+    runner, recorder = Runner(), vllm_runner.Recorder()
     for name in ("arm", "drain", "sampled", "rest", "disarm"):
         monkeypatch.setattr(recorder, name, lambda *_, name=name: runner.said.append(name))
-    host_runner.watch_runner(runner, recorder)
+    vllm_runner.watch_runner(runner, recorder)
     step, nothing = (SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=n) for n in (3, 0))
     runner.execute_model(step)
     runner.sample_tokens()

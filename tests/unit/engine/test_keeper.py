@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_tap.engine.keeper import POOL_LINGER_SECONDS, POOL_PATIENCE_SECONDS, PoolKeeper
-from vllm_tap.transport.pool import SegmentPool
+from vllm_tap.engine.capture.idle import POOL_LINGER_SECONDS, POOL_PATIENCE_SECONDS, PoolKeeper
+from vllm_tap.transport.segment.pool import SegmentPool
 
 MIB = 1 << 20
 
@@ -38,7 +38,7 @@ def quiet() -> list[bool]:
 @pytest.fixture
 def keeper(pools: dict[bool, SegmentPool], quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> Keeper:
     """A keeper after a capture."""
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     keeper = Keeper(list(pools.values()), lambda: quiet[0])
     keeper.linger()
     return keeper
@@ -84,7 +84,7 @@ def test_what_is_still_there_stays_when_somebody_comes(
         else:
             keeper.keep()
         if event == "a capture begins and ends":
-            monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: POOL_LINGER_SECONDS)
+            monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: POOL_LINGER_SECONDS)
             keeper.linger()
         return trim(pool, most)
 

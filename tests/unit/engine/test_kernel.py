@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_tap.engine import expert_kernel, kernel
+from vllm_tap.engine.cuda import expert_kernel, kernel
 
 HOPPER = 90
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from vllm_tap.engine.profile import ForwardProfile, Profile
+from vllm_tap.engine.capture.profile import ForwardProfile, Profile
 
 
 class Part:

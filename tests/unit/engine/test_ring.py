@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tap.engine.ring import Ring
+from vllm_tap.engine.cuda.ring import Ring
 
 
 class Event:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from routing import follow, in_order
-from vllm_tap.engine.convention import NO_ROWS
-from vllm_tap.engine.experts import Experts, read_routing
-from vllm_tap.engine.routing import confirm
+from vllm_tap.engine.model.residual import NO_ROWS
+from vllm_tap.engine.model.routing import confirm
 from vllm_tap.frame.routing import UNKNOWN, Routing, summary
+from vllm_tap.vllm.experts import Experts, read_routing
 
 NUM_EXPERTS = 16
 LOGITS = torch.randn(64, NUM_EXPERTS, generator=torch.Generator().manual_seed(1))

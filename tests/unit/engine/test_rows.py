@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tap.engine.rows import Batch, CapturedRequest, Selector
+from vllm_tap.engine.capture.selection import CapturedRequest, Selector
+from vllm_tap.vllm.runner import Batch
 
 POSITIONS = st.one_of(
     st.sampled_from(["all", "prompt", "generated", "last"]),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_tap.engine import cuda
-from vllm_tap.engine.slab import LINGER_SECONDS, PATIENCE_SECONDS, SlabKeeper
+from vllm_tap.engine.cuda import driver
+from vllm_tap.engine.cuda.slab import LINGER_SECONDS, PATIENCE_SECONDS, SlabKeeper
 
 
 class Device:
@@ -47,8 +47,8 @@ class Keeper(SlabKeeper):
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """A device in place of the driver's."""
     device = Device()
-    monkeypatch.setattr(cuda, "allocate", device.allocate)
-    monkeypatch.setattr(cuda, "free", device.held.pop)
+    monkeypatch.setattr(driver, "allocate", device.allocate)
+    monkeypatch.setattr(driver, "free", device.held.pop)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (device.free_bytes(), 1000))
     return device
 
@@ -56,7 +56,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 @pytest.fixture
 def keeper(device: Device, monkeypatch: pytest.MonkeyPatch) -> Keeper:
     """A keeper whose slabs are given back at time 0."""
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     return Keeper(torch.device("cpu"), lambda: device.headroom, lambda: device.is_quiet)
 
 
@@ -113,7 +113,7 @@ def test_what_goes_with_a_slab_goes_first(device: Device, monkeypatch: pytest.Mo
         if fails:
             raise RuntimeError
 
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, on_idle)
     keeper.give(take(keeper, 500))
     with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
@@ -134,7 +134,7 @@ def test_what_is_prepared_in_pauses_is_tried_until_it_is_done(device: Device, mo
             raise answer
         return answer
 
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, in_pause=in_pause)
     keeper.give(take(keeper, 500))
     assert keeper.tidy(LINGER_SECONDS - 0.1)
@@ -181,7 +181,7 @@ def test_an_idle_slab_goes_at_once_when_memory_is_short(keeper: Keeper, device: 
 def test_captures_without_a_slab_let_the_rest_go_too(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that write straight to pinned memory: their graphs are held until some time after the last of them."""
     gone = []
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     keeper = Keeper(torch.device("cpu"), lambda: 0, lambda: True, lambda: gone.append(True))
     keeper.keep()
     keeper.give(None)
@@ -203,7 +203,7 @@ def test_a_keeper_whose_thread_cannot_begin_or_fails_has_another_after_the_next_
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("vllm_tap.engine.keeper.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("vllm_tap.engine.capture.idle.time.monotonic", lambda: 0.0)
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
     keeper = SlabKeeper(torch.device("cpu"), lambda: 0, lambda: True)
     with monkeypatch.context() as patch:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_tap.engine import assumptions, experts, host, support
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm import assumptions, experts, facts, hooks, model, runner, support
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "vllm-support.md"
@@ -29,7 +29,7 @@ def test_a_stale_page_fails_the_check(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "vllm_tap.engine.support", str(page), *arguments]
+        command = [sys.executable, "-m", "vllm_tap.vllm.support", str(page), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     for text in (None, "old"):
@@ -37,7 +37,7 @@ def test_a_stale_page_fails_the_check(tmp_path: Path) -> None:
             page.write_text(text)
         done = run("--check")
         assert done.returncode == 1
-        assert f"{page} is out of date: run python -m vllm_tap.engine.support {page}" in done.stderr
+        assert f"{page} is out of date: run python -m vllm_tap.vllm.support {page}" in done.stderr
     assert page.read_text() == "old"
     assert run().returncode == run("--check").returncode == 0
     assert page.read_text() == PAGE.read_text()
@@ -79,7 +79,7 @@ def test_every_name_that_host_looks_for_is_listed() -> None:
     """What `host` and `experts` ask for by a literal name, with `require`, `getattr` or `hasattr`, is in the list."""
     asked = {
         node.args[1].value
-        for module in (host, experts)
+        for module in (facts, hooks, model, runner, experts)
         for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
@@ -97,18 +97,18 @@ def test_a_missing_name_is_refused_with_its_reason() -> None:
     """The error names the class, the attribute, what it is for and the versions that are known."""
     expected = r"has no .*object.execute_model, which is needed to see the steps. .*vLLM 0\.26 to 0\.33"
     with pytest.raises(EngineUnsupportedError, match=expected):
-        host.require(object(), "execute_model")
+        facts.require(object(), "execute_model")
 
 
 def test_a_missing_field_is_refused_before_a_step_runs() -> None:
     """Fields of requests are looked for when the model is loaded: all are there, and another one is named."""
-    host.require_fields([*assumptions.REQUESTS, assumptions.V2_ROWS])
+    facts.require_fields([*assumptions.REQUESTS, assumptions.V2_ROWS])
     absent = assumptions.REQUESTS[1]._replace(names=("req_id", "execute_model"))
     with pytest.raises(EngineUnsupportedError, match=r"vllm.v1.core.sched.output.NewRequestData.execute_model"):
-        host.require_fields([absent])
+        facts.require_fields([absent])
 
 
 def test_versions_agree() -> None:
     """The bounds that `host` refuses by are the oldest and newest version that was read."""
     bounds = [tuple(map(int, re.findall(r"\d+", version)[:2])) for version in assumptions.VERSIONS]
-    assert (min(bounds), max(bounds)) == (host.OLDEST, host.NEWEST)
+    assert (min(bounds), max(bounds)) == (facts.OLDEST, facts.NEWEST)

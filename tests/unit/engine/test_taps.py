@@ -10,11 +10,11 @@ import torch
 
 from vllm_tap import Spec
 from vllm_tap.client.recording import _resolve
-from vllm_tap.engine import host_model
-from vllm_tap.engine.rows import Run
-from vllm_tap.engine.tap import Rows, Tap
-from vllm_tap.engine.taps import ModelTaps
+from vllm_tap.engine.capture.selection import Run
+from vllm_tap.engine.model.install import ModelTaps
+from vllm_tap.engine.model.tap import Rows, Tap
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError
+from vllm_tap.vllm import model as vllm_model
 
 NUM_EXPERTS = 4
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ class Layer(torch.nn.Module):
 
 def tapped(*layers: torch.nn.Module) -> ModelTaps:
     """Return the taps of a model of these layers, after a forward pass over a few rows."""
-    taps = ModelTaps(host_model.Model(dict(enumerate(layers)), len(layers), None, True, True), CPU, Rows())
+    taps = ModelTaps(vllm_model.Model(dict(enumerate(layers)), len(layers), None, True, True), CPU, Rows())
     hidden = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     for layer in layers:
         hidden = layer(hidden)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from vllm_tap.errors import TransportError
-from vllm_tap.transport import memory
-from vllm_tap.transport.memory import Segment
+from vllm_tap.transport.segment import memory
+from vllm_tap.transport.segment.memory import Segment
 
 MIB = 1 << 20
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vllm_tap.transport.pool
+import vllm_tap.transport.segment.pool
 from vllm_tap.errors import BudgetError, TransportError
-from vllm_tap.transport.memory import Segment
-from vllm_tap.transport.pool import Block, SegmentPool
+from vllm_tap.transport.segment.memory import Segment
+from vllm_tap.transport.segment.pool import Block, SegmentPool
 
 MIB = 1 << 20
 PAGE = 4096
@@ -264,7 +264,7 @@ def test_growing_ahead_makes_room_for_the_largest_block():
 
 def test_segments_are_as_large_as_what_came_before(monkeypatch):
     """Where nobody says how much is wanted, small captures need not wait for large segments; there is a most."""
-    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    monkeypatch.setattr(vllm_tap.transport.segment.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
     sizes = []
     pool = SegmentPool(64 * MIB, shared=False, segment_bytes=8 * MIB, on_create=lambda s: sizes.append(s.nbytes // MIB))
     for _ in range(13):
@@ -275,7 +275,7 @@ def test_segments_are_as_large_as_what_came_before(monkeypatch):
 
 def test_growing_ahead_makes_no_more_than_is_wanted(monkeypatch):
     """Whole segments of the usual size, and one for the rest."""
-    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    monkeypatch.setattr(vllm_tap.transport.segment.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
     pool = SegmentPool(64 * MIB, shared=False, segment_bytes=8 * MIB)
     pool.grow_ahead(19 * MIB)
     assert pool.stats()[:2] == (3, 20 * MIB)
@@ -284,7 +284,7 @@ def test_growing_ahead_makes_no_more_than_is_wanted(monkeypatch):
 
 def test_a_pool_of_many_small_segments_grows_by_larger_ones(monkeypatch):
     """Each takes a file descriptor: captures whose rows are held are no reason to run out of them."""
-    monkeypatch.setattr(vllm_tap.transport.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
+    monkeypatch.setattr(vllm_tap.transport.segment.pool, "FIRST_SEGMENT_BYTES", 2 * MIB)
     pool = SegmentPool(128 * MIB, shared=False, segment_bytes=16 * MIB)
     for _ in range(50):
         pool.grow_ahead(2 * MIB, PAGE)

@@ -16,9 +16,9 @@ import pytest
 
 from vllm_tap.errors import DescriptorError, TransportError
 from vllm_tap.transport import wire
-from vllm_tap.transport.handover import SegmentServer
-from vllm_tap.transport.pool import Block, SegmentPool
-from vllm_tap.transport.reader import SegmentReader
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
 
 MIB = 1 << 20
 

@@ -1,0 +1,1 @@
+"""Captures: their requests, rows and blocks. Worker process."""

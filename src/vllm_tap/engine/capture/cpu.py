@@ -1,0 +1,121 @@
+"""Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
+
+A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `rest` (no step is known
+to follow), `settle` (all rows lie in their blocks), `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.profile import Profile
+from vllm_tap.engine.capture.selection import Selection
+from vllm_tap.engine.model.tap import GATHER_ABOVE, Rows, Tap, Taps
+from vllm_tap.frame.layout import Layout, Stream
+from vllm_tap.labels import NUM_LABELS
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.runner import Batch
+
+
+class CpuSink:
+    """Planes of the step are views of its block: one copy in all, made by the tap itself."""
+
+    def __init__(self, streams: Sequence[Stream], taps: Taps, rows: Rows, pool: SegmentPool) -> None:
+        self._pool, self._rows = pool, rows
+        self._streams = [(stream, [taps[stream.name, layer] for layer in stream.layers]) for stream in streams]
+
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Point every tap at its plane, write the labels, and let rows through.
+
+        Cost: one tensor view per tap; the labels are written once, [3, R] int32.
+        """
+        memory = self._pool.segment(chunk.segment_id).view
+        num_rows = selection.num_rows
+        labels = np.frombuffer(memory, np.int32, NUM_LABELS * num_rows, start).reshape(NUM_LABELS, num_rows)
+        labels[0] = selection.numbers
+        labels[1] = batch.positions.numpy()[selection.sources]
+        labels[2] = batch.token_ids.numpy()[selection.sources]
+        for (stream, taps), place in zip(self._streams, form.streams, strict=True):
+            shape = (len(taps), num_rows, stream.width)
+            planes = torch.frombuffer(
+                memory, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=start + place
+            ).view(shape)
+            for tap, plane in zip(taps, planes.unbind(), strict=True):
+                tap.plane = plane
+        self._rows.failure = None
+        self._rows.num_tokens = int(selection.sources.max(initial=-1)) + 1
+        self._rows.runs = runs = selection.runs
+        self._rows.sources = torch.from_numpy(selection.sources) if len(runs) > GATHER_ABOVE else None
+
+    def repeat(self, start: int) -> bool:
+        """Begin a step like the one before: nothing is saved here, so it is to be begun as any other."""
+        return False
+
+    def end(self) -> list[Tap]:
+        """Stop letting rows through. Returns the taps that no row passed in this step.
+
+        Raises:
+            TapError: What went wrong in a tap of this step.
+        """
+        silent = []
+        for _, taps in self._streams:
+            for tap in taps:
+                tap.plane = None
+                if tap.step != self._rows.step:
+                    silent.append(tap)
+        self._rows.clear()
+        if self._rows.failure is not None:
+            raise self._rows.failure
+        return silent
+
+    def send(self, generates: bool) -> None:
+        """Send off what is still on the device: nothing."""
+
+    def rest(self) -> None:
+        """Queue what `settle` waits for: nothing."""
+
+    def settle(self) -> None:
+        """Wait until all rows lie in their blocks: they already do."""
+
+    def close(self) -> None:
+        """Give back what the sink holds besides the pool."""
+
+
+class CpuBackend:
+    """Taps write into segments."""
+
+    refusal = ""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
+        """Return a sink; rows are never staged."""
+        return CpuSink(streams, taps, self.rows, pool)
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool."""
+        return SegmentPool(0, shared=shared)
+
+    def is_quiet(self) -> bool:
+        """Nothing of the engine waits for what a pool does."""
+        return True
+
+    def note_stream(self) -> None:
+        """There are no streams."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """There are no streams."""
+        return nullcontext()
+
+    def watch(self, profile: Profile) -> None:
+        """Nothing more to time."""
+
+    def copy_profile(self) -> Profile | None:
+        """There are no copies."""
+        return None

@@ -1,0 +1,89 @@
+"""Interfaces of a backend and of its sinks: CPU and CUDA engines behind one face. Worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from vllm_tap.engine.capture.profile import Profile
+from vllm_tap.engine.capture.selection import Selection
+from vllm_tap.engine.model.tap import Rows, Tap, Taps
+from vllm_tap.frame.layout import Layout, Stream
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.runner import Batch
+
+
+class Sink(Protocol):
+    """Where the rows of a step go; see `cpu` and `cuda.sink`."""
+
+    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+        """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
+
+    def repeat(self, start: int) -> bool:
+        """Let rows through as in the step before, into a block that starts here; tell whether that is so."""
+        ...
+
+    def end(self) -> list[Tap]:
+        """The forward pass has been launched; return taps that are known to have been silent."""
+        ...
+
+    def send(self, generates: bool) -> None:
+        """The step's tokens are on their way: send off what is worth it by now.
+
+        The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
+        """
+
+    def rest(self) -> None:
+        """Queue what `settle` waits for: no step is known to follow."""
+
+    def settle(self) -> None:
+        """Wait until all rows lie in their blocks."""
+
+    def close(self) -> None:
+        """Give back what the sink holds besides the blocks."""
+
+
+class Backend(Protocol):
+    """How rows get from the taps of a worker into segments."""
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the current step, shared by all taps."""
+        ...
+
+    @property
+    def refusal(self) -> str:
+        """Why rows cannot be taken, as far as the forward passes until now have shown; an empty string if they can."""
+        ...
+
+    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
+        """Return where the rows of one capture go.
+
+        Raises:
+            BudgetError: There is no room for staging, and `staging` insists on it.
+            EngineUnsupportedError: Rows cannot be taken, see `refusal`.
+        """
+        ...
+
+    def new_pool(self, shared: bool) -> SegmentPool:
+        """Return a pool without segments, whose budget is zero."""
+        ...
+
+    def is_quiet(self) -> bool:
+        """Tell whether the device has nothing to do; from any thread."""
+        ...
+
+    def note_stream(self) -> None:
+        """Note on which stream the engine works; in the engine's own thread."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Queue what another thread does on the engine's stream."""
+        ...
+
+    def watch(self, profile: Profile) -> None:
+        """Have a profile time the parts that only this backend has."""
+
+    def copy_profile(self) -> Profile | None:
+        """Return a profile of copies from the device, or None where rows need none."""
+        ...

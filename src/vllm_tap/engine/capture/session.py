@@ -1,0 +1,231 @@
+"""One capture in one worker: the requests it met, the blocks it filled, the error that ended it early.
+
+Runs in the worker process, between and around forward passes. Nothing here may raise into the engine: what goes wrong
+is kept, rows stop, generation goes on, and the client gets the error when it asks for the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
+from vllm_tap.engine.model.tap import Rows
+from vllm_tap.errors import BudgetError, CaptureError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
+from vllm_tap.labels import Mark
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.vllm.names import completion_of
+from vllm_tap.vllm.runner import Batch
+
+STEPS_PER_CHUNK: Final = 64
+MAX_CHUNK_BYTES: Final = 64 << 20
+"""Small steps share a reservation: each costs the worker and the client some microseconds, and where they lie together
+they leave a device together."""
+
+
+class Session:
+    """A capture under way."""
+
+    def __init__(
+        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, pool: SegmentPool, rows: Rows
+    ) -> None:
+        self.start, self.rank, self.streams = start, rank, tuple(streams)
+        self.client = start.clients.get(rank, 0)
+        self.num_rows = 0
+        self.error: TapError | None = None
+        self._sink, self._pool, self._rows = sink, pool, rows
+        self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
+        self._form = functools.lru_cache(self._new_form)
+        self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
+        self._selector = Selector(start.positions)
+        self._table: list[messages.Request] = []
+        self._chunks: list[Block] = []
+        self._chunk_number = 0  # of the current one
+        self._free_offset = self._free_end = 0
+        self._blocks: list[tuple[int, int, int]] = []
+        self._key: tuple[list[str], bytes] | None = None  # requests and lengths whose selection holds
+        self._selection: Selection | None = None
+        self._last: Selection | None = None
+        self._stride = 0  # from the start of its block to the next
+        self._is_open = False  # has met requests, ships rows of them, and has not failed
+        self._armed = False
+        self._generates = False  # the last generated token never enters the model
+
+    def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool = True) -> None:
+        """Take a request that the engine schedules for the first time; `generates` says whether more than one token.
+
+        The V2 runner adds a preempted request again under the same id: it keeps its number.
+        """
+        if mark.capture_id != self.start.capture_id or request_id in self._selector:
+            return
+        self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
+        self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
+        # A rank without a layer of this capture ships nothing, not even labels.
+        self._is_open = bool(self.streams) and self.error is None
+        self._generates = self._generates or (generates and self.start.positions in ("all", "generated"))
+
+    def arm(self, batch: Batch) -> None:
+        """Before a forward pass: find room for the rows that are asked for, and let them through."""
+        if not self._is_open:
+            return
+        try:
+            key = batch.request_ids, batch.starts.tobytes()
+            if key != self._key:
+                self._selection = self._selector.select(batch)
+                self._key = key if self._selector.takes_all else None
+            selection = self._selection
+            if selection is None:
+                self._rows.clear()
+                return
+            start, end = self._free_offset, self._free_offset + self._stride
+            if selection is self._last and end <= self._free_end and self._sink.repeat(start):
+                # Like the step before, right behind it in its chunk.
+                self._free_offset = end
+            else:
+                start = self._begin(batch, selection)
+            self._armed = True
+            num_rows = selection.num_rows
+            self._blocks.append((self._chunk_number, start, num_rows))
+            self.num_rows += num_rows
+        except Exception as error:
+            self.fail(error)
+
+    def _begin(self, batch: Batch, selection: Selection) -> int:
+        """Begin a step in a block of its own form; return where the block starts."""
+        start, form = self._place(selection.num_rows)
+        self._rows.step += 1
+        self._sink.begin(self._chunks[-1], start, form, selection, batch)
+        self._stride = self._free_offset - start
+        # Blocks that are so far apart lie alike.
+        self._last = selection if self._stride % self._period == 0 else None
+        return start
+
+    def _place(self, num_rows: int) -> tuple[int, Layout[int]]:
+        """Find room for a block in the current chunk, or reserve the next one; return its start and its layout.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        start = self._free_offset
+        form = self._form(start % self._period, num_rows)
+        if start + form.end > self._free_end:
+            chunk = self._reserve(num_rows)
+            if self._chunks and self.num_rows >= self.start.expected_rows:
+                self._pool.grow_more()
+            self._chunk_number = len(self._chunks)
+            self._chunks.append(chunk)
+            start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
+            form = self._form(start % self._period, num_rows)
+        # The next block's labels start on a cache line of their own.
+        self._free_offset = start + -(-form.end // CACHE_LINE) * CACHE_LINE
+        return start, form
+
+    def _new_form(self, phase: int, num_rows: int) -> Layout[int]:
+        """Return the layout of a block, counted from its start: the same for all that start in the same phase."""
+        labels, streams, end = layout(phase, num_rows, self.streams)
+        return Layout(labels - phase, tuple([start - phase for start in streams]), end - phase)
+
+    def _reserve(self, num_rows: int) -> Block:
+        nbytes = self._block_bytes(num_rows)
+        num_steps = STEPS_PER_CHUNK
+        if self.start.expected_rows > self.num_rows:
+            num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
+        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES)
+        if roomy <= nbytes:
+            return self._pool.reserve(nbytes)
+        try:
+            return self._pool.reserve(roomy)
+        except BudgetError:
+            # Near the end of the budget, room for this step alone may still be there.
+            return self._pool.reserve(nbytes)
+
+    def drain(self) -> None:
+        """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
+        if not self._armed:
+            return
+        self._armed = False
+        try:
+            silent = self._sink.end()
+            if silent:
+                names = ", ".join(f"{tap.stream}[{tap.layer}]" for tap in silent[:4])
+                raise CaptureError(
+                    f"the forward pass did not go through {len(silent)} taps ({names}): this model or step runs its "
+                    "layers in a way that cannot be tapped. Set enforce_eager=True, and report the model."
+                )
+        except Exception as error:
+            self.fail(error)
+
+    def send(self) -> None:
+        """After sampling: send off what is still on the device.
+
+        Not before: the copy of the sampled tokens, for which the engine waits, would queue behind ours.
+        """
+        try:
+            self._sink.send(self._generates)
+        except Exception as error:
+            self.fail(error)
+
+    def rest(self) -> None:
+        """Where the engine has nothing more to compute: send off all rows while it finishes, before the client asks."""
+        if self.error is not None:
+            return
+        try:
+            self._sink.rest()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the capture early; the first error is the one that the client gets."""
+        self._rows.clear()
+        self._is_open = self._armed = False
+        if self.error is None:
+            if not isinstance(error, TapError):
+                error = CaptureError(f"unexpected {type(error).__name__}: {error}")
+            self.error = error
+
+    def finish(self) -> messages.Descriptor:
+        """Wait for the last rows and describe where all of them are.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        begin = time.perf_counter()
+        if self.error is None:
+            self._sink.settle()
+        if self.error is not None:
+            raise self.error
+        wait_seconds = time.perf_counter() - begin
+        return messages.Descriptor(
+            rank=self.rank,
+            capture_id=self.start.capture_id,
+            streams=self.streams,
+            requests=tuple(self._table),
+            chunks=tuple(messages.Chunk(*chunk) for chunk in self._chunks),
+            blocks=np.array(self._blocks, "<i8").tobytes(),
+            byte_order=sys.byteorder,
+            wait_seconds=wait_seconds,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows taken so far."""
+        return self.num_rows * sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The reservations that this capture holds."""
+        return [chunk.block_id for chunk in self._chunks]
+
+    def close(self) -> None:
+        """Let go of the taps; blocks are kept or freed by the caller."""
+        self._rows.clear()
+        self._sink.close()

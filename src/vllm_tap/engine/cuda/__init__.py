@@ -1,0 +1,1 @@
+"""Rows of CUDA engines: operator, tables, kernels, graphs, staging, driver. Worker process."""

@@ -1,0 +1,266 @@
+"""A captured CUDA graph and its taps: what is executable of it, with which of them. Worker process.
+
+A tap at 8 rows costs a graph half a microsecond to one and a half, one whose kernel node is disabled still a fifth of
+one (bench/tap_kernel.py, one H200), times the number of layers, each step. To make a graph executable takes 0.15 ms and
+0.1 MiB of device memory for a piece of one layer, 17 ms and 2 MiB for a whole model (the same). What executable graphs
+took of the device's memory the driver keeps for the next ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple, Protocol
+
+import torch
+
+from vllm_tap.engine.cuda import driver
+from vllm_tap.errors import TransportError
+
+logger = logging.getLogger("vllm_tap")
+
+
+class Node(NamedTuple):
+    """A kernel node of a graph, and the taps that it serves."""
+
+    taps: frozenset[int]
+    handle: int
+
+    def in_copy(self, graph: int) -> Node:
+        """Return the same node of a copy of its graph."""
+        return self._replace(handle=driver.node_in_clone(self.handle, graph))
+
+
+NOTHING: Final[frozenset[int]] = frozenset()
+
+MOST_FORMS: Final = 4
+"""Sets of taps for which a graph is kept executable."""
+
+
+class Switch(Protocol):
+    """What says which taps are on."""
+
+    on: frozenset[int]
+
+    @property
+    def fail(self) -> Callable[[Exception], None]:
+        """Called with what went wrong; the graph runs nevertheless, maybe without taps that are on."""
+
+
+class TappedGraph:
+    """What stands in for PyTorch's graph in `replay`. One step replays many: nothing on the way that can be left out.
+
+    Args:
+        owner: PyTorch's graph, which lives at least as long.
+        switch: Which taps are on.
+    """
+
+    def __init__(self, owner: Any, switch: Switch) -> None:
+        self._owner, self._switch = weakref.ref(owner), switch
+        self._launch, self._current_stream = driver.bare_launch(), _current_stream()
+
+    def _leave_to_pytorch(self, error: TransportError | None = None) -> None:
+        """Have PyTorch queue its own executable graph: there is nothing else to queue, or the driver refused it."""
+        if error is not None:
+            self._switch.fail(error)
+        owner: Any = self._owner()
+        type(owner).replay(owner)
+
+
+class GraphPiece(TappedGraph):
+    """A graph of a piece of the model: executable without its taps at first, with them as soon as they are put in.
+
+    `replay` does so if a capture wants one, `complete` ahead. What is on once stays until `disable`: a kernel that
+    nobody wants ends at once, and to disable it costs more than it does, as long as captures come and go. What is
+    executable stays: the driver keeps the memory that executable graphs have taken.
+
+    Args:
+        owner: PyTorch's graph, which lives at least as long.
+        graph: The same, as the driver knows it. It stays as it is.
+        taps: Its nodes that serve taps.
+        switch: Which taps are on.
+    """
+
+    def __init__(self, owner: Any, graph: int, taps: list[Node], switch: Switch) -> None:
+        super().__init__(owner, switch)
+        self._graph, self._taps = graph, taps
+        self._executable = _executable_with(NOTHING, graph, taps)
+        self._forms = {NOTHING: self._executable}
+        self._enabled: list[bool] | None = None  # the nodes, if they are there
+        self._on = NOTHING  # all that are on among these are enabled
+        weakref.finalize(self, _give_up, self._forms).atexit = False
+
+    def replay(self) -> None:
+        """Queue the graph with the taps that are on, and maybe with some that find out that they are not."""
+        on = self._switch.on
+        if on is not self._on and on:
+            self._enable(on)
+        code = self._launch(self._executable, self._current_stream())
+        if code:
+            self._leave_to_pytorch(driver.failure(code, "cuGraphLaunch"))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its taps are there."""
+        return self._enabled is not None
+
+    def complete(self) -> None:
+        """Have its taps there, disabled, before a capture wants one.
+
+        Raises:
+            TransportError: The driver refused. The graph runs nevertheless.
+        """
+        self._put_in()
+        self.disable()
+
+    def disable(self) -> None:
+        """Disable its taps: nobody is going to want them for a while.
+
+        Raises:
+            TransportError: The driver refused, and some stay.
+        """
+        self._on = NOTHING
+        self._set({place: False for place in range(len(self._taps))})
+
+    def _enable(self, on: frozenset[int]) -> None:
+        self._on = NOTHING  # until all has gone well
+        wanted = {place: True for place, node in enumerate(self._taps) if not node.taps.isdisjoint(on)}
+        try:
+            if wanted and self._enabled is None:
+                self._put_in()
+            self._set(wanted)
+            self._on = on
+        except TransportError as error:
+            self._switch.fail(error)
+
+    def _put_in(self) -> None:
+        every = frozenset(node.handle for node in self._taps)
+        self._executable = self._forms[every] = driver.instantiate(self._graph)
+        self._enabled = [True] * len(self._taps)
+        driver.destroy_executable(self._forms.pop(NOTHING))
+
+    def _set(self, wanted: dict[int, bool]) -> None:
+        """Enable or disable nodes, by their places; where taps are not there, they need not be disabled."""
+        if self._enabled is None:
+            return
+        for place, is_wanted in wanted.items():
+            if self._enabled[place] != is_wanted:
+                driver.set_node_enabled(self._executable, self._taps[place].handle, is_wanted)
+                self._enabled[place] = is_wanted
+
+
+class GraphCopy(TappedGraph):
+    """A graph with its taps, beside one from which they were taken out.
+
+    Args:
+        owner: PyTorch's graph, which lives at least as long.
+        graph: The same, as the driver knows it, to be copied.
+        taps: Its nodes that serve taps.
+        num_rows: How many rows pass them.
+        switch: Which taps are on.
+    """
+
+    def __init__(self, owner: Any, graph: int, taps: list[Node], num_rows: int, switch: Switch) -> None:
+        super().__init__(owner, switch)
+        self.num_rows = num_rows
+        self._graph = driver.clone_graph(graph)
+        self._taps = [node.in_copy(self._graph) for node in taps]
+        self._forms: dict[frozenset[int], int] = {}
+        self._on = NOTHING
+        self._executable = 0
+        weakref.finalize(self, _give_up, self._forms, self._graph).atexit = False
+
+    def forget(self) -> None:
+        """Give up what was made executable."""
+        self._on, self._executable = NOTHING, 0
+        while self._forms:
+            driver.destroy_executable(self._forms.popitem()[1])
+
+    def replay(self) -> None:
+        """Queue the graph with the taps that are on and no others; PyTorch's own, if it has none of them."""
+        on, failed = self._switch.on, None
+        if on:
+            try:
+                if on is not self._on:
+                    self._take_form(on)
+                if self._executable:
+                    driver.check(self._launch(self._executable, self._current_stream()), "cuGraphLaunch")
+                    return
+            except TransportError as error:
+                failed = error
+        self._leave_to_pytorch(failed)
+
+    def prepare(self, on: frozenset[int]) -> bool:
+        """Make ready what `replay` will queue; return whether there was anything to do."""
+        return on is not self._on and self._take_form(on)
+
+    def _take_form(self, on: frozenset[int]) -> bool:
+        """Choose what to launch; return whether it had to be made."""
+        wanted = _handles(self._taps, on)
+        is_new = bool(wanted) and wanted not in self._forms
+        self._executable = self._form(wanted) if wanted else 0
+        self._on = on
+        return is_new
+
+    def _form(self, wanted: frozenset[int]) -> int:
+        """Return an executable graph with these taps; when there are many, the one that was made first goes."""
+        if wanted not in self._forms:
+            executable = self._executable_with(wanted)
+            if len(self._forms) == MOST_FORMS:
+                driver.destroy_executable(self._forms.pop(next(iter(self._forms))))
+            self._forms[wanted] = executable
+        return self._forms[wanted]
+
+    def _executable_with(self, wanted: frozenset[int]) -> int:
+        try:
+            return _executable_with(wanted, self._graph, self._taps, out_of_the_way=True)
+        except TransportError as error:
+            logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
+            return _executable_with(wanted, self._graph, self._taps)
+
+
+def can_name_streams() -> bool:
+    """Tell whether this PyTorch has what `_current_stream` needs, which its own compiled code calls."""
+    return hasattr(torch._C, "_cuda_getCurrentRawStream")
+
+
+def _current_stream() -> Callable[[], int]:
+    """Return what says on which stream of this device a thread queues its work.
+
+    Without a step in Python, and an object of PyTorch's, for each of the many pieces of a model.
+    """
+    return functools.partial(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
+
+
+def _handles(taps: Iterable[Node], on: frozenset[int]) -> frozenset[int]:
+    """Return the nodes that serve taps which are on."""
+    return frozenset(node.handle for node in taps if node.taps & on)
+
+
+def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *, out_of_the_way: bool = False) -> int:
+    """Return a graph made executable with these of its nodes for taps and no others."""
+    clone = driver.clone_graph(graph)
+    try:
+        nodes = [(node.handle in wanted, node.in_copy(clone).handle) for node in taps]
+        for is_wanted, handle in nodes:
+            if not is_wanted:
+                driver.remove_node(clone, handle)
+        for is_wanted, handle in nodes:
+            if is_wanted and out_of_the_way:
+                driver.let_next_start_early(clone, handle)
+        return driver.instantiate(clone)
+    finally:
+        driver.destroy_graph(clone)
+
+
+def _give_up(forms: dict[frozenset[int], int], graph: int = 0) -> None:
+    """Give up what nothing will launch any more: PyTorch's own graph is gone."""
+    try:
+        while forms:
+            driver.destroy_executable(forms.popitem()[1])
+        if graph:
+            driver.destroy_graph(graph)
+    except TransportError as error:
+        logger.info("vllm-tap: a CUDA graph with taps stays in memory: %s", error)

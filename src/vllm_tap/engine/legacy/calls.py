@@ -1,0 +1,333 @@
+"""The worker calls of the former interface: take the rows of every request while enabled, hand them over as bytes.
+
+Runs in the worker process. `get_...` returns `{layer: entry}` with each row once: requests one after another in the
+order in which they were first scheduled, positions ascending, whatever the scheduler did with them. A step that ran
+beyond a stop token (asynchronous scheduling) leaves a row past the end: the worker does not know the end, clients do.
+
+Tensor-parallel ranks hold the same rows, so the first rank of each pipeline stage returns its layers and the others
+return nothing: without pipeline stages the first reply has all layers.
+
+A method must not raise: vLLM stops at the first failed reply and leaves the others in their queues, where the next call
+finds them. A failure is the reply `{"error": "Name: message"}`, of the call that failed and of the `get_...` after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
+
+from vllm_tap.engine.legacy.rows import EverySession, Met, Ordered, Part, read_part
+from vllm_tap.engine.model.install import ModelTaps, dtype_name
+from vllm_tap.engine.model.residual import MODES, NO_ROWS, SUM, WHOLE
+from vllm_tap.engine.model.tap import ADD
+from vllm_tap.engine.worker import TapWorker
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.frame.layout import Stream
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.vllm import runner as vllm_runner
+
+logger = logging.getLogger("vllm_tap")
+
+MAX_BUDGET_BYTES: Final = 8 << 30
+NAME: Final = "by worker calls"
+HIDDEN: Final = "hidden_states"
+ROUTER: Final = "router_logits"
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _telling(function: Call) -> Call:
+    """Turn a method into one that returns what went wrong."""
+
+    @functools.wraps(function)
+    def call(self: LegacyTapWorker, *args: Any) -> Any:
+        try:
+            return function(self, *args)
+        except TapError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:
+            logger.exception("vllm-tap: %s failed", function.__name__)
+            return {"error": f"CaptureError: unexpected {type(error).__name__}: {error}"}
+
+    return call  # type: ignore[return-value]
+
+
+class Taken:
+    """What has been taken of one stream, and since when.
+
+    Attributes:
+        enabled: Whether rows are taken now.
+        since: Requests numbered from here on must have rows from their first position.
+        parts: What earlier sessions took.
+        error: What ended one of them early.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self.since = 0
+        self.parts: list[Part] = []
+        self.error: TapError | None = None
+
+
+class LegacyTapWorker(TapWorker):
+    """A worker's tap that also answers the calls of the former interface.
+
+    While a stream is enabled the capture under way is an `EverySession`; when what is enabled changes, the next session
+    begins, and the parts are put together when they are asked for.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        super().__init__(worker)
+        self._streams_taken = {HIDDEN: Taken(), ROUTER: Taken()}
+        self._every: EverySession | None = None
+        self._known: dict[str, Met] = {}
+        self._own_pool: SegmentPool | None = None
+        self._is_guess = False
+
+    def scheduled(self, request_id: str) -> None:
+        if self._every is not None:
+            self._known.setdefault(request_id, Met(len(self._known), True))
+
+    # ---------------------------------------------------------------------------------------------------- the calls
+
+    @_telling
+    def enable_hidden_states_capture(self) -> None:
+        """Take hidden states from now on."""
+        self._enable(HIDDEN)
+
+    @_telling
+    def disable_hidden_states_capture(self) -> None:
+        """Take no more hidden states; those that were taken stay until they are cleared."""
+        self._disable(HIDDEN)
+
+    @_telling
+    def get_captured_hidden_states(self) -> dict[int, dict[str, Any]]:
+        """Return the hidden states that were taken, by layer; they stay until they are cleared."""
+        return self._payload(HIDDEN)
+
+    @_telling
+    def clear_hidden_states(self) -> None:
+        """Forget the hidden states that were taken."""
+        self._clear(HIDDEN)
+
+    @_telling
+    def get_hidden_states_debug_info(self) -> dict[str, Any]:
+        """Say what has been taken, in plain values."""
+        return self._info(HIDDEN)
+
+    @_telling
+    def enable_moe_router_logits_capture(self) -> None:
+        """Take router logits from now on."""
+        self._enable(ROUTER)
+
+    @_telling
+    def disable_moe_router_logits_capture(self) -> None:
+        """Take no more router logits; those that were taken stay until they are cleared."""
+        self._disable(ROUTER)
+
+    @_telling
+    def get_moe_router_logits(self) -> dict[int, dict[str, Any]]:
+        """Return the router logits that were taken, by layer; they stay until they are cleared."""
+        return self._payload(ROUTER)
+
+    @_telling
+    def clear_moe_router_logits(self) -> None:
+        """Forget the router logits that were taken."""
+        self._clear(ROUTER)
+
+    @_telling
+    def get_moe_debug_info(self) -> dict[str, Any]:
+        """Say what has been taken, in plain values."""
+        return self._info(ROUTER)
+
+    # -------------------------------------------------------------------------------------------------- what they do
+
+    def start(self, start: messages.Start) -> messages.Started:
+        # On every rank, also those that take nothing: a capture that begins on some ranks alone would stay there.
+        if any(taken.enabled for taken in self._streams_taken.values()):
+            raise CaptureError(
+                "worker calls are taking rows: an engine serves one capture at a time. Call "
+                "disable_hidden_states_capture and disable_moe_router_logits_capture first."
+            )
+        return super().start(start)
+
+    def _enable(self, stream: str) -> None:
+        taken = self._streams_taken[stream]
+        if taken.enabled:
+            return
+        try:
+            if self._every is None and self._session is not None:
+                raise CaptureError(f"capture {self._session.start.capture_id} is under way: wait for it to end")
+            self._check(stream)
+        except TapError as error:
+            taken.error = error
+            raise
+        self._end_session()
+        taken.enabled, taken.since = True, len(self._known)
+        self._begin_session()
+
+    def _disable(self, stream: str) -> None:
+        self._end_session()
+        self._streams_taken[stream].enabled = False
+        self._begin_session()
+
+    def _clear(self, stream: str) -> None:
+        self._end_session()
+        taken = self._streams_taken[stream]
+        dropped, taken.parts = taken.parts, []
+        taken.error, taken.since = None, len(self._known)
+        self._release_unless_used(dropped)
+        self._begin_session()
+
+    def _payload(self, stream: str) -> dict[int, dict[str, Any]]:
+        taken = self._streams_taken[stream]
+        self._end_session()
+        self._begin_session()
+        if taken.error is not None:
+            raise taken.error
+        if not taken.parts:
+            return {}
+        ordered = Ordered(taken.parts, stream, self._known, taken.since)
+        return {layer: ordered.entry(layer) for layer in ordered.layers}
+
+    def _info(self, stream: str) -> dict[str, Any]:
+        taken = self._streams_taken[stream]
+        sessions = [part.session for part in taken.parts]
+        if self._every is not None and taken.enabled:
+            sessions.append(self._every)
+        layers = sorted({layer for s in sessions for st in s.streams if st.name == stream for layer in st.layers})
+        return {
+            "capture_enabled": taken.enabled,
+            "num_rows": sum(session.num_rows for session in sessions),
+            "num_requests": len({request_id for session in sessions for request_id in session.request_ids}),
+            "num_layers": len(layers),
+            "layer_ids": layers,
+            "error": str(taken.error or ""),
+        }
+
+    # ------------------------------------------------------------------------------------------------------ sessions
+
+    def _ready(self) -> ModelTaps:
+        if self.refusal or self._taps is None:
+            raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
+        self._pass_dummy_rows(self._taps)
+        if not self._taps.seen:
+            raise EngineUnsupportedError("no forward pass has gone through this engine yet: send it a request first.")
+        return self._taps
+
+    def _check(self, stream: str) -> None:
+        """Refuse hidden states where it is not known, or cannot be seen later, what a layer returns."""
+        verdict = self._ready().residual()
+        if stream != HIDDEN or verdict.convention or verdict.reason == NO_ROWS:
+            return
+        raise EngineUnsupportedError(
+            f"hidden_states cannot be captured from this model: {verdict.reason}"
+            if verdict.reason
+            else "worker calls cannot take hidden_states from an engine with pipeline stages: use vllm_tap.capture"
+        )
+
+    def _begin_session(self) -> None:
+        if not any(taken.parts for taken in self._streams_taken.values()):
+            self._known = {}  # a server meets requests for ever; those that run are met again, as not new
+            for taken in self._streams_taken.values():
+                taken.since = 0
+        streams = tuple(self._wanted())
+        if not streams:
+            return
+        start = messages.Start(
+            capture_id=NAME,
+            streams={stream.name: stream.layers for stream in streams},
+            positions="all",
+            residual=self._set_modes(),
+            shared=False,
+            clients={},
+            budget_bytes=_budget_bytes(),
+            staging="auto",
+            expected_rows=0,
+        )
+        assert self._keeper is not None
+        self._keeper.keep()
+        pool = self._pool_of_rows()
+        pool.budget_bytes = start.budget_bytes
+        taps = self._ready()
+        sink = self._sink(start, streams, pool)
+        self._session = self._every = EverySession(start, self.rank, streams, sink, pool, taps.rows)
+        self._every.known = self._known
+        self._closing.append(self._every)
+
+    def _wanted(self) -> Iterable[Stream]:
+        if vllm_runner.read_rank(self._worker).tp_rank:
+            return
+        for name, taken in self._streams_taken.items():
+            held = [place for (stream, _), place in self._ready().by_place.items() if stream == name]
+            if taken.enabled and held:
+                yield Stream(name, dtype_name(held[0]), held[0].width, tuple(place.layer for place in held))
+
+    def _set_modes(self) -> str:
+        """Tell the taps what the layers return; where only padding has been seen, the next rows will show."""
+        taps = self._ready()
+        verdict = taps.residual()
+        self._is_guess = verdict.reason == NO_ROWS
+        for (stream, _), place in taps.by_place.items():
+            place.mode = MODES.get(verdict.convention, ADD) if stream == HIDDEN else ADD
+        return verdict.convention
+
+    def _end_session(self) -> None:
+        """Keep what the session under way has taken, and what went wrong with it."""
+        session = self._every
+        if session is None:
+            return
+        self._session = self._every = None
+        taken = [self._streams_taken[stream.name] for stream in session.streams]
+        part = None
+        try:
+            part = read_part(session, self._pool_of_rows())
+        except Exception as error:
+            for stream in taken:
+                stream.error = (
+                    error if isinstance(error, TapError) else CaptureError(f"{type(error).__name__}: {error}")
+                )
+        finally:
+            self._close(session)
+        if part is None or not len(part.numbers):
+            self._release(session)
+            return
+        for stream in taken:
+            stream.parts.append(part)
+        if self._is_guess and self._streams_taken[HIDDEN] in taken:
+            self._check_guess()
+
+    def _check_guess(self) -> None:
+        taps = self._ready()
+        probe = taps.by_place[HIDDEN, taps.model.num_layers - 1].probe
+        verdict = taps.residual()
+        if verdict.convention == SUM or (verdict.convention == WHOLE and probe is not None and probe.residual is None):
+            return
+        self._streams_taken[HIDDEN].error = CaptureError(
+            "it was not known yet what the layers of this model return: call vllm_tap.capture once, then enable again"
+        )
+
+    def _release_unless_used(self, parts: Iterable[Part]) -> None:
+        used = {part.session for taken in self._streams_taken.values() for part in taken.parts}
+        for session in {part.session for part in parts} - used:
+            self._release(session)
+        if not used:
+            self._pool_of_rows().trim()
+
+    def _release(self, session: EverySession) -> None:
+        for block_id in session.block_ids:
+            self._pool_of_rows().release(block_id)
+
+    def _pool_of_rows(self) -> SegmentPool:
+        if self._own_pool is None:
+            self._own_pool = self._new_pool(False)
+        return self._own_pool
+
+
+def _budget_bytes() -> int:
+    """Return a quarter of this machine's RAM, at most 8 GiB, as captures have by default."""
+    return min(MAX_BUDGET_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

@@ -1,0 +1,222 @@
+"""The tap: an operator in the model's compiled graph that takes chosen rows of a tensor.
+
+Runs in the worker process. The operator mutates its control word, so that no compiler drops or reorders it; what
+changes from step to step (destination, rows, on or off) is data beside the graph, never part of it. One compiled or
+captured graph therefore serves every capture and costs next to nothing when idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import torch
+
+from vllm_tap.errors import CaptureError
+
+ADD: Final = 0  # the row is hidden + residual
+FIRST: Final = 1  # the row is hidden alone: the layer returns the whole stream in its first item
+
+PROBE_ROWS: Final = 16
+GATHER_ABOVE: Final = 4  # runs; above this many, one gather is cheaper than a copy per run
+
+
+class Run(NamedTuple):
+    """A contiguous piece of the batch: rows `source` to `source + num_rows` become rows `target` and following."""
+
+    source: int
+    target: int
+    num_rows: int
+
+
+class Probe:
+    """The first rows that went through a tap, kept to find out what the tensors mean."""
+
+    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        self.hidden = hidden[:PROBE_ROWS].clone()
+        self.residual = None if residual is None else residual[:PROBE_ROWS].clone()
+
+
+class Rows:
+    """The rows of the current step, shared by all taps of one engine. Empty between captured steps.
+
+    Attributes:
+        num_tokens: Rows that a tensor has at least, if all of the step's are in it.
+        failure: What went wrong in a tap of the step.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.runs: Sequence[Run] = ()
+        self.sources: torch.Tensor | None = None
+        self.num_tokens = 0
+        self.failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Take note of what went wrong in a tap, and skip every row; the model's forward pass goes on."""
+        self.failure = error
+        self.clear()
+
+    @property
+    def num_graph_nodes(self) -> int:
+        """Kernels of taps in captured graphs, where they are switched off while idle."""
+        return 0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory that captures hold now."""
+        return 0
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether pauses of the engine are used to make ready what steps of captures would wait for."""
+        return False
+
+    def clear(self) -> None:
+        """Make every tap skip every row."""
+        self.runs, self.sources = (), None
+
+
+class Tap:
+    """One place in the model where rows can be taken.
+
+    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `plane` is the
+    destination [num_rows, width] of the current step on a CPU engine. `keeps_tensors`: what it sees in a forward pass
+    stays as it is for as long as somebody holds it.
+    """
+
+    def __init__(
+        self, stream: str, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.stream, self.layer, self.rows = stream, layer, rows
+        self.width = 0
+        self.dtype = dtype
+        self.mode = ADD
+        self.keep_probe = False
+        self.keep_one_probe = False
+        self.keeps_tensors = False
+        self.probe: Probe | None = None
+        self.plane: torch.Tensor | None = None
+        self.step = -1
+        self.index = len(REGISTRY)
+        REGISTRY.append(self)
+        # Of its own storage: graph inputs that share one would be cloned.
+        self.control = torch.tensor([self.index], dtype=torch.int64, device=device)
+
+    def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Learn width and dtype, and keep a probe if asked to."""
+        self.width = hidden.shape[-1]
+        if self.dtype is None:
+            self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
+        if self.keep_probe:
+            # The last call counts: a model may use its final norm on the embeddings too.
+            self.probe = Probe(hidden, residual)
+            self.keep_probe = not self.keep_one_probe
+
+    def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Write the chosen rows of this step to `plane`; one pass over them, in the dtype of the model's own add."""
+        assert self.plane is not None
+        if self.mode == FIRST:
+            residual = None
+        runs = self.rows.runs
+        if len(runs) > GATHER_ABOVE:
+            assert self.rows.sources is not None
+            hidden = hidden.index_select(0, self.rows.sources)
+            residual = None if residual is None else residual.index_select(0, self.rows.sources)
+            runs = (Run(0, 0, len(hidden)),)
+        for source, target, num_rows in runs:
+            out = self.plane[target : target + num_rows]
+            rows = hidden[source : source + num_rows]
+            if residual is None:
+                out.copy_(rows)
+            else:
+                torch.add(rows, residual[source : source + num_rows], out=out)
+        self.step = self.rows.step
+
+
+Taps = Mapping[tuple[str, int], Tap]
+"""Taps of a model by stream and layer."""
+
+REGISTRY: Final[list[Tap]] = []
+"""All taps of this process, by the index in their control words."""
+
+LIBRARY = torch.library.Library("vllm_tap", "FRAGMENT")
+LIBRARY.define("tap(Tensor hidden, Tensor? residual, Tensor(a!) control) -> ()")
+LIBRARY.define("tap_experts(Tensor logits, Tensor ids, Tensor weights, Tensor(a!) control) -> ()")
+
+
+def flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return rows as [T, D]."""
+    # The Transformers backend of vLLM runs its layers on [1, T, D].
+    return tensor if tensor is None or tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def expert_taps(first: Tap) -> list[Tap]:
+    """Return the taps of a layer's logits, expert ids and weights, which were made one after the other."""
+    return REGISTRY[first.index : first.index + 3]
+
+
+def require_rows(tap: Tap, hidden: torch.Tensor) -> None:
+    """Refuse a tensor that does not have all rows of the step.
+
+    Raises:
+        CaptureError: It has fewer.
+    """
+    if len(hidden) < tap.rows.num_tokens:
+        raise CaptureError(
+            f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {tap.rows.num_tokens}: this "
+            "model leaves rows out in some layers, and the rest cannot be told apart. Capture layers before that one, "
+            "and report the model."
+        )
+
+
+def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    try:
+        if not tap.width or tap.keep_probe:
+            tap.observe(hidden, residual)
+        if tap.plane is not None and tap.rows.runs:
+            require_rows(tap, hidden)
+            tap.write(hidden, residual)
+    except Exception as error:
+        tap.rows.fail(error)
+
+
+def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    _pass_cpu(REGISTRY[int(control)], flat(hidden), flat(residual))  # type: ignore[arg-type]
+
+
+def _tap_experts_cpu(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
+    for place, rows in zip(expert_taps(REGISTRY[int(control)]), (logits, ids, weights), strict=True):
+        _pass_cpu(place, rows, None)
+
+
+def _fake(*_: torch.Tensor | None) -> None:
+    return None
+
+
+LIBRARY.impl("tap", _tap_cpu, "CPU")
+LIBRARY.impl("tap_experts", _tap_experts_cpu, "CPU")
+for _name in ("tap", "tap_experts"):
+    torch.library.register_fake(f"vllm_tap::{_name}", _fake, lib=LIBRARY)
+
+
+def tap(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:
+    """Pass rows by a tap. Call it where the model runs; compilers keep it, in place and in order.
+
+    Args:
+        hidden: Tensor [T, D] or [1, T, D].
+        residual: Tensor of the same shape, to be added, or None.
+        control: The tap's control word.
+    """
+    torch.ops.vllm_tap.tap(hidden, residual, control)
+
+
+def tap_experts(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, control: torch.Tensor) -> None:
+    """Pass the rows of a layer's experts by their three taps at once.
+
+    Args:
+        logits: Tensor [T, E].
+        ids: Tensor [T, K] of integers, `weights` of the same shape.
+        control: The control word of the tap of the logits; those of ids and weights were made next.
+    """
+    torch.ops.vllm_tap.tap_experts(logits, ids, weights, control)

@@ -1,0 +1,77 @@
+"""The streams: one row for each kind of tensor that can be taken. Every list of their names is derived from here.
+
+A *field* is what a `Spec` calls a choice; it stands for one stream of the workers, or several that are taken together.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class StreamKind(NamedTuple):
+    """One kind of row.
+
+    Attributes:
+        name: Of the stream, as workers, results and files call it.
+        field: Of the `Spec` that asks for it.
+        per_layer: Whether it exists once per decoder layer; else once per model.
+        of_router: Whether the router of a layer makes it.
+        source: The tensor that its rows are; empty where that is decided for each model.
+    """
+
+    name: str
+    field: str
+    per_layer: bool
+    of_router: bool
+    source: str
+
+
+STREAMS: Final = (
+    StreamKind("hidden_states", "hidden_states", True, False, ""),
+    StreamKind("embeddings", "embeddings", False, False, "input of decoder layer 0"),
+    StreamKind("final_hidden_states", "final_hidden_states", False, False, "output of the final norm"),
+    StreamKind(
+        "router_logits",
+        "router_logits",
+        True,
+        True,
+        "output of the gate, before softmax or sigmoid and before any bias that only chooses",
+    ),
+    StreamKind("expert_ids", "routed_experts", True, True, "ids as the router chose them, in its order"),
+    StreamKind(
+        "expert_weights",
+        "routed_experts",
+        True,
+        True,
+        "weights as the router computed them, in the order of the ids",
+    ),
+)
+"""In the order of their numbers on a device."""
+
+NUMBERS: Final = {kind.name: number for number, kind in enumerate(STREAMS)}
+"""Number of each stream in the tables of a device."""
+
+SOURCES: Final = {kind.name: kind.source for kind in STREAMS if kind.source}
+"""The tensor of each stream; that of hidden_states is decided for each model, see `engine.model.residual`."""
+
+LAYERED_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if kind.per_layer))
+"""Fields of a `Spec` that choose layers."""
+
+SINGLE_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if not kind.per_layer))
+"""Fields of a `Spec` that are true or false."""
+
+SINGLE_STREAMS: Final = tuple(kind.name for kind in STREAMS if not kind.per_layer)
+"""Streams that exist once per model."""
+
+ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.of_router)
+"""Streams of a router: what it chooses by, and what it chose."""
+
+
+def streams_of(field: str) -> tuple[str, ...]:
+    """Return the streams that a field of a `Spec` stands for."""
+    return tuple(kind.name for kind in STREAMS if kind.field == field)
+
+
+def field_of(stream: str) -> str:
+    """Return the field of a `Spec` that asks for a stream."""
+    return STREAMS[NUMBERS[stream]].field

@@ -1,0 +1,1 @@
+"""Rows in segments of shared memory."""

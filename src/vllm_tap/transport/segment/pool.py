@@ -1,0 +1,379 @@
+"""The memory in which the worker keeps captured rows: segments that are reused, cut into blocks, within a budget.
+
+Runs in the engine worker: the engine's thread reserves, the thread of the socket releases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport.segment.extents import FreeExtents
+from vllm_tap.transport.segment.memory import Segment, round_up
+
+logger = logging.getLogger("vllm_tap")
+
+DEFAULT_SEGMENT_BYTES = 256 << 20
+SEGMENT_GRANULE_BYTES = 2 << 20
+FIRST_SEGMENT_BYTES = 16 << 20
+"""A pool grows by no less than this, if the budget has as much: small captures need not wait for large segments."""
+BLOCK_ALIGN_BYTES = 4096
+MOST_AT_ONCE = 2
+"""Segments that are made at the same time: the pages of one file are listed under one lock, by whatever many threads.
+14 GiB took 3.8 s one after the other with 16 threads, 2.0 s two at a time with 4 each, 1.5 s four at a time; beside an
+engine that computes, captures of such a size took as long with two as with more (16 cores, one H200)."""
+
+_CLOSED = "the worker's pool of segments is closed: start another capture."
+
+
+class Block(NamedTuple):
+    """Where a run of rows lies.
+
+    Attributes:
+        segment_id: number of the segment.
+        offset: first byte in the segment.
+        nbytes: length, as it was asked for.
+        block_id: unique in the life of the pool, from 1, never used again.
+    """
+
+    segment_id: int
+    offset: int
+    nbytes: int
+    block_id: int
+
+
+class PoolStats(NamedTuple):
+    """What a pool holds: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
+
+    segments: int
+    capacity_bytes: int
+    used_bytes: int
+    num_blocks: int
+    budget_bytes: int
+
+
+class SegmentPool:
+    """Segments of one worker, cut into blocks.
+
+    Fresh pages cost more than moving the rows into them, so segments stay until `trim`, a lower budget or `close`.
+    Where nothing says how much is wanted, each is as large as all before it, up to `segment_bytes`.
+
+    Args:
+        budget_bytes: the most that all segments together may take.
+        shared: whether clients may map the segments.
+        segment_bytes: size of large segments, unless a block needs more or the budget has less.
+        on_create: called with each new segment before its first use, in whichever thread made it.
+        on_close: called with each segment before it is unmapped.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        shared: bool = True,
+        segment_bytes: int = DEFAULT_SEGMENT_BYTES,
+        on_create: Callable[[Segment], None] | None = None,
+        on_close: Callable[[Segment], None] | None = None,
+    ) -> None:
+        self.pool_id = os.urandom(16)
+        self.shared = shared
+        self._budget_bytes = budget_bytes
+        self._segment_bytes = round_up(segment_bytes, SEGMENT_GRANULE_BYTES)
+        self._first_bytes = min(FIRST_SEGMENT_BYTES, self._segment_bytes)
+        self._on_create = on_create
+        self._close_listeners = [on_close] if on_close else []
+        self._changed = threading.Condition()
+        self._segments: dict[int, Segment] = {}
+        self._blocks: dict[int, Block] = {}
+        self._free = FreeExtents()
+        self._capacity_bytes = 0
+        self._pending: dict[int, int] = {}  # segment id -> bytes, while a thread populates it
+        self._closed = False
+        self._segment_ids = itertools.count(1)
+        self._block_ids = itertools.count(1)
+
+    @property
+    def budget_bytes(self) -> int:
+        """The most that all segments together may take; lowering it closes segments without blocks."""
+        return self._budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, budget_bytes: int) -> None:
+        with self._changed:
+            self._budget_bytes = budget_bytes
+            excess = self._take_out_empty(down_to=budget_bytes)
+        self._close_segments(excess)
+
+    def reserve(self, nbytes: int, *, align: int = BLOCK_ALIGN_BYTES) -> Block:
+        """Set a block aside; it stays until `release`.
+
+        Args:
+            nbytes: length of the block.
+            align: power of two that the offset in the segment is a multiple of; at least a page is used.
+
+        Raises:
+            BudgetError: the block does not fit; `needed_bytes`, `budget_bytes` and `used_bytes` say by how much.
+            TransportError: the pool is closed, or the system refused the memory.
+
+        Cost:
+            Microseconds where a free run is long enough; else the wait for a segment, see `grow_ahead`.
+        """
+        if nbytes < 1 or align < 1 or align & (align - 1):
+            raise ValueError(f"a block needs nbytes >= 1 and a power of two for align, got {nbytes} and {align}")
+        footprint = _footprint(nbytes)
+        while True:
+            with self._changed:
+                # A segment from before the budget was lowered may have room that the budget no longer grants.
+                granted = self._used_bytes() + footprint <= self._budget_bytes
+                place = self._find(footprint, max(align, BLOCK_ALIGN_BYTES)) if granted else None
+                if place is not None:
+                    block = Block(*place, nbytes, next(self._block_ids))
+                    self._blocks[block.block_id] = block
+                    return block
+                dropped = self._make_room(footprint)
+                planned = self._plan(min(max(self._usual_bytes(), _whole(footprint)), self._spare_bytes()))
+            self._close_segments(dropped)
+            self._grow(*planned)
+
+    def _find(self, footprint: int, align: int) -> tuple[int, int] | None:
+        """Return a place for a block, waiting for segments under way, or None where the pool has to grow."""
+        while True:
+            if self._closed:
+                raise TransportError(_CLOSED)
+            place = self._free.take(footprint, align)
+            if place is not None:
+                return place
+            if not self._pending:
+                break
+            self._changed.wait()
+        return None
+
+    def _make_room(self, footprint: int) -> list[Segment]:
+        """Take empty segments that are too short out of a full pool; raise where that would not be enough."""
+        empty_bytes = sum(segment.nbytes for segment in self._empty())
+        if self._spare_bytes() + empty_bytes < footprint:
+            used_bytes = self._used_bytes()
+            raise BudgetError(
+                f"a block of {footprint} bytes does not fit: {used_bytes} of budget_bytes={self._budget_bytes} are in "
+                "use, and no gap of that length is left. Raise budget_bytes, capture fewer layers or positions, or "
+                "let go of the tensors of earlier captures.",
+                needed_bytes=footprint,
+                budget_bytes=self._budget_bytes,
+                used_bytes=used_bytes,
+            )
+        if self._spare_bytes() >= footprint:
+            return []
+        return self._take_out_empty(down_to=self._budget_bytes - footprint)
+
+    def view(self, block: Block) -> memoryview:
+        """Return the writable bytes of a block; they are the block's until it is released."""
+        return self.segment(block.segment_id).view[block.offset : block.offset + block.nbytes]
+
+    def address(self, block: Block) -> int:
+        """Return where a block starts in this process."""
+        return self.segment(block.segment_id).address + block.offset
+
+    def release(self, block_id: int) -> bool:
+        """Free a block; return False if there is none of that number."""
+        with self._changed:
+            block = self._blocks.pop(block_id, None)
+            if block is None:
+                return False
+            self._free.add(block.segment_id, block.offset, _footprint(block.nbytes))
+            return True
+
+    def grow_ahead(self, nbytes: int, largest: int = 0) -> None:
+        """Have threads of its own see to it that `nbytes` are free, as far as the budget allows.
+
+        They make several segments if the bytes are many, so that the first blocks need not wait for the last page; each
+        at least as large as the `largest` block that is expected. Only free runs that hold such blocks count. What
+        cannot be had ahead, the next `reserve` that finds no room asks for itself.
+        """
+        with self._changed:
+            plans: deque[tuple[int, int]] = deque()
+            least = max(self._first_bytes, min(_whole(self._capacity_bytes // 8), self._segment_bytes), _whole(largest))
+            free = self._free.room_for(_footprint(largest)) if largest else self._free.total_bytes
+            missing = nbytes - free - sum(self._pending.values())
+            while missing > 0 and not self._closed:
+                size = min(max(min(_whole(missing), self._segment_bytes), least), self._spare_bytes())
+                if size <= 0:
+                    break
+                plans.append(self._plan(size))
+                missing -= size
+        self._start_growing(plans)
+
+    def grow_more(self) -> None:
+        """Have the next segment made ahead, if little is left of the last: where nothing says how much is wanted."""
+        with self._changed:
+            usual = self._usual_bytes()
+            size = min(usual, self._spare_bytes())
+            has_enough = self._closed or self._free.total_bytes + sum(self._pending.values()) >= usual // 2
+            plans = deque([self._plan(size)] if size > 0 and not has_enough else [])
+        self._start_growing(plans)
+
+    def _usual_bytes(self) -> int:
+        return min(max(self._first_bytes, self._capacity_bytes), self._segment_bytes)
+
+    def _start_growing(self, plans: deque[tuple[int, int]]) -> None:
+        num_cores = len(os.sched_getaffinity(0))
+        for started in range(min(len(plans), MOST_AT_ONCE, max(num_cores // 4, 1))):
+            try:
+                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+            except RuntimeError as error:  # no more threads here
+                logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
+                if not started:
+                    self._give_up(plans)
+                break
+
+    def _give_up(self, plans: Iterable[tuple[int, int]]) -> None:
+        with self._changed:
+            for segment_id, _ in plans:
+                del self._pending[segment_id]
+            self._changed.notify_all()
+
+    def _grow_all(self, plans: deque[tuple[int, int]]) -> None:
+        """Make segments until there are no more plans; other threads take from them too."""
+        while True:
+            try:
+                segment_id, nbytes = plans.popleft()
+            except IndexError:
+                return
+            if self._capacity_bytes + sum(self._pending.values()) > self._budget_bytes:  # it has been lowered
+                self._give_up([(segment_id, nbytes)])
+                continue
+            try:
+                self._grow(segment_id, nbytes)
+            except Exception as error:
+                logger.info("vllm-tap: %d bytes could not be prepared ahead: %s", nbytes, error)
+
+    def _plan(self, nbytes: int) -> tuple[int, int]:
+        segment_id = next(self._segment_ids)
+        self._pending[segment_id] = nbytes
+        return segment_id, nbytes
+
+    def _grow(self, segment_id: int, nbytes: int) -> None:
+        """Create a planned segment. The lock is not held: blocks can be released while pages are populated."""
+        segment = None
+        try:
+            if self._closed:
+                raise TransportError(_CLOSED)
+            segment = Segment.create(segment_id, nbytes, shared=self.shared)
+            if self._on_create:
+                self._on_create(segment)
+        except BaseException:
+            if segment is not None:
+                segment.close()
+            segment = None
+            raise
+        finally:
+            with self._changed:
+                del self._pending[segment_id]
+                if segment is not None:
+                    self._segments[segment_id] = segment
+                    self._capacity_bytes += nbytes
+                    self._free.add(segment_id, 0, nbytes)
+                self._changed.notify_all()
+
+    def segment(self, segment_id: int) -> Segment:
+        """Return a segment by its number.
+
+        Raises:
+            TransportError: there is none, or none any more.
+        """
+        try:
+            return self._segments[segment_id]
+        except KeyError:
+            raise TransportError(f"there is no segment {segment_id} in this pool", segment_id=segment_id) from None
+
+    def duplicate_fd(self, segment_id: int) -> tuple[int, int] | None:
+        """Return a file descriptor of a shared segment, for the caller to close, and its size; None without one."""
+        with self._changed:  # a segment that is being closed would leave its number to some other file
+            segment = self._segments.get(segment_id)
+            if segment is None or segment.fd is None:
+                return None
+            return os.dup(segment.fd), segment.nbytes
+
+    def add_close_listener(self, listener: Callable[[Segment], None]) -> None:
+        """Have `listener` called with each segment before it is unmapped."""
+        self._close_listeners.append(listener)
+
+    def remove_close_listener(self, listener: Callable[[Segment], None]) -> None:
+        """Take back `add_close_listener`."""
+        with contextlib.suppress(ValueError):
+            self._close_listeners.remove(listener)
+
+    def stats(self) -> PoolStats:
+        """Return what the pool holds now."""
+        with self._changed:
+            return PoolStats(
+                segments=len(self._segments) + len(self._pending),
+                capacity_bytes=self._capacity_bytes + sum(self._pending.values()),
+                used_bytes=self._used_bytes(),
+                num_blocks=len(self._blocks),
+                budget_bytes=self._budget_bytes,
+            )
+
+    def trim(self, most: int = sys.maxsize) -> int:
+        """Close segments that have no block, the youngest first; return how many."""
+        with self._changed:
+            empty = self._take_out_empty(down_to=0, most=most)
+        self._close_segments(empty)
+        return len(empty)
+
+    def close(self) -> None:
+        """Close all segments; what clients have mapped stays readable there."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._pending)
+            segments = list(self._segments.values())
+            self._segments.clear()
+            self._blocks.clear()
+            self._free = FreeExtents()
+            self._capacity_bytes = 0
+        self._close_segments(segments)
+
+    def _spare_bytes(self) -> int:
+        spare = self._budget_bytes - self._capacity_bytes - sum(self._pending.values())
+        return spare // BLOCK_ALIGN_BYTES * BLOCK_ALIGN_BYTES
+
+    def _used_bytes(self) -> int:
+        return self._capacity_bytes - self._free.total_bytes
+
+    def _empty(self) -> list[Segment]:
+        return [s for s in self._segments.values() if self._free.is_free(s.segment_id, s.nbytes)]
+
+    def _take_out_empty(self, *, down_to: int, most: int = sys.maxsize) -> list[Segment]:
+        """Remove empty segments, the youngest first, until the capacity is at most `down_to`."""
+        taken: list[Segment] = []
+        for segment in self._empty()[::-1][:most]:
+            if self._capacity_bytes + sum(self._pending.values()) <= down_to:
+                break
+            self._free.drop(segment.segment_id, segment.nbytes)
+            del self._segments[segment.segment_id]
+            self._capacity_bytes -= segment.nbytes
+            taken.append(segment)
+        return taken
+
+    def _close_segments(self, segments: list[Segment]) -> None:
+        """Unmap segments that are out of the pool; listeners may take their own locks, so ours is not held."""
+        for segment in segments:
+            for listener in self._close_listeners:
+                listener(segment)
+            segment.close()
+
+
+def _footprint(nbytes: int) -> int:
+    return round_up(nbytes, BLOCK_ALIGN_BYTES)
+
+
+def _whole(nbytes: int) -> int:
+    return round_up(nbytes, SEGMENT_GRANULE_BYTES)
