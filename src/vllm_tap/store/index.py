@@ -71,11 +71,23 @@ class IndexRow(NamedTuple):
 
 
 def rows_of(table: pa.Table) -> list[IndexRow]:
-    """Return the rows of an index."""
-    found = []
-    for row in table.to_pylist():
-        row["metadata"] = json.loads(row["metadata"]) if row["metadata"] else {}
-        found.append(IndexRow(**row))
+    """Return the rows of an index.
+
+    Raises:
+        DatasetDamagedError: A text is not UTF-8, or metadata are no JSON object.
+    """
+    import pyarrow as pa
+
+    try:
+        return [IndexRow(**{**row, "metadata": _metadata(row["metadata"])}) for row in table.to_pylist()]
+    except (pa.ArrowException, ValueError, RecursionError) as error:
+        raise DatasetDamagedError(f"a row of an index cannot be read: {error}") from error
+
+
+def _metadata(text: str | None) -> dict[str, Any]:
+    found = json.loads(text) if text else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"metadata are {text:.80}")
     return found
 
 
