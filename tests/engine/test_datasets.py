@@ -22,7 +22,8 @@ from vllm_tap.store.verify import verify
 
 pytestmark = pytest.mark.engine
 
-SPEC = Spec(hidden_states="all", router_logits="all", routed_experts=[0, 2], embeddings=True, final_hidden_states=True)
+SPEC = Spec(hidden_states="all", router_logits="all", embeddings=True, final_hidden_states=True)
+WITH_EXPERTS = Spec(hidden_states=[0, -1], router_logits=[1], routed_experts=[0, 2])
 SAMPLING = {"max_tokens": MAX_NEW_TOKENS, "temperature": 0}
 
 
@@ -86,7 +87,7 @@ def test_recorded_rows_are_hugging_faces(shelf, references, tmp_path):
 
 def test_a_saved_capture_is_the_capture(shelf, tmp_path):
     """Bit for bit, with the completions of each prompt; into a folder that is free."""
-    result = shelf.get().capture(prompts(), SPEC, n=2, max_tokens=4, temperature=1.0, seed=1)
+    result = shelf.get().capture(prompts(), WITH_EXPERTS, n=2, max_tokens=4, temperature=1.0)
     result.save(tmp_path / "run", metadata=[{"a": 1}] * len(result))
     dataset = vllm_tap.open_dataset(tmp_path / "run")
     assert (dataset.layers, dataset.spec, dataset.conventions) == (result.layers, result.spec, result.conventions)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_tap import __version__
-from vllm_tap.cli import capture, doctor, verify
+from vllm_tap.cli import capture, doctor, inspect, record, verify
 from vllm_tap.cli.arguments import join_negative
 from vllm_tap.errors import TapError
 
@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-tap {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     capture.add_command(commands)
+    record.add_command(commands)
+    inspect.add_command(commands)
     doctor.add_command(commands)
     verify.add_command(commands)
     return parser
