@@ -61,9 +61,11 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs routing rows sample seconds spec"),
+        ("Capture", "conventions layers model num_bytes num_rows outputs routing rows sample save seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
+        ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences spec "
+                    "table where"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:
@@ -74,6 +76,25 @@ def test_public_attributes(owner: str, names: str) -> None:
     assert missing == []
 
 
+def test_samples_of_datasets_have_what_captured_ones_have() -> None:
+    """A program that reads samples of a capture reads those of a dataset."""
+    from vllm_tap.store.sample import Sample
+
+    captured = {name for name in vars(vllm_tap.Sample) if not name.startswith("_")}
+    assert captured <= {name for name in vars(Sample) if not name.startswith("_")}
+
+
+def test_record_takes_these_arguments() -> None:
+    """The signature of `record` is public: names, order and defaults."""
+    parameters = inspect.signature(vllm_tap.record).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert required == ["llm", "prompts", "spec", "path"]
+    mine = {"resume": False, "batch": 256, "metadata": None, "share": (0, 1), "on_part": None}
+    given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    theirs = inspect.signature(vllm_tap.capture).parameters.values()
+    assert given == {**mine, **{p.name: p.default for p in theirs if p.kind is p.KEYWORD_ONLY}}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """A wrong name fails as in any module, so that `hasattr` and import hints work."""
     with pytest.raises(AttributeError, match="no attribute 'capturee'"):
@@ -81,7 +102,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import vllm_tap", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
+    "code", ["import vllm_tap", "from vllm_tap import Dataset, open_dataset", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
              "import vllm_tap.engine.plugin", "import vllm_tap.legacy.install"]
 )  # fmt: skip
 def test_importing_is_light(code: str) -> None:
@@ -150,7 +171,8 @@ def test_the_readme_tables_are_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/design.md", "docs/format.md", "docs/vllm-support.md", "CHANGELOG.md"]
+    "document",
+    ["README.md", "docs/design.md", "docs/format.md", "docs/dataset.md", "docs/vllm-support.md", "CHANGELOG.md"],
 )
 def test_links_lead_somewhere(document: str) -> None:
     """Relative links of the documents name files that exist."""

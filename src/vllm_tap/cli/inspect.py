@@ -51,10 +51,7 @@ def print_facts(dataset: Any, as_json: bool) -> None:
     """Print what holds for all rows of a dataset."""
     facts = dataset.facts
     if as_json:
-        streams = {
-            stream.name: {"layers": stream.layers, "width": stream.width, "dtype": stream.dtype}
-            for stream in facts.streams
-        }
+        streams = {one.name: {"layers": one.layers, "width": one.width, "dtype": one.dtype} for one in facts.streams}
         print(
             json.dumps(
                 {

@@ -18,8 +18,9 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "record",
         help="run prompts through a model and keep the rows in a dataset",
-        description="Run prompts through a model, some at a time, and write hidden states (the default: of all layers), "
-        "router logits or routed experts into a dataset. After a kill, the same command with --resume goes on.",
+        description="Run prompts through a model, some at a time, and write hidden states (the default: of all "
+        "layers), router logits or routed experts into a dataset. After a kill, the same command with --resume goes "
+        "on.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
     parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset, or a URL that fsspec knows")
