@@ -64,8 +64,8 @@ def test_capture_takes_these_arguments() -> None:
         ("Capture", "conventions layers model num_bytes num_rows outputs routing rows sample save seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
-        ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences spec "
-                    "table where"),
+        ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences "
+                    "spec table where"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:
@@ -102,7 +102,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import vllm_tap", "from vllm_tap import Dataset, open_dataset", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
+    "code", ["import vllm_tap", "from vllm_tap import Dataset, open_dataset",
+             "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
              "import vllm_tap.engine.plugin", "import vllm_tap.legacy.install"]
 )  # fmt: skip
 def test_importing_is_light(code: str) -> None:
