@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_tap.store.loader import Batches
 
-MAX_TABLES: Final = 16
+MAX_TABLES: Final = 64
 """Indexes of parts that are kept once they have been read."""
 
 
@@ -62,6 +62,7 @@ class Dataset(Sequence[Sample]):
             raise DatasetError(f"{self.path} holds no sealed part of a dataset.", path=self.path)
         self.facts = _common_facts(self._parts)
         stated = [part.manifest for part in self._parts]
+        self._firsts = [one.first_sample for one in stated]
         self._sample_starts = list(itertools.accumulate((one.num_samples for one in stated), initial=0))
         self._row_starts = list(itertools.accumulate((one.num_rows for one in stated), initial=0))
         self.num_rows = self._row_starts[-1]
@@ -234,8 +235,7 @@ class Dataset(Sequence[Sample]):
         Raises:
             RowsMissingError: There is no such sequence.
         """
-        firsts = [part.manifest.first_sample for part in self._parts]
-        number = bisect_right(firsts, sample) - 1
+        number = bisect_right(self._firsts, sample) - 1
         found = self._find(self._parts[number], sample, completion) if number >= 0 else None
         if found is None:
             raise RowsMissingError(f"there is no completion {completion} of sample {sample}", sample=sample)

@@ -25,6 +25,10 @@ from vllm_tap.store.place import PART_PREFIX
 DRAFT_PREFIX: Final = ".draft-"
 LOCK_NAME: Final = ".lock"
 
+MAP_FLAGS: Final = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python 3.13 names it
+MAP_PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
+"""Copy-on-write, and no swap set aside for copies that hardly anyone makes: a dataset may be larger than memory."""
+
 MAX_MAPS: Final = 8192
 """Files that stay mapped for later reads; a process may have 65530 maps. Tensors keep their own alive."""
 
@@ -221,7 +225,7 @@ class LocalPlace:
             with open(path, "rb", buffering=0) as file:
                 if not os.fstat(file.fileno()).st_size:
                     return np.empty(0, np.uint8)
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=MAP_FLAGS, prot=MAP_PROT), np.uint8)
         except FileNotFoundError as error:
             raise DatasetDamagedError(f"{path} is missing", path=str(path)) from error
         except (OSError, ValueError) as error:

@@ -45,7 +45,7 @@ def norms(dataset: Any, **_: Any) -> Any:
     shown = axes.imshow(values, aspect="auto", origin="lower", cmap=SEQUENTIAL, norm="log", interpolation="nearest")
     _layer_ticks(axes.yaxis, layers)
     axes.set(xlabel="position", ylabel="layer")
-    figure.colorbar(shown, ax=axes, label="norm")
+    figure.colorbar(shown, ax=axes, label="norm", format="{x:g}").minorformatter = "{x:g}"
     return figure
 
 
@@ -123,7 +123,7 @@ def _by_label(axes: Any, points: Any, name: str, labels: Any) -> None:
         axes.scatter(*points[rest].T, s=8, color="#bbbbbb", linewidths=0, label="others")
     for label in sorted(named):
         axes.scatter(*points[labels == label].T, s=8, alpha=0.8, linewidths=0, label=label)
-    axes.legend(title=name, frameon=False, fontsize=9, markerscale=2)
+    axes.legend(title=name, frameon=False, fontsize=9, markerscale=2, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 PLOTS: Final[dict[str, Callable[..., Any]]] = {
