@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
+# make setup | demo | test | test-all | test-versions | soak | check | crash | hostile-datasets | bench | bench-store | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$VIRTUAL_ENV
@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all test-versions soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: setup demo test test-all test-versions soak check crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
@@ -104,6 +104,20 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
 	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
+
+# Writers of datasets, killed and gone on with; and files of datasets, changed.
+KILLS ?= 500
+MUTATIONS ?= 1000000
+
+crash: $(VENV)/.dev
+	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+hostile-datasets: $(VENV)/.dev
+	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)
+
+# Datasets against the disk of the folder for temporary files: FOLDER=/dev/shm for another one.
+bench-store: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.store $(if $(FOLDER),--folder $(FOLDER))
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.handover
