@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,8 @@ def test_recording_goes_on_with_another_engine(shelf, references, tmp_path):
     options = {"batch": 2, **SAMPLING}
 
     def kill(part: Any) -> None:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(EngineDiedError):
         vllm_tap.record(engine.llm, prompts(), SPEC, tmp_path / "run", on_part=kill, **options)

@@ -17,7 +17,7 @@ from vllm_tap.store.part import sealed_parts
 from vllm_tap.store.pieces import Metadata, Piece, Share, pieces
 from vllm_tap.store.place import Place, place_of
 from vllm_tap.store.source import RowSource
-from vllm_tap.store.writer import StoppedError, write_part
+from vllm_tap.store.writer import write_part
 
 
 class Run(NamedTuple):
@@ -151,7 +151,7 @@ class _Writer:
             self._stop.set()
         try:
             self.wait()
-        except (DatasetError, StoppedError) as failure:
+        except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"(and what was captured before could not be written: {failure})")
