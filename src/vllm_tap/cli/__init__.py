@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_tap import __version__
-from vllm_tap.cli import capture, doctor, inspect, plot, record, verify
+from vllm_tap.cli import capture, doctor, inspect, plot, record, verify, view
 from vllm_tap.cli.arguments import join_negative
 from vllm_tap.errors import TapError
 
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     record.add_command(commands)
     inspect.add_command(commands)
     plot.add_command(commands)
+    view.add_command(commands)
     doctor.add_command(commands)
     verify.add_command(commands)
     return parser
