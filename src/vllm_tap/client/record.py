@@ -41,8 +41,8 @@ def record(
 
     Args:
         llm: A `vllm.LLM`, started without any special argument.
-        prompts: Any iterable of prompts, as `capture` takes them, and of chats: lists of messages with `role` and
-            `content`, to which the model's template is applied. To resume, pass the same ones in the same order.
+        prompts: Any iterable of prompts or conversations, each as `capture` takes it. To resume, pass the same ones in
+            the same order.
         spec: What to capture.
         path: A folder, or a URL that fsspec knows.
         resume: Whether to go on with a dataset that is there. Without one, a new one begins in either case.
@@ -82,7 +82,7 @@ def record(
     def captured(piece: list[Any]) -> Any:
         return capture(
             llm,
-            [_plain(llm, prompt) for prompt in piece],
+            piece,
             spec,
             transport=transport,
             budget_bytes=budget_bytes,
@@ -98,15 +98,6 @@ def record(
     return record_with(
         captured, prompts, path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
     )
-
-
-def _plain(llm: Any, prompt: Any) -> Any:
-    """Return a prompt that `capture` takes: token ids for a chat."""
-    is_chat = isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
-    if not is_chat:
-        return prompt
-    text = llm.get_tokenizer().apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return {"prompt_token_ids": llm.get_tokenizer().encode(text, add_special_tokens=False)}
 
 
 def _sampling_text(sampling_params: Any, lora_request: Any, fields: Mapping[str, Any]) -> str:

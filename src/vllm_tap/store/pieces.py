@@ -141,4 +141,8 @@ def _digest(pairs: Iterable[tuple[Any, Metadata]]) -> str:
 
 def _bytes(pair: tuple[Any, Metadata]) -> bytes:
     """Return what stands for a prompt; of what JSON does not hold, such as an image, its type alone."""
-    return msgspec.json.encode(pair, enc_hook=lambda value: f"<{type(value).__name__}>", order="sorted") + b"\n"
+
+    def stated(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else f"<{type(value).__name__}>"
+
+    return msgspec.json.encode(pair, enc_hook=stated, order="sorted") + b"\n"

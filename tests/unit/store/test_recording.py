@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from synthetic_rows import MODEL, SyntheticCapture, check_dataset, prompts_of
@@ -15,6 +16,7 @@ from vllm_tap.errors import BudgetError, DatasetError, SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store import local
 from vllm_tap.store.dataset import Dataset, open_dataset
+from vllm_tap.store.pieces import pieces
 from vllm_tap.store.recording import Run, record_with
 from vllm_tap.store.verify import verify
 
@@ -84,6 +86,14 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
     assert verify(tmp_path).problems == []
     with pytest.raises(SpecError, match=r"share=\(3, 3\)"):
         record(tmp_path, share=(3, 3))
+
+
+def test_prompts_are_told_apart_by_what_they_hold() -> None:
+    """Texts, token ids, arrays and conversations; of an image its kind is all that is looked at."""
+    prompts = ["a", [1, 2], np.array([1, 3]), [{"role": "user", "content": "a"}], {"prompt": "a"}, {"x": object()}]
+    digests = [next(pieces([prompt], None, [], 1)).digest for prompt in prompts]
+    assert len(set(digests)) == len(prompts)
+    assert digests[2] == next(pieces([[1, 3]], None, [], 1)).digest
 
 
 def test_two_writers_of_the_same_samples(tmp_path: Path) -> None:
