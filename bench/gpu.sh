@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Set up a bare GPU machine without network for bench/*.py and the tests: stock vLLM from a bundle, this package, models.
-#   VLLM_TAP_COMMIT=$(git describe --always --dirty) bash bench/gpu.sh COMMAND...
-# The variable names the commit for the results where the tree came without its history.
+#   bash bench/gpu.sh COMMAND...
 # BUNDLE: a folder with vllm-bundle.tar.xz (bench/gpu_bundle.py) or with setup.sh and its archives; by default .gpu.
 # OWN_TORCH=1: the bundle brings its own torch, and setup.sh puts that in, too.
+# VLLM_TAP_COMMIT=$(git describe --always --dirty): the commit for the results, where a tree comes without its history.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bundle=$(realpath "${BUNDLE:-$root/.gpu}")

@@ -20,7 +20,7 @@ ROUTER: Final = 'Spec(router_logits="all")'
 
 
 class Sample(Protocol):
-    """Part of a sample that is read."""
+    """Attributes of a sample that are read here."""
 
     @property
     def hidden_states(self) -> Mapping[int, torch.Tensor]: ...
@@ -33,7 +33,7 @@ class Sample(Protocol):
 
 
 class Capture(Protocol):
-    """Part of its capture that is read."""
+    """What is read of the capture that a sample belongs to."""
 
     spec: Spec
     layers: dict[str, list[int]]

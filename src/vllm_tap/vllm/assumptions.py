@@ -279,6 +279,18 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.v1.engine.llm_engine.LLMEngine", ("step",),
+                "to keep what is finished when `vllm-tap capture` is interrupted", "`vllm-tap capture` fails",
+            ),
+            Assumption(
+                "vllm.v1.engine.output_processor.RequestState", ("prompt_len", "max_tokens_param"),
+                "to say how many rows will come", "a capture with a progress bar fails",
+            ),
+            Assumption(
+                "vllm.v1.engine.detokenizer.IncrementalDetokenizer", ("output_token_ids",),
+                "to say how many rows will come", "a capture with a progress bar fails",
+            ),
+            Assumption(
                 "vllm.v1.engine.core_client.EngineCoreClient", ("add_request", "get_output"),
                 "to let the first step begin before more requests come, and to end a capture with the last output",
                 _NO_CLIENT,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.extents import FreeExtents
 from vllm_tap.transport.segment.memory import PAGE_BYTES, Segment, round_up
 
@@ -227,7 +228,7 @@ class SegmentPool:
         num_cores = len(os.sched_getaffinity(0))
         for started in range(min(len(plans), MOST_AT_ONCE, max(num_cores // 4, 1))):
             try:
-                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+                threads.start("vllm-tap-grow", self._grow_all, plans, stop=plans.clear)
             except RuntimeError as error:  # no more threads here
                 logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
                 if not started:

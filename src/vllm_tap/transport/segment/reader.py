@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.link import Link
 from vllm_tap.transport.segment.mapping import Bytes, Mapping, Pages
 from vllm_tap.transport.segment.pool import Block
@@ -225,7 +225,7 @@ class SegmentReader:
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
                     arguments = weakref.ref(self), self._ended
-                    threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
+                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._ended.release)
                     self._is_looked_after = True
         return mapping
 
