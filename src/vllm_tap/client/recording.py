@@ -198,7 +198,7 @@ class Recording:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was finished or stopped."""
+        """True if it was finished or stopped."""
         return self._has_ended
 
     @property
