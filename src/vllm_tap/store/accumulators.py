@@ -274,7 +274,7 @@ class LabelMeans(Accumulator):
 
 
 class ExpertCounts(Accumulator):
-    """How often each expert of a layer was chosen, and with which others. Blocks are expert ids [R, K].
+    """Counts of the choices of each expert of a layer, alone and with others. Blocks are expert ids [R, K].
 
     Attributes:
         num_rows: Rows that were taken.
@@ -290,7 +290,7 @@ class ExpertCounts(Accumulator):
 
     @property
     def counts(self) -> Floats:
-        """How often each expert was chosen. float64 [E]."""
+        """Choices of each expert. float64 [E]."""
         return self.together.diagonal().copy()
 
     def update(self, block: Any) -> None:

@@ -74,7 +74,7 @@ class Dataset(Sequence[Sample]):
 
     @functools.cached_property
     def spec(self) -> Spec:
-        """What was asked for."""
+        """The specification that was asked for."""
         return Spec.from_json(self.facts.spec)
 
     @functools.cached_property
@@ -99,7 +99,7 @@ class Dataset(Sequence[Sample]):
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether the model has a norm behind its last layer."""
+        """True if the model has a norm behind its last layer."""
         return self.facts.has_final_norm
 
     @property

@@ -53,7 +53,7 @@ def schema() -> pa.Schema:
 
 
 class IndexRow(NamedTuple):
-    """What an index says of a sequence; see docs/format.md. `metadata` is empty without any."""
+    """Entry of an index for a sequence; see docs/format.md. `metadata` is empty without any."""
 
     sample: int
     completion: int

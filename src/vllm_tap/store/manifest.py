@@ -34,7 +34,7 @@ class FileFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a part says of itself.
+    """A part's statement about itself.
 
     Attributes:
         format: `facts.FORMAT`.

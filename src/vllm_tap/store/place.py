@@ -1,4 +1,4 @@
-"""Where a dataset lies: a local folder, or a folder of any file system that fsspec knows. Wherever it is used."""
+"""Place of a dataset: a local folder, or a folder of any file system that fsspec knows. Wherever it is used."""
 
 from __future__ import annotations
 

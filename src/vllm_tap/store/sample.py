@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SampleSource(Protocol):
-    """What samples need of the dataset that they belong to."""
+    """Part of a dataset that its samples need."""
 
     @property
     def spec(self) -> Spec:

@@ -46,7 +46,7 @@ class RowSource(Protocol):
 
 
 class Labels(NamedTuple):
-    """What the rows of a part are called; see `shard.label_arrays` for shapes."""
+    """Labels of the rows of a part; see `shard.label_arrays` for shapes."""
 
     starts: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ class Labels(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What an index says of one sequence beside numbers."""
+    """Entries of an index for one sequence, beside numbers."""
 
     request_id: str
     prompt: str | None
