@@ -1,6 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`.
+A call is one of `Greet`, `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or
+`Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -17,7 +18,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -58,8 +59,12 @@ class StreamInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     convention: str
 
 
+class Greet(Message, frozen=True, tag=True, kw_only=True):
+    """Call of a process that has a worker's address and no engine object; the reply is `Hello`."""
+
+
 class Hello(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `vllm_tap_open`: what this worker can capture, or why it cannot.
+    """Reply to `vllm_tap_open` and to `Greet`: what this worker can capture, or why it cannot.
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
@@ -222,7 +227,7 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Start | Finish | Stop
+Call = Greet | Start | Finish | Stop
 
 Reply = Hello | Started | Descriptor | Stopped | Failure
 
