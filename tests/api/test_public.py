@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import vllm_tap
+import vllm_tap.errors
 from vllm_tap.bench.render import render
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +29,16 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
+def errors_of_this_package() -> list[str]:
+    """Return the names of all exceptions that are raised on purpose."""
+    return [name for name, kind in vars(vllm_tap.errors).items() if isinstance(kind, type) and name.endswith("Error")]
+
+
 def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
-    assert vllm_tap.__all__ == ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
+    errors = sorted(errors_of_this_package())
+    others = ["Capture", "LayerMap", "Recording", "RowLabels", "Sample", "Spec", "__version__", "capture", "shutdown"]
+    assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__
     for name in vllm_tap.__all__:
         assert getattr(vllm_tap, name) is not None
@@ -58,7 +66,7 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs routing rows sample seconds spec"),
+        ("Capture", "conventions layers num_bytes num_rows outputs routing row_labels rows sample seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
     ],

@@ -199,15 +199,15 @@ class Connection:
 
         return replies
 
-    def finish(self, capture_id: str, shared: bool) -> Callable[[], HandedOver]:
-        """Have all workers end a capture; return a function that takes hold of what they hand over.
+    def hand_over(self, call: messages.Finish | messages.Take, shared: bool) -> Callable[[], HandedOver]:
+        """Have all workers hand over what a capture has; return a function that takes hold of it.
 
         It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
 
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        wait = self._send(messages.Finish(capture_id=capture_id), shared)
+        wait, capture_id = self._send(call, shared), call.capture_id
 
         def take() -> HandedOver:
             replies = wait()
@@ -218,7 +218,7 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, shared))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, "Finish")
+            _expect(messages.Descriptor, replies, type(call).__name__)
             return held
 
         return take
@@ -298,7 +298,8 @@ class Connection:
         try:
             return FetchedMemory(descriptor, placed, fetch)
         finally:
-            self.call(messages.Stopped, "release", rank, descriptor.capture_id)
+            block_ids = [chunk.block_id for chunk in descriptor.chunks]
+            self.call(messages.Stopped, "release", rank, descriptor.capture_id, block_ids)
 
     def choose_transport(self, transport: str) -> bool:
         """Return whether rows cross in shared memory.

@@ -130,6 +130,10 @@ class TapWorker(vllm_runner.Recorder):
         if session is not None:
             session.meet(request_id, mark, prompt_len, generates)
 
+    def ended(self, request_ids: Iterable[str]) -> None:
+        for session in self._sessions.values():
+            session.forget(request_ids)
+
     def arm(self, batch: Batch) -> None:
         for session in self._sessions.values():
             session.arm(batch)
@@ -243,6 +247,8 @@ class TapWorker(vllm_runner.Recorder):
             return self._hello()
         if isinstance(message, messages.Start):
             return self.start(message)
+        if isinstance(message, messages.Take):
+            return self.take(message)
         return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
@@ -335,6 +341,19 @@ class TapWorker(vllm_runner.Recorder):
         self.end(session)
         return descriptor
 
+    def take(self, take: messages.Take) -> messages.Descriptor:
+        """Hand over what a capture has taken since the last time; it goes on."""
+        session = self._require(take.capture_id)
+        try:
+            block_ids = session.block_ids
+            descriptor = session.take()
+            if session.start.shared:
+                self._shared_server().publish(session.client, block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
+        return descriptor
+
     def stop(self, stop: messages.Stop) -> messages.Stopped:
         """Abandon a capture, if it is under way, and let go of what it sends through calls."""
         session = self._sessions.get(stop.capture_id)
@@ -355,10 +374,14 @@ class TapWorker(vllm_runner.Recorder):
             return b""
 
     @_replying
-    def release(self, rank: int, capture_id: str) -> messages.Stopped:
-        """Free the inline blocks of a capture that has ended."""
-        if rank == self.rank and capture_id not in self._sessions:
-            self._memory().drop(capture_id)
+    def release(self, rank: int, capture_id: str, block_ids: list[int]) -> messages.Stopped:
+        """Free inline blocks of a capture; all of its memory with the last ones, if it has ended."""
+        if rank == self.rank:
+            pool = self._memory().of(capture_id)
+            for block_id in block_ids:
+                pool.release(block_id)
+            if capture_id not in self._sessions and not pool.stats().num_blocks:
+                self._memory().drop(capture_id)
         return messages.Stopped(rank=self.rank)
 
     def status(self, capture_id: str = "") -> dict[str, Any]:

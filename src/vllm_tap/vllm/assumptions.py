@@ -76,8 +76,9 @@ V2_ROWS: Final = Assumption(
 
 REQUESTS: Final = (
     Assumption(
-        "vllm.v1.core.sched.output.SchedulerOutput", ("scheduled_new_reqs", "total_num_scheduled_tokens"),
-        "to meet captured requests, and to see that the engine has nothing more to compute",
+        "vllm.v1.core.sched.output.SchedulerOutput",
+        ("scheduled_new_reqs", "finished_req_ids", "total_num_scheduled_tokens"),
+        "to meet captured requests and let go of them, and to see that the engine has nothing more to compute",
     ),
     Assumption(
         "vllm.v1.core.sched.output.NewRequestData",
@@ -92,15 +93,6 @@ REQUESTS: Final = (
         "to mark captured requests, and to have all their rows computed",
     ),
 )  # fmt: skip
-
-LOOPS: Final = tuple(
-    Assumption(owner, (name,), "to make room once for the frames of all that steps call", "each step makes it")
-    for owner, name in (
-        ("vllm.v1.engine.core.EngineCoreProc", "run_busy_loop"),
-        ("vllm.v1.executor.multiproc_executor.WorkerProc", "worker_busy_loop"),
-    )
-)
-"""Methods that run all steps of a process, of objects that are being made when a model is loaded."""
 
 PARTS: Final = (
     Part(
@@ -200,7 +192,6 @@ PARTS: Final = (
     Part(
         "A step",
         (
-            *LOOPS,
             *_of_both("execute_model", "to see the steps"),
             *_of_both("_dummy_run", "to tell dummy runs from real ones"),
             *_of_both("sample_tokens", "to see when the tokens of a step are on their way"),
@@ -243,6 +234,18 @@ PARTS: Final = (
                 "to call the workers and to generate", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.entrypoints.llm.LLM", ("enqueue_chat",), "to capture conversations",
+                "conversations are refused: pass their token ids",
+            ),
+            Assumption(
+                "vllm.entrypoints.llm.LLM", ("get_default_sampling_params",),
+                "to sample as the model's generation_config.json says", "captures without sampling_params fail",
+            ),
+            Assumption(
+                "vllm.entrypoints.pooling.offline.PoolingOfflineMixin", ("supported_tasks", "pooling_task"),
+                "to find the task of a model that pools", "the first task that the engine has is taken",
+            ),
+            Assumption(
                 "vllm.entrypoints.pooling.offline.PoolingOfflineMixin", ("encode",), "to embed",
                 "captures of embedding models fail",
             ),
@@ -276,9 +279,25 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.v1.engine.llm_engine.LLMEngine", ("step",),
+                "to keep what is finished when `vllm-tap capture` is interrupted", "`vllm-tap capture` fails",
+            ),
+            Assumption(
+                "vllm.v1.engine.output_processor.RequestState", ("prompt_len", "max_tokens_param"),
+                "to say how many rows will come", "a capture with a progress bar fails",
+            ),
+            Assumption(
+                "vllm.v1.engine.detokenizer.IncrementalDetokenizer", ("output_token_ids",),
+                "to say how many rows will come", "a capture with a progress bar fails",
+            ),
+            Assumption(
                 "vllm.v1.engine.core_client.EngineCoreClient", ("add_request", "get_output"),
                 "to let the first step begin before more requests come, and to end a capture with the last output",
                 _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.v1.engine.core_client.EngineCoreClient", ("shutdown",),
+                "to end an engine before its object goes", "`vllm_tap.shutdown` fails",
             ),
             Assumption(
                 "vllm.config.scheduler.SchedulerConfig", ("max_num_batched_tokens",),

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
-
-from vllm_tap.vllm.assumptions import Assumption
 
 FRAME_WORDS: Final = 8200
 """More than 64 KiB: CPython rounds up to a chunk of 128, and leaves more than 60 to what is called from there."""
@@ -28,22 +23,3 @@ def with_room(function: F) -> F:
     """
     function.__code__ = function.__code__.replace(co_stacksize=FRAME_WORDS)
     return function
-
-
-def give_room(loops: Sequence[Assumption]) -> bool:
-    """Give a loop room that an object further out will run, one which is being made now; return whether there is one.
-
-    Args:
-        loops: Methods of classes, of which the caller may be inside the `__init__`.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        kind = type(frame.f_locals.get("self"))
-        paths = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-        for loop in loops:
-            method = getattr(kind, loop.names[0], None)
-            if loop.owner in paths and inspect.isfunction(method):
-                with_room(method)
-                return True
-        frame = frame.f_back
-    return False

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import _thread
 import copy
 import functools
 import itertools
 import math
+import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
-from contextlib import contextmanager, suppress
-from typing import Any, Final
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final, NamedTuple
 
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
+from vllm_tap.transport import threads
 
 WATCH_SECONDS: Final = 0.1
 """How often a call that waits looks whether the engine is still there."""
@@ -26,6 +27,9 @@ IN_CORE: Final = "uni"
 
 FIRST_STEP_SECONDS: Final = 0.005
 """An engine prepares its first step in so long, if its process has nothing else to do."""
+
+POOLING_TASKS: Final = ("embed", "classify", "token_embed", "token_classify")
+"""Tasks of models that pool; a model may have several, of which the first is its own unless vLLM says otherwise."""
 
 STEPS_BETWEEN: Final = 16
 """After so many outputs, what the engine has generated is read: 0.3 ms of one wait for 256 requests."""
@@ -42,6 +46,21 @@ def require_llm(llm: Any) -> None:
             f"expected a vllm.LLM, got {type(llm).__name__}: start one with vllm.LLM(model). Servers and AsyncLLM "
             "cannot be captured from."
         )
+
+
+def shutdown(llm: Any) -> None:
+    """End an engine's processes now, and wait until they are gone; without a call they end with the `llm` object.
+
+    vLLM has no public call for that (0.26 to 0.33). Results stay readable. Any number of calls do no harm.
+
+    Args:
+        llm: A `vllm.LLM`. Requests that wait in it are lost, and it takes no more.
+
+    Raises:
+        SpecError: It is something else.
+    """
+    require_llm(llm)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def require_no_others(llm: Any, advice: str) -> None:
@@ -63,8 +82,13 @@ def pools(llm: Any) -> bool:
     return getattr(llm.model_config, "runner_type", "generate") == "pooling"
 
 
-def new_params(llm: Any, fields: dict[str, Any]) -> Any:
+def new_params(llm: Any, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Any:
     """Return sampling or pooling parameters with copies of these fields, of which nobody else holds anything.
+
+    Args:
+        llm: A `vllm.LLM`.
+        fields: By name.
+        defaults: Those of fields that are not given, instead of vLLM's own.
 
     Raises:
         SpecError: A field that they do not have.
@@ -74,7 +98,64 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
     for name in fields:
         if name not in known:
             raise SpecError(f"{kind.__name__} has no field {name!r}.{nearest(name, known)}")
-    return kind(**copy.deepcopy(fields))
+    return kind(**copy.deepcopy({**(defaults or {}), **fields}))
+
+
+def default_fields(llm: Any) -> dict[str, Any]:
+    """Return the fields by which `llm.generate(prompts)` samples that differ from those of plain `SamplingParams`.
+
+    They come from the model's generation_config.json, unless the engine was started with another.
+    """
+    if pools(llm):
+        return {}
+    plain, given = _params_kind(llm)(), llm.get_default_sampling_params()
+    names = [name for name in type(plain).__annotations__ if not name.startswith("_")]
+    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(plain, name)}
+
+
+def pooling_task(llm: Any, params: Any) -> str:
+    """Return the task of pooling parameters, or the model's own.
+
+    Raises:
+        SpecError: A task that this engine does not have.
+    """
+    supported = tuple(llm.supported_tasks)
+    asked = getattr(params, "task", None)
+    if asked is not None and asked not in supported:
+        tasks = [task for task in supported if task in POOLING_TASKS]
+        raise SpecError(f"this engine has no pooling task {asked!r}: it has {', '.join(tasks) or 'none'}.")
+    own = asked or getattr(llm, "pooling_task", None)
+    return str(own or next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0]))
+
+
+def _one_task(llm: Any, params: Sequence[Any]) -> str:
+    tasks = sorted({pooling_task(llm, given) for given in params})
+    if len(tasks) > 1:
+        raise SpecError(
+            f"pooling tasks {', '.join(tasks)} in one call: vLLM takes one. Capture them one after another."
+        )
+    return tasks[0]
+
+
+def require_chat(llm: Any) -> None:
+    """Refuse conversations where this engine takes none.
+
+    Raises:
+        SpecError: It pools, or this vLLM queues none.
+    """
+    if pools(llm):
+        raise SpecError("this engine pools, and its model has no chat template: pass texts instead of conversations.")
+    if not hasattr(llm, "enqueue_chat"):
+        raise SpecError(
+            "this vLLM has no LLM.enqueue_chat: render conversations with llm.get_tokenizer().apply_chat_template, and "
+            "pass the token ids."
+        )
+
+
+def output_kind(llm: Any) -> Any:
+    """Return the class of outputs of `llm.embed` or `llm.classify`; None for other tasks than theirs."""
+    name = {"embed": "EmbeddingRequestOutput", "classify": "ClassificationRequestOutput"}
+    return getattr(sys.modules["vllm"], name.get(pooling_task(llm, None), ""), None)
 
 
 def require_params(llm: Any, params: Any) -> None:
@@ -100,7 +181,7 @@ def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
     Raises:
         EngineDiedError: The engine core has ended.
     """
-    with _watched(llm):
+    with watched(llm):
         return list(llm.collective_rpc(method, args=args))
 
 
@@ -110,6 +191,8 @@ def generate(
     params: list[Any],
     use_tqdm: Any,
     lora_request: Any = None,
+    *,
+    chat: Mapping[str, Any] | None = None,
     queued: Callable[[], None] = lambda: None,
     tokens: Callable[[Sequence[list[int]]], None] = lambda lists: None,
     computed: Callable[[], None] = lambda: None,
@@ -122,6 +205,7 @@ def generate(
         params: Sampling or pooling parameters, one for each prompt.
         use_tqdm: A progress bar, as `LLM.generate` takes it.
         lora_request: The same.
+        chat: If the prompts are conversations, what `LLM.chat` takes beside them.
         queued: Called before the wait for outputs, where vLLM allows behind the queueing of the prompts. If it raises,
             they are aborted.
         tokens: Called now and then while the engine computes, with lists of token ids that will come back in the
@@ -134,14 +218,16 @@ def generate(
     """
     others = set(unfinished(llm))
     try:
-        with _watched(llm):
+        with watched(llm):
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
-                outputs = llm.encode(prompts, pooling_params=params, pooling_task="embed", **options)
+                outputs = llm.encode(
+                    prompts, pooling_params=params, pooling_task=pooling_task(llm, params[0]), **options
+                )
             else:
                 with _first_step_first(llm):
-                    llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
+                    enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
                 queued()
                 mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -161,8 +247,16 @@ def generate(
     return list(outputs)[-len(prompts) :]
 
 
+def enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+    """Queue prompts, or conversations with what `LLM.chat` takes beside them, in an engine that generates."""
+    if chat is None:
+        llm.enqueue(prompts, params, **options)
+    else:
+        llm.enqueue_chat(prompts, params, **chat, **options)
+
+
 @contextmanager
-def _watched(llm: Any) -> Iterator[None]:
+def watched(llm: Any) -> Iterator[None]:
     """End a wait for outputs or replies when the engine core dies.
 
     vLLM 0.26 to 0.33 waits on for the reply to a call, and for outputs if the core had no last word.
@@ -184,8 +278,8 @@ def _watched(llm: Any) -> Iterator[None]:
                     with suppress(InvalidStateError):  # it has come after all
                         reply.set_exception(death)
 
-    # Not `threading.Thread`: its start and its join wait for the thread, 0.28 ms of each call instead of 0.08.
-    _thread.start_new_thread(watch, ())
+    if not threads.is_ending():
+        threads.start_bare(watch, stop=done.set)
     try:
         yield
     finally:
@@ -256,6 +350,90 @@ def _outputs_watched(
 
     with _replaced(core, "get_output", watched):
         yield
+
+
+@contextmanager
+def ticking(llm: Any, seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function every so many seconds while an engine computes, in the thread that waits for its outputs.
+
+    Also while no output comes, where the engine runs in another process.
+    """
+    core = llm.llm_engine.engine_core
+    get_output, arrived = core.get_output, getattr(core, "outputs_queue", None)
+    due = time.monotonic() + seconds
+
+    def waited() -> Any:
+        nonlocal due
+        while True:
+            is_there = arrived is None or _holds_some(arrived, due - time.monotonic())
+            if time.monotonic() >= due:
+                call()
+                due = time.monotonic() + seconds
+            if is_there:
+                return get_output()
+
+    with _replaced(core, "get_output", waited):
+        yield
+
+
+def _holds_some(arrived: queue.Queue[Any], timeout_s: float) -> bool:
+    """Wait until something lies in a queue; tell whether it does."""
+    with arrived.not_empty:
+        return bool(arrived.not_empty.wait_for(lambda: arrived.queue, timeout=max(timeout_s, 0)))
+
+
+@contextmanager
+def interruptible(llm: Any, interruption: Any, finished: dict[int, Any]) -> Iterator[None]:
+    """Let Ctrl-C come between the steps of an engine, or while one is waited for, and keep what was finished before.
+
+    Args:
+        llm: A `vllm.LLM` without requests.
+        interruption: Has the contexts `held` and `allowed`.
+        finished: Takes the outputs by the number of their prompt, of the first call to `generate` in the block.
+    """
+    core, step = llm.llm_engine.engine_core, llm.llm_engine.step
+    get_output, first = core.get_output, functools.cache(lambda: min(map(_number, unfinished(llm))))
+
+    def stepped() -> Any:
+        first()
+        with interruption.held():
+            outputs = step()
+            finished.update((_number(output.request_id) - first(), output) for output in outputs if output.finished)
+        return outputs
+
+    def waited() -> Any:
+        with interruption.allowed():
+            return get_output()
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(llm.llm_engine, "step", stepped))
+        if hasattr(core, "outputs_queue"):  # else the step itself runs in there
+            stack.enter_context(_replaced(core, "get_output", waited))
+        yield
+
+
+def _number(request_id: str) -> int:
+    """Return the number of a request: vLLM counts those of an LLM, and appends something for the engine's use."""
+    return int(request_id.split("-", 1)[0])
+
+
+class Progress(NamedTuple):
+    """How far a request is. `num_most` counts the tokens that it may generate, if it generates."""
+
+    num_prompt: int
+    num_generated: int
+    num_most: int
+
+
+def progress(llm: Any) -> dict[str, Any]:
+    """Return the states of the requests in an engine, for `progress_of`."""
+    return dict(llm.llm_engine.output_processor.request_states)
+
+
+def progress_of(state: Any) -> Progress:
+    """Return how far a request is, also when it has ended."""
+    generated = getattr(state.detokenizer, "output_token_ids", ())
+    return Progress(state.prompt_len, len(generated), state.max_tokens_param or 0)
 
 
 def _token_lists(llm: Any, request_ids: set[str]) -> list[list[int]]:

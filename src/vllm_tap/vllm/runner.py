@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ import torch
 
 from vllm_tap.frame.messages import Rank
 from vllm_tap.labels import Mark, read_mark
-from vllm_tap.vllm.assumptions import LOOPS, REQUESTS, V1_ROWS, V2_ROWS
+from vllm_tap.vllm.assumptions import REQUESTS, V1_ROWS, V2_ROWS
 from vllm_tap.vllm.facts import require, require_fields
-from vllm_tap.vllm.frames import give_room, with_room
+from vllm_tap.vllm.frames import with_room
 
 
 class Batch(NamedTuple):
@@ -64,6 +64,9 @@ class Recorder:
 
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
         """A captured request is scheduled for the first time; `generates` says whether more than one token."""
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        """Requests, captured or not, have ended; none of their rows will come."""
 
     def arm(self, batch: Batch) -> None:
         """The inputs of a forward pass are on the device."""
@@ -117,6 +120,8 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
         met = [(new, _read_mark(new)) for new in scheduler_output.scheduled_new_reqs]
         recorder.expect([mark for _, mark in met if mark is not None])
         with recorder.lock:
+            if scheduler_output.finished_req_ids:
+                recorder.ended(scheduler_output.finished_req_ids)
             for new, mark in met:
                 recorder.scheduled(new.req_id)
                 if mark is not None:
@@ -140,9 +145,7 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
             recorder.sampled()
         return result
 
-    if not give_room(LOOPS):
-        with_room(execute_model)
-    runner.execute_model, runner._dummy_run, runner.sample_tokens = execute_model, _dummy_run, sample_tokens
+    runner.execute_model, runner._dummy_run, runner.sample_tokens = with_room(execute_model), _dummy_run, sample_tokens
 
 
 def _after(function: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_tap.vllm import runner as vllm_runner
-from vllm_tap.vllm.assumptions import Assumption
 from vllm_tap.vllm.frames import with_room
 
 ROUNDS = 200
@@ -83,37 +82,7 @@ OUTPUT = SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=1)
 
 
 def test_steps_of_a_runner_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each makes its own where the engine runs in the caller's thread."""
+    """Each makes its own, however deep it is called."""
     monkeypatch.setattr(vllm_runner, "require_fields", lambda _: None)
     runner = watched_runner()
     assert max(below(depth, lambda: runner.execute_model(OUTPUT)) for depth in DEPTHS) < ROUNDS // 2
-
-
-def page_faults(function: Callable[[], object]) -> int:
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    function()
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
-
-
-@pytest.mark.parametrize("is_special", [False, True])
-def test_a_loop_that_runs_all_steps_makes_room_once(monkeypatch: pytest.MonkeyPatch, is_special: bool) -> None:
-    """Steps take no memory of their own then, however deep the loop is called, also that of a subclass."""
-
-    class Process:
-        """Loads a model when it is made, and then runs steps until it ends."""
-
-        def __init__(self) -> None:
-            self.runner = watched_runner()
-
-        def run_loop(self) -> int:
-            return sum(page_faults(lambda: self.runner.execute_model(OUTPUT)) for _ in range(20))
-
-    class SpecialProcess(Process):
-        def run_loop(self) -> int:
-            return super().run_loop()
-
-    loop = Assumption(f"{Process.__module__}.{Process.__qualname__}", ("run_loop",), "", "")
-    monkeypatch.setattr(vllm_runner, "LOOPS", (loop,))
-    monkeypatch.setattr(vllm_runner, "require_fields", lambda _: None)
-    process = SpecialProcess() if is_special else Process()
-    assert max(below(depth, process.run_loop) for depth in range(1, 260, 3)) < 20, "less than one a step"

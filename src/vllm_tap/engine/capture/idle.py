@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.pool import SegmentPool
 
 logger = logging.getLogger("vllm_tap")
@@ -32,6 +33,7 @@ class Keeper(ABC):
         self._num_users = 0
         self._idle_since: float | None = None
         self._has_thread = False
+        self._ending = threading.Event()
 
     def keep(self) -> None:
         """A capture begins: nothing goes until its `linger`, and those of all others."""
@@ -52,7 +54,7 @@ class Keeper(ABC):
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._run, name="vllm-tap-keeper", daemon=True).start()
+            threads.start("vllm-tap-keeper", self._run, stop=self._ending.set)
         except RuntimeError as error:  # no more threads here
             self._stay(error)
 
@@ -64,8 +66,8 @@ class Keeper(ABC):
     def _run(self) -> None:
         try:
             self._begin()
-            while self.tidy(time.monotonic()):
-                time.sleep(self.poll_seconds)
+            while self.tidy(time.monotonic()) and not self._ending.wait(self.poll_seconds):
+                pass
         except Exception as error:
             self._stay(error)
 

@@ -14,6 +14,7 @@ from typing import Final
 from vllm_tap.engine.capture.idle import PoolKeeper
 from vllm_tap.engine.capture.interfaces import Backend
 from vllm_tap.errors import TransportError
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.pool import PoolStats, SegmentPool
 
 PATIENCE_SECONDS: Final = 2.0
@@ -71,12 +72,16 @@ class Pools:
         with self._lock:
             pool, _ = self._pools.pop(owner, (None, None))
         if pool is not None:
-            threading.Thread(target=self._close, args=(pool,), name="vllm-tap-drop", daemon=True).start()
+            ending = threading.Event()
+            try:
+                threads.start("vllm-tap-drop", self._close, pool, ending, stop=ending.set)
+            except RuntimeError:  # no more threads here
+                pool.close()
 
-    def _close(self, pool: SegmentPool) -> None:
+    def _close(self, pool: SegmentPool, ending: threading.Event) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self._backend.is_quiet() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        while not self._backend.is_quiet() and time.monotonic() < deadline and not ending.wait(POLL_SECONDS):
+            pass
         pool.close()
 
     def stats(self) -> list[PoolStats]:
