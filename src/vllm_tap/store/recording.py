@@ -21,7 +21,7 @@ from vllm_tap.store.writer import write_part
 
 
 class Run(NamedTuple):
-    """Facts that must be the same whenever a dataset is gone on with: the request, the model, and how tokens are chosen."""
+    """Facts that are the same whenever a dataset is gone on with: the request, the model, and how tokens are chosen."""
 
     spec: Spec
     model: Mapping[str, str]

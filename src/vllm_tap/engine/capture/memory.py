@@ -18,7 +18,7 @@ from vllm_tap.transport import threads
 from vllm_tap.transport.segment.pool import PoolStats, SegmentPool
 
 PATIENCE_SECONDS: Final = 2.0
-"""How long the segments of an owner that is gone wait for a pause of the engine; see `PoolKeeper`."""
+"""Seconds that the segments of an owner that is gone wait for a pause of the engine; see `PoolKeeper`."""
 
 POLL_SECONDS: Final = 0.05
 

@@ -42,13 +42,13 @@ class PlaneTaker(Protocol):
 
 
 class GraphTaps(Protocol):
-    """What says which taps are on in graphs."""
+    """Statement of which taps are on in graphs."""
 
     on: Wanted
 
 
 class Owner(Protocol):
-    """What groups share: see `rows`."""
+    """Resources that groups share: see `rows`."""
 
     first_tap: int
     main: torch.cuda.Stream | None

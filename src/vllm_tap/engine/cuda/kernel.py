@@ -48,7 +48,7 @@ _LABEL_PLACE = tl.constexpr(LABEL_PLACE)
 
 
 class Tables(Protocol):
-    """What the kernels read of a group; see `tables`."""
+    """Tables of a group that the kernels read; see `tables`."""
 
     header: torch.Tensor
     table: torch.Tensor

@@ -45,7 +45,7 @@ class ExpertHolder(Protocol):
 
 
 class DeviceRows(Rows[DeviceGroup]):
-    """What the taps of an engine share, held as long as the model is.
+    """Resources that the taps of an engine share, held as long as the model is.
 
     Attributes:
         tables: Of the first group: what kernels in graphs are given, which go on to the others.

@@ -13,7 +13,7 @@ PART_WORDS: Final = 16
 
 
 class Tables:
-    """What the kernels read of one group; see `kernel`. A few bytes per token of a step.
+    """Tables of one group that the kernels read; see `kernel`. A few bytes per token of a step.
 
     Args:
         words: Memory of the group, int64; that of the next group lies right behind it.

@@ -96,7 +96,7 @@ class Rows(Generic[G]):
 
 
 class Plane:
-    """Where a tap of a CPU engine writes the rows of one capture in a step: a tensor [num_rows, width].
+    """Place to which a tap of a CPU engine writes the rows of one capture in a step: a tensor [num_rows, width].
 
     Attributes:
         is_written: Whether rows have passed the tap in this step.

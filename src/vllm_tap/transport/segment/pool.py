@@ -63,7 +63,7 @@ class PoolStats(NamedTuple):
 
 
 class Account:
-    """What one capture may take of a pool, and has taken; other captures have accounts of their own.
+    """One capture's share of a pool, and what it has taken; other captures have accounts of their own.
 
     The blocks that captures which have ended still hold when it is opened count against it: they are the client's.
 
