@@ -52,6 +52,7 @@ def descriptor(*rows: tuple[int, int, int], **changed: Any) -> Descriptor:
         "capture_id": CAPTURE,
         "streams": (STREAM,),
         "requests": (Request("r", 0, 0),),
+        "first_request": 0,
         "chunks": (Chunk(1, CHUNK_OFFSET, CHUNK_BYTES, 1),),
         "blocks": np.array(rows, "<i8").tobytes(),
         "byte_order": sys.byteorder,
@@ -75,9 +76,19 @@ def test_a_reply_arrives_as_it_was_sent(message: messages.Message) -> None:
     assert messages.decode_reply(messages.encode(message)) == message
 
 
-def test_a_start_arrives_as_it_was_sent() -> None:
-    """So is the argument of a start call, numbers as keys included."""
-    assert messages.decode_call(messages.encode(START)) == START
+CALLS = [
+    START,
+    messages.Greet(),
+    messages.Take(capture_id=CAPTURE),
+    messages.Finish(capture_id=CAPTURE),
+    messages.Stop(capture_id=CAPTURE),
+]
+
+
+@pytest.mark.parametrize("message", CALLS, ids=lambda message: type(message).__name__)
+def test_a_call_arrives_as_it_was_sent(message: messages.Message) -> None:
+    """So is the argument of every call, numbers as keys included."""
+    assert messages.decode_call(messages.encode(message)) == message
 
 
 @given(st.binary(max_size=200))
