@@ -123,7 +123,7 @@ def test_damaged_messages_decode_or_are_refused(message: messages.Message, data:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 3},
+        {"version": messages.VERSION + 1},
         {"type": "Goodbye"},
         {"type": "Start"},
         {"more": 1},
@@ -156,8 +156,11 @@ def test_a_missing_field_is_refused() -> None:
 @pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 0, "new": 1}, {}, {"type": "Unheard of"}])
 def test_another_version_says_what_to_do(fields: dict[str, Any]) -> None:
     """Two versions of the package give an error that names both and the cure, whether or not fields differ."""
-    with pytest.raises(DescriptorError, match=r"version 3 came where version 2 runs: install the same vllm-tap"):
-        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": 3, **fields}))
+    with pytest.raises(
+        DescriptorError,
+        match=rf"version {messages.VERSION + 1} came where version {messages.VERSION} runs: install the same vllm-tap",
+    ):
+        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": messages.VERSION + 1, **fields}))
 
 
 def test_oversized_messages_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
