@@ -100,8 +100,9 @@ from vllm_tap.client.connection import Connection
 folder = Path(sys.argv[1])
 connection = Connection.at(sys.argv[2:])
 recording = Recording(connection, Spec(hidden_states=[1]))
-print("capture", recording._start.capture_id, flush=True)
+print("capture", recording.capture_id, flush=True)
 sys.stdin.readline()
+recording.note_marked(range(2))
 result = recording.finish(pickle.loads((folder / "outputs").read_bytes()))
 rows = [sample.hidden_states[1].clone() for sample in result]
 foreign = (folder / "foreign").read_bytes()

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from vllm_tap.client import marks, missing
@@ -46,7 +46,8 @@ class Recording:
     same objects: `finish` then takes some milliseconds less for 100,000 tokens.
 
     Args:
-        llm: A `vllm.LLM`, started without any special argument.
+        llm: A `vllm.LLM`, started without any special argument; or what `Connection.at` returns, in a process that has
+            no engine object.
         spec: What to capture.
         transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
@@ -79,11 +80,12 @@ class Recording:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = spec
-        self._model = model_facts(llm)
+        engine = None if isinstance(llm, Connection) else llm
+        self._model = model_facts(engine) if engine is not None else {}
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._has_ended = False
-        self._llm = weakref.ref(llm)
+        self._llm: Callable[[], Any] = weakref.ref(engine) if engine is not None else lambda: None
         self._marked_samples: set[int] = set()
         self._connection = connection = connect(llm)
         connection.stop_lost()
@@ -163,6 +165,10 @@ class Recording:
         if not owned:
             copies = {key: copy.deepcopy(given) for key, given in copies.items()}
         return [self._marked(copies[id(given)], sample) for sample, given in enumerate(params)]
+
+    def note_marked(self, samples: Iterable[int]) -> None:
+        """Take note of samples whose requests another process sends, marked by `labels.mark` with this `capture_id`."""
+        self._marked_samples.update(samples)
 
     def _checked(self, params: Any, sample: int) -> int:
         """Return the number of a sample that may be marked with these parameters."""

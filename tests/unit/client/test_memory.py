@@ -77,6 +77,7 @@ def describe(chunks: Sequence[Chunk], table: Sequence[tuple[int, int, int]]) -> 
         capture_id="c",
         streams=(STREAM,),
         requests=(),
+        first_request=0,
         chunks=tuple(chunks),
         blocks=np.array(table, "<i8").tobytes(),
         byte_order="little",
