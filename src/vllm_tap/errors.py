@@ -3,6 +3,7 @@
 TapError
  +-- SpecError                 a Spec, a layer or a prompt list that cannot be
  |    +-- LayerError           a layer that the model or the capture does not have
+ |    +-- PositionError        a position that a prompt or a completion does not have
  +-- EngineUnsupportedError    this engine, model or setting cannot be tapped
  |    +-- PluginNotLoadedError the workers did not load the plugin
  +-- CaptureError              a capture that started and could not be completed
@@ -43,6 +44,14 @@ class LayerError(SpecError, LookupError):
     """A layer that the model, or this capture, does not have."""
 
 
+class PositionError(SpecError, LookupError):
+    """A position that a prompt, or one of its completions, does not have.
+
+    `sample`, `completion` and `prompt_len` say which is the first. Where the engine has computed already, `result` is
+    the capture without the rows that cannot be, as `missing="skip"` returns it.
+    """
+
+
 class EngineUnsupportedError(TapError):
     """This engine, model or setting cannot be tapped; plain generation goes on."""
 
@@ -81,6 +90,7 @@ BY_NAME: dict[str, type[TapError]] = {
         TapError,
         SpecError,
         LayerError,
+        PositionError,
         EngineUnsupportedError,
         PluginNotLoadedError,
         CaptureError,

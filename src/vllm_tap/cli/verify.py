@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from vllm_tap.cli import arguments, verifications
 from vllm_tap.cli.capture import require_plugin
-from vllm_tap.cli.table import columns
+from vllm_tap.cli.engine import engine
+from vllm_tap.cli.interrupts import Interrupts
+from vllm_tap.cli.table import columns, print_json
 from vllm_tap.cli.verifications import Check
 from vllm_tap.errors import CaptureError, SpecError
 from vllm_tap.spec import Spec
@@ -47,6 +49,7 @@ def add_command(commands: Any) -> None:
         action="store_true",
         help="compare with a forward pass of transformers too, in float32 on the processor; the weights must be local",
     )
+    arguments.add_json_option(parser)
     arguments.add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -56,23 +59,21 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    from vllm_tap.vllm import launch
-
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
+    with Interrupts(keeps=False) as interrupts, engine(options, interrupts) as llm:
         prompts = make_prompts(llm, options.max_tokens, options.seed)
         found = list(_checks(llm, prompts, options))
-    finally:
-        launch.stop(llm)
-    return report(options.model, found)
+    return report(options.model, found, options.json)
 
 
-def report(model: str, checks: Sequence[Check]) -> int:
-    """Print the table of checks and return the exit code."""
+def report(model: str, checks: Sequence[Check], as_json: bool = False) -> int:
+    """Print the table of checks, or all of it as a JSON object, and return the exit code."""
+    failed = [check.name for check in checks if not check.holds]
+    if as_json:
+        print_json(model=model, holds=not failed, checks=[check._asdict() for check in checks])
+        return 1 if failed else 0
     rows = [("check", "rows", "result", "")]
     rows += [(check.name, f"{check.num_rows:,}", "ok" if check.holds else "DIFFERS", check.text) for check in checks]
     print(columns(rows, right=(1,)))
-    failed = [check.name for check in checks if not check.holds]
     print(
         f"captures from {model} differ: {', '.join(failed)}" if failed else f"captures from {model} are as they must be"
     )

@@ -188,7 +188,7 @@ class Caller:
 
     @property
     def alive(self) -> bool:
-        """Whether all connections stand: False as soon as the worker has gone or has closed one of them."""
+        """True while all connections stand: False as soon as the worker has gone or has closed one of them."""
         if self._closed or os.getpid() != self._pid:
             return False
         with self._lock:
@@ -313,7 +313,7 @@ class _Call:
 
     @property
     def begun(self) -> bool:
-        """Whether the worker may know of this call."""
+        """True if the worker may know of this call."""
         return bool(self._sent)
 
     def send(self, connection: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""How what a worker has opened ends with its engine, in a process that outlives it. Worker process."""
+"""The end of all that a worker has opened, with its engine, in a process that outlives it. Worker process."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ from vllm_tap.transport.segment.pool import SegmentPool
 logger = logging.getLogger("vllm_tap")
 
 POOL_LINGER_SECONDS: Final = 600.0
-"""How long segments that nobody uses stay. To make them again takes 0.1 s a GiB, and up to 0.5 where pages are new to a
-virtual machine: a capture of 12.8 GB took 1.7 s, and 5.3 after its segments had gone (16 cores, one H200)."""
+"""Seconds that segments stay which nobody uses. To make them again takes 0.1 s a GiB, and up to 0.5 where pages are new
+to a virtual machine: a capture of 12.8 GB took 1.7 s, and 5.3 after its segments had gone (16 cores, one H200)."""
 
 POOL_PATIENCE_SECONDS: Final = 3600.0
 """After this long they go, whether the device is quiet or not."""
 
 
 class Keeper(ABC):
-    """What is kept, from the end of a capture until it is wanted again or its time has come."""
+    """Memory that is kept from the end of a capture until it is wanted again or its time has come."""
 
     what: ClassVar[str]
     poll_seconds: ClassVar[float] = 1.0

@@ -47,7 +47,7 @@ class Link:
 
     @property
     def eof(self) -> bool:
-        """Whether the worker has gone, as far as has been seen."""
+        """True if the worker has gone, as far as has been seen."""
         return self._eof
 
     def leased(self, block_ids: Collection[int]) -> set[int]:
