@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -137,6 +137,20 @@ check-documents: $(VENV)/.dev
 	$(BIN)/python -m vllm_tap.bench.render $(RENDERED) --check
 	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
 	$(BIN)/python docs/check_prose.py
+
+# Writers of datasets, killed and gone on with; and files of datasets, changed.
+KILLS ?= 500
+MUTATIONS ?= 1000000
+
+crash: $(VENV)/.dev  ## kill writers of datasets: KILLS=500
+	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+hostile-datasets: $(VENV)/.dev  ## change files of datasets: MUTATIONS=1000000
+	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)
+
+# Datasets against the disk of the folder for temporary files: FOLDER=/dev/shm for another one.
+bench-store: $(VENV)/.dev  ## datasets against the disk
+	$(BIN)/python -m vllm_tap.bench.store $(if $(FOLDER),--folder $(FOLDER))
 
 bench: $(VENV)/.dev  ## the benchmark on this machine
 	$(BIN)/python -m vllm_tap.bench.handover

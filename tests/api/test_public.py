@@ -33,7 +33,10 @@ def errors_of_this_package() -> list[str]:
 def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
     errors = sorted(errors_of_this_package())
-    others = ["Capture", "LayerMap", "Recording", "RowLabels", "Sample", "Spec", "__version__", "capture", "shutdown"]
+    others = [
+        *("Capture", "Dataset", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels", "Sample", "Spec"),
+        *("Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
+    ]
     assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__
     for name in vllm_tap.__all__:
@@ -62,9 +65,12 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs routing row_labels rows sample seconds spec"),
+        ("Capture", "conventions first_sample has_experts has_final_norm layers model num_bytes num_rows outputs routing row_labels "
+                    "rows sample save seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
+        ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences "
+                    "spec table where"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:
@@ -75,6 +81,25 @@ def test_public_attributes(owner: str, names: str) -> None:
     assert missing == []
 
 
+def test_samples_of_datasets_have_what_captured_ones_have() -> None:
+    """A program that reads samples of a capture reads those of a dataset."""
+    from vllm_tap.store.sample import Sample
+
+    captured = {name for name in vars(vllm_tap.Sample) if not name.startswith("_")}
+    assert captured <= {name for name in vars(Sample) if not name.startswith("_")}
+
+
+def test_record_takes_these_arguments() -> None:
+    """The signature of `record` is public: names, order and defaults."""
+    parameters = inspect.signature(vllm_tap.record).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert required == ["llm", "prompts", "spec", "path"]
+    mine = {"resume": False, "batch": 256, "metadata": None, "share": (0, 1), "on_part": None}
+    given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    theirs = inspect.signature(vllm_tap.capture).parameters.values()
+    assert given == {**mine, **{p.name: p.default for p in theirs if p.kind is p.KEYWORD_ONLY}}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """A wrong name fails as in any module, so that `hasattr` and import hints work."""
     with pytest.raises(AttributeError, match="no attribute 'capturee'"):
@@ -82,7 +107,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import vllm_tap", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
+    "code", ["import vllm_tap", "from vllm_tap import Dataset, open_dataset",
+             "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
              "import vllm_tap.engine.plugin", "import vllm_tap.legacy.install"]
 )  # fmt: skip
 def test_importing_is_light(code: str) -> None:

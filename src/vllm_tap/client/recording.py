@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from vllm_tap.client import marks, missing
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
+from vllm_tap.client.identity import model_facts
 from vllm_tap.client.owned import RowSource
 from vllm_tap.client.rank_rows import Choice, RankRows
 from vllm_tap.client.result import Capture
@@ -78,6 +79,7 @@ class Recording:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = spec
+        self._model = model_facts(llm)
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._has_ended = False
@@ -196,7 +198,7 @@ class Recording:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was finished or stopped."""
+        """True if it was finished or stopped."""
         return self._has_ended
 
     @property
@@ -261,6 +263,7 @@ class Recording:
         handed_over = self._finished()
         handed = time.perf_counter()
         result = self._check(outputs, sequences, handed_over)
+        result.model = self._model
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RowLabels(NamedTuple):
-    """What each row is: tensors [R], CPU, the same for all streams and layers of a capture.
+    """Labels of each row: tensors [R], CPU, the same for all streams and layers of a capture.
 
     Attributes:
         samples: Number of the prompt, int64.
@@ -219,6 +219,7 @@ class Capture(Sequence[Sample]):
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
+        model: Name, revision and dtype of the model.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
@@ -244,6 +245,7 @@ class Capture(Sequence[Sample]):
         self.routing, self.num_layers, self.has_final_norm = routing, num_layers, has_final_norm
         self.has_experts = bool(routing)
         self.seconds: dict[str, float] = {}
+        self.model: dict[str, str] = {}
         self._owner: dict[Place, RowSource] = {}
         for rank in ranks:
             for place in rank.places:
@@ -359,6 +361,27 @@ class Capture(Sequence[Sample]):
         """
         if stream not in self.layers:
             raise SpecError(hints.for_stream(self, stream))
+
+    def save(self, path: Any, *, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> None:
+        """Write everything into a new dataset, which `vllm_tap.open_dataset` reads; it is there whole or not at all.
+
+        Args:
+            path: A folder, or a URL that fsspec knows.
+            metadata: A mapping that JSON can hold, or None, for each sample; it becomes `Sample.metadata`.
+
+        Raises:
+            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full.
+
+        Source:
+            See `conventions`, which the dataset repeats.
+
+        Cost:
+            One pass over the rows to write them, and one for their checksums. Ends when the disk has them.
+        """
+        from vllm_tap.client.identity import versions
+        from vllm_tap.store.save import save
+
+        save(self, path, model=self.model, versions=versions(), metadata=metadata)
 
     @property
     def num_rows(self) -> int:
