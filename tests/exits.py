@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import faulthandler
+import functools
 import itertools
+import json
+import multiprocessing
 import os
+import queue
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,8 +124,6 @@ def end_under_way(llm: Any, kind: str) -> Any:
 
 def end_interrupted(llm: Any, kind: str) -> Any:
     """End in the midst of a call, by an exception that nobody catches."""
-    import signal
-
     captured(llm, kind, 2)  # so that the next one is at work at once
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(0))
     signal.setitimer(signal.ITIMER_REAL, 0.05)
@@ -150,33 +156,107 @@ class End(NamedTuple):
         return next((f"log: {line.strip()}" for line in self.log.splitlines() if any(f in line for f in FAULTS)), "")
 
 
+DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def environment_of(how: Exit | None = None) -> dict[str, str]:
+    """Return the environment of a process that ends in some way."""
+    fixed = {"PYTHONFAULTHANDLER": "1", "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1"}
+    process = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(how.process == "own"))} if how else {}
+    return DEFAULTS | os.environ | fixed | process
+
+
 def run(how: Exit, folder: Path) -> End:
     """Start a process that ends in some way, and wait for it."""
-    environment = os.environ | {
-        "PYTHONFAULTHANDLER": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(how.process == "own")),
-        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
-    }
-    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}.items():
-        environment.setdefault(name, value)
     command = [sys.executable, __file__, "--end", str(how), "--model", str(folder)]
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        try:
-            status: int | None = process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            status = None
-            process.kill()
-            process.wait()
+        process = subprocess.Popen(command, env=environment_of(how), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        status = ended(process.pid)
         log.seek(0)
         return End(how, status, log.read(), time.monotonic() - began)
 
 
-def run_all(exits: list[Exit], folder: Path, jobs: int) -> Iterator[End]:
+def ended(pid: int) -> int | None:
+    """Wait for a child; return its status, a negative signal, or None if it had to be killed."""
+    process = os.pidfd_open(pid)
+    in_time = bool(select.select([process], [], [], DEADLINE_S)[0])
+    os.close(process)
+    if not in_time:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status if in_time else None
+
+
+class Forks:
+    """A process that has imported all and has no thread; forks of it need not import again."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__, "--serve"]
+        self._process = subprocess.Popen(
+            command, env=environment_of(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, how: Exit, folder: Path) -> End:
+        """Fork a process that ends in some way, and wait for it."""
+        began = time.monotonic()
+        with tempfile.NamedTemporaryFile("r") as log:
+            self._process.stdin.write(json.dumps([str(how), str(folder), log.name, environment_of(how)]) + "\n")
+            self._process.stdin.flush()
+            status = json.loads(self._process.stdout.readline())
+            return End(how, status, log.read(), time.monotonic() - began)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def same(given: Any, *_: Any) -> Any:
+    """Return the first argument."""
+    return given
+
+
+def serve_forks() -> Any:
+    """Fork a process for each line of the input; in such a process return what it is to keep until its end."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+    import vllm
+
+    import vllm_tap
+
+    _ = vllm.LLM, vllm_tap.capture, vllm_tap.Recording  # names that are loaded when they are first used
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread is not there after a fork"
+    for line in sys.stdin:
+        name, folder, log, environment = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(environment)
+            for target, path in enumerate((os.devnull, log, log)):
+                os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), target)
+            faulthandler.enable()
+            # For the engine as well, which would import all once more.
+            multiprocessing.get_context = functools.partial(same, multiprocessing.get_context("fork"))
+            return run_and_end(name, folder)
+        print(json.dumps(ended(pid)), flush=True)
+    return None
+
+
+def run_all(exits: list[Exit], folder: Path, jobs: int, forks: bool) -> Iterator[End]:
     """Run some at a time; yield them in order."""
-    with ThreadPoolExecutor(jobs) as threads:
-        yield from threads.map(lambda how: run(how, folder), exits)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(jobs) as threads:
+        free = queue.SimpleQueue[Callable[[Exit, Path], End]]()
+        for _ in range(jobs):
+            free.put(stack.enter_context(contextlib.closing(Forks())).run if forks else run)
+
+        def run_one(how: Exit) -> End:
+            runner = free.get()
+            try:
+                return runner(how, folder)
+            finally:
+                free.put(runner)
+
+        yield from threads.map(run_one, exits)
 
 
 def main() -> int:
@@ -184,6 +264,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=50, help="processes in all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--forks", action="store_true", help="forks of a process that has imported all, much faster")
     parser.add_argument("--only", default="", help="names of ends that contain this alone, such as pool-own")
     parser.add_argument("--model", type=Path, help="folder of a tiny Llama; one is made unless given")
     options = parser.parse_args()
@@ -196,7 +277,7 @@ def main() -> int:
         folder = options.model or ensure_model(Path(made), "llama", "float32")
         exits = list(itertools.islice(itertools.cycle(chosen), options.times))
         faults = collections.Counter()
-        for number, end in enumerate(run_all(exits, folder, options.jobs), 1):
+        for number, end in enumerate(run_all(exits, folder, options.jobs, options.forks), 1):
             print(f"{number:3} {end.how!s:28} status {end.status} {end.seconds:6.1f} s {end.fault}", flush=True)
             if end.fault:
                 faults[str(end.how)] += 1
@@ -208,5 +289,7 @@ def main() -> int:
 if __name__ == "__main__":
     if "--end" in sys.argv:
         kept = run_and_end(sys.argv[sys.argv.index("--end") + 1], sys.argv[sys.argv.index("--model") + 1])
+    elif "--serve" in sys.argv:
+        kept = serve_forks()
     else:
         sys.exit(main())
