@@ -164,7 +164,7 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     capture_id: str
     streams: tuple[Stream, ...]
     requests: tuple[Request, ...]
-    first_request: int
+    first_request: int = 0
     chunks: tuple[Chunk, ...]
     blocks: bytes
     byte_order: str
