@@ -9,6 +9,7 @@ from typing import Any
 from vllm_tap.client import missing
 from vllm_tap.client.connection import connect
 from vllm_tap.client.progress import bar
+from vllm_tap.client.prompts import CHAT_OPTIONS, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import SpecError
@@ -35,19 +36,25 @@ def capture(
 
     Args:
         llm: A `vllm.LLM`, started without any special argument.
-        prompts: A prompt or a list of them, as `LLM.generate` takes them: strings, lists of token ids, or dicts with
-            `prompt` or `prompt_token_ids`.
+        prompts: A prompt or an iterable of them: strings, lists or arrays of token ids, dicts as `LLM.generate` takes
+            them, encodings of a tokenizer (padding that the attention mask leaves out falls away), or conversations as
+            `LLM.chat` takes them, which go through the engine's chat template.
         spec: What to capture.
         transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.
         progress: Show a progress bar; by default when standard error is a terminal.
         lora_request: A `vllm.lora.request.LoRARequest`, or one (or None) per prompt.
-        sampling_params: A `vllm.SamplingParams`, or one per prompt.
-        **sampling: Fields of `SamplingParams`, instead of `sampling_params`.
+        sampling_params: A `vllm.SamplingParams`, or one per prompt; on an engine that pools, a `vllm.PoolingParams`,
+            whose `task` chooses among the tasks of the model. Without, the engine samples as `llm.generate(prompts)`
+            does: by the model's generation_config.json.
+        **sampling: Fields of `SamplingParams`, over those of the model's generation_config.json; with conversations
+            also what `LLM.chat` takes: `chat_template`, `chat_template_kwargs`, `add_generation_prompt`,
+            `continue_final_message`, `tools`, `chat_template_content_format`, `mm_processor_kwargs`.
 
     Returns:
-        Capture: one sample per prompt; rows of a sample are its prompt tokens and generated tokens minus one.
+        Capture: one sample per prompt; rows of a sample are its prompt tokens and generated tokens minus one. Its
+        `outputs` are those of `LLM.generate`, or of `LLM.encode` with the pooling task.
 
     Raises:
         SpecError: No prompts, no `Spec`, an unknown layer or argument, or requests of yours wait in the engine.
@@ -66,7 +73,13 @@ def capture(
     begin = time.perf_counter()
     frontend.require_llm(llm)
     _require_no_others(llm)
-    prompts = _checked_prompts(prompts)
+    read = read_prompts(prompts)
+    chat = {name: sampling.pop(name) for name in CHAT_OPTIONS if name in sampling}
+    if chat and not read.are_chats:
+        raise SpecError(f"{', '.join(chat)}: for conversations alone, and these prompts are none.")
+    if read.are_chats:
+        frontend.require_chat(llm)
+    prompts = read.items
     params = _params(llm, len(prompts), sampling_params, sampling)
     recording = Recording(
         llm,
@@ -88,6 +101,7 @@ def capture(
             marked,
             show,
             lora_request,
+            chat=chat if read.are_chats else None,
             queued=recording.started,
             tokens=recording.tokens.read,
             computed=recording.end,
@@ -107,35 +121,12 @@ def _require_no_others(llm: Any) -> None:
     frontend.require_no_others(llm, "capture beside them with vllm_tap.Recording")
 
 
-def _checked_prompts(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
-        prompts = [prompts]
-    if not isinstance(prompts, Sequence):
-        raise SpecError(f"prompts is a list of strings or dicts, got {type(prompts).__name__}.")
-    if not prompts:
-        raise SpecError("prompts is empty: there is nothing to capture.")
-    checked = [{"prompt_token_ids": prompt} if _is_token_ids(prompt) else prompt for prompt in prompts]
-    for index, prompt in enumerate(checked):
-        if not isinstance(prompt, str | Mapping):
-            raise SpecError(
-                f"prompt {index} is a {type(prompt).__name__}: pass strings, or dicts such as "
-                '{"prompt_token_ids": [...]}.'
-            )
-        if not isinstance(prompt, str) and prompt.get("prompt_embeds") is not None:
-            raise SpecError(f"prompt {index} has prompt_embeds: rows are labelled by token ids. Pass prompt_token_ids.")
-    return checked
-
-
-def _is_token_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
-
-
 def _params(llm: Any, num_prompts: int, given: Any, fields: dict[str, Any]) -> list[Any]:
     """Return sampling (or pooling) parameters per prompt."""
     if given is not None and fields:
         raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
     if given is None:
-        given = frontend.new_params(llm, fields)
+        given = frontend.new_params(llm, fields, frontend.default_fields(llm))
     each = list(given) if isinstance(given, Sequence) else [given] * num_prompts
     if len(each) != num_prompts:
         raise SpecError(f"{len(each)} sampling_params for {num_prompts} prompts.")
@@ -148,8 +139,13 @@ def _expected_rows(prompts: list[Any], params: list[Any]) -> int:
     """Guess how many rows will come: exact for token ids that generate to the end, four characters a token for text."""
     rows = 0
     for prompt, given in zip(prompts, params, strict=True):
-        ids = None if isinstance(prompt, str) else prompt.get("prompt_token_ids")
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
-        num_prompt = len(text) // 4 if ids is None else len(ids)
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        num_prompt = len(_text(prompt)) // 4 if ids is None else len(ids)
         rows += (getattr(given, "n", 1) or 1) * (num_prompt + (getattr(given, "max_tokens", 0) or 0))
     return rows
+
+
+def _text(prompt: Any) -> str:
+    if isinstance(prompt, Mapping):
+        return str(prompt.get("prompt") or "")
+    return prompt if isinstance(prompt, str) else "".join(str(message.get("content", "")) for message in prompt)

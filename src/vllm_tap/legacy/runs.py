@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from vllm_tap.client import capture as new
@@ -17,7 +16,7 @@ ROUTER = Spec(router_logits="all", missing="skip")
 
 
 def embed(llm: Any, texts: Any, spec: Spec) -> Capture:
-    """Embed texts and capture; `outputs` are those of `llm.embed`.
+    """Pool texts and capture; `outputs` are those of `llm.embed`, or of `llm.classify` where the model classifies.
 
     Raises:
         SpecError: The engine generates.
@@ -29,8 +28,9 @@ def embed(llm: Any, texts: Any, spec: Spec) -> Capture:
             'LLM(..., runner="pooling", convert="embed").'
         )
     result = _capture(llm, texts, spec, frontend.new_params(llm, {}))
-    embedding = sys.modules["vllm"].EmbeddingRequestOutput
-    result.outputs[:] = [embedding.from_base(output) for output in result.outputs]
+    kind = frontend.output_kind(llm)
+    if kind is not None:
+        result.outputs[:] = [kind.from_base(output) for output in result.outputs]
     return result
 
 

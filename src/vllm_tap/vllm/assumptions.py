@@ -233,6 +233,18 @@ PARTS: Final = (
                 "to call the workers and to generate", _NO_CLIENT,
             ),
             Assumption(
+                "vllm.entrypoints.llm.LLM", ("enqueue_chat",), "to capture conversations",
+                "conversations are refused: pass their token ids",
+            ),
+            Assumption(
+                "vllm.entrypoints.llm.LLM", ("get_default_sampling_params",),
+                "to sample as the model's generation_config.json says", "captures without sampling_params fail",
+            ),
+            Assumption(
+                "vllm.entrypoints.pooling.offline.PoolingOfflineMixin", ("supported_tasks", "pooling_task"),
+                "to find the task of a model that pools", "the first task that the engine has is taken",
+            ),
+            Assumption(
                 "vllm.entrypoints.pooling.offline.PoolingOfflineMixin", ("encode",), "to embed",
                 "captures of embedding models fail",
             ),

@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -26,6 +26,9 @@ IN_CORE: Final = "uni"
 
 FIRST_STEP_SECONDS: Final = 0.005
 """An engine prepares its first step in so long, if its process has nothing else to do."""
+
+POOLING_TASKS: Final = ("embed", "classify", "token_embed", "token_classify")
+"""Tasks of models that pool; a model may have several, of which the first is its own unless vLLM says otherwise."""
 
 STEPS_BETWEEN: Final = 16
 """After so many outputs, what the engine has generated is read: 0.3 ms of one wait for 256 requests."""
@@ -78,8 +81,13 @@ def pools(llm: Any) -> bool:
     return getattr(llm.model_config, "runner_type", "generate") == "pooling"
 
 
-def new_params(llm: Any, fields: dict[str, Any]) -> Any:
+def new_params(llm: Any, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Any:
     """Return sampling or pooling parameters with copies of these fields, of which nobody else holds anything.
+
+    Args:
+        llm: A `vllm.LLM`.
+        fields: By name.
+        defaults: Those of fields that are not given, instead of vLLM's own.
 
     Raises:
         SpecError: A field that they do not have.
@@ -89,7 +97,64 @@ def new_params(llm: Any, fields: dict[str, Any]) -> Any:
     for name in fields:
         if name not in known:
             raise SpecError(f"{kind.__name__} has no field {name!r}.{nearest(name, known)}")
-    return kind(**copy.deepcopy(fields))
+    return kind(**copy.deepcopy({**(defaults or {}), **fields}))
+
+
+def default_fields(llm: Any) -> dict[str, Any]:
+    """Return the fields by which `llm.generate(prompts)` samples that differ from those of plain `SamplingParams`.
+
+    They come from the model's generation_config.json, unless the engine was started with another.
+    """
+    if pools(llm):
+        return {}
+    plain, given = _params_kind(llm)(), llm.get_default_sampling_params()
+    names = [name for name in type(plain).__annotations__ if not name.startswith("_")]
+    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(plain, name)}
+
+
+def pooling_task(llm: Any, params: Any) -> str:
+    """Return the task of pooling parameters, or the model's own.
+
+    Raises:
+        SpecError: A task that this engine does not have.
+    """
+    supported = tuple(llm.supported_tasks)
+    asked = getattr(params, "task", None)
+    if asked is not None and asked not in supported:
+        tasks = [task for task in supported if task in POOLING_TASKS]
+        raise SpecError(f"this engine has no pooling task {asked!r}: it has {', '.join(tasks) or 'none'}.")
+    own = asked or getattr(llm, "pooling_task", None)
+    return str(own or next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0]))
+
+
+def _one_task(llm: Any, params: Sequence[Any]) -> str:
+    tasks = sorted({pooling_task(llm, given) for given in params})
+    if len(tasks) > 1:
+        raise SpecError(
+            f"pooling tasks {', '.join(tasks)} in one call: vLLM takes one. Capture them one after another."
+        )
+    return tasks[0]
+
+
+def require_chat(llm: Any) -> None:
+    """Refuse conversations where this engine takes none.
+
+    Raises:
+        SpecError: It pools, or this vLLM queues none.
+    """
+    if pools(llm):
+        raise SpecError("this engine pools, and its model has no chat template: pass texts instead of conversations.")
+    if not hasattr(llm, "enqueue_chat"):
+        raise SpecError(
+            "this vLLM has no LLM.enqueue_chat: render conversations with llm.get_tokenizer().apply_chat_template, and "
+            "pass the token ids."
+        )
+
+
+def output_kind(llm: Any) -> Any:
+    """Return the class of outputs of `llm.embed` or `llm.classify`; None for other tasks than theirs."""
+    name = {"embed": "EmbeddingRequestOutput", "classify": "ClassificationRequestOutput"}
+    return getattr(sys.modules["vllm"], name.get(pooling_task(llm, None), ""), None)
 
 
 def require_params(llm: Any, params: Any) -> None:
@@ -125,6 +190,8 @@ def generate(
     params: list[Any],
     use_tqdm: Any,
     lora_request: Any = None,
+    *,
+    chat: Mapping[str, Any] | None = None,
     queued: Callable[[], None] = lambda: None,
     tokens: Callable[[Sequence[list[int]]], None] = lambda lists: None,
     computed: Callable[[], None] = lambda: None,
@@ -137,6 +204,7 @@ def generate(
         params: Sampling or pooling parameters, one for each prompt.
         use_tqdm: A progress bar, as `LLM.generate` takes it.
         lora_request: The same.
+        chat: If the prompts are conversations, what `LLM.chat` takes beside them.
         queued: Called before the wait for outputs, where vLLM allows behind the queueing of the prompts. If it raises,
             they are aborted.
         tokens: Called now and then while the engine computes, with lists of token ids that will come back in the
@@ -153,10 +221,12 @@ def generate(
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
-                outputs = llm.encode(prompts, pooling_params=params, pooling_task="embed", **options)
+                outputs = llm.encode(
+                    prompts, pooling_params=params, pooling_task=pooling_task(llm, params[0]), **options
+                )
             else:
                 with _first_step_first(llm):
-                    llm.enqueue(prompts, params, lora_request=lora_request, use_tqdm=use_tqdm)
+                    _enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
                 queued()
                 mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -174,6 +244,13 @@ def generate(
         raise
     # vLLM returns requests that were queued before among these, in the order of arrival: ours are the last.
     return list(outputs)[-len(prompts) :]
+
+
+def _enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+    if chat is None:
+        llm.enqueue(prompts, params, **options)
+    else:
+        llm.enqueue_chat(prompts, params, **chat, **options)
 
 
 @contextmanager

@@ -1,0 +1,161 @@
+"""Prompts in the forms in which users have them, made into those that vLLM takes. Client process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from vllm_tap.errors import SpecError
+from vllm_tap.spec import nearest
+
+CHAT_OPTIONS: Final[tuple[str, ...]] = (
+    "chat_template",
+    "chat_template_content_format",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+)
+"""Arguments of `LLM.chat` that say how conversations become text."""
+
+TAKES: Final = (
+    'strings, lists of token ids, dicts such as {"prompt_token_ids": [...]}, conversations (lists of '
+    '{"role": ..., "content": ...}), or what a tokenizer returns'
+)
+
+
+class Prompts(NamedTuple):
+    """Prompts of one kind.
+
+    Attributes:
+        items: Strings and dicts as `LLM.generate` takes them, or conversations as `LLM.chat` takes them.
+        are_chats: Whether they are conversations.
+    """
+
+    items: list[Any]
+    are_chats: bool
+
+
+def read_prompts(given: Any) -> Prompts:
+    """Return prompts as vLLM takes them.
+
+    Args:
+        given: A prompt, a conversation, an encoding of a tokenizer, an array of token ids, or any iterable of those.
+            In an encoding, what its attention mask leaves out is padding and falls away; a two-dimensional array of ids
+            has no padding.
+
+    Raises:
+        SpecError: There are none, or something else is among them: its number and its type.
+    """
+    if isinstance(given, bytes):
+        raise SpecError(f"prompts are bytes: decode them. capture takes {TAKES}.")
+    if isinstance(given, str | Mapping) or is_token_ids(given) or is_conversation(given):
+        given = [given]
+    elif not isinstance(given, Iterable):
+        raise SpecError(f"prompts is a {type(given).__name__}: capture takes {TAKES}, or an iterable of those.")
+    items = [prompt for index, one in enumerate(given) for prompt in _prompts_of(one, index)]
+    if not items:
+        raise SpecError("prompts is empty: there is nothing to capture.")
+    chats = [is_conversation(item) for item in items]
+    if any(chats) and not all(chats):
+        first = chats.index(not chats[0])
+        kind = "a" if chats[first] else "no"
+        raise SpecError(f"prompt {first} is {kind} conversation, unlike those before it: capture one kind at a time.")
+    return Prompts(items, all(chats))
+
+
+def is_conversation(given: Any) -> bool:
+    """Tell whether something is a list of messages, each with a role."""
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes) and len(given) > 0
+    return is_list and all(isinstance(message, Mapping) and "role" in message for message in given)
+
+
+def is_token_ids(given: Any) -> bool:
+    """Tell whether something is one sequence of token ids: a list, a tuple, or an array or tensor of integers [T]."""
+    if isinstance(given, list | tuple):
+        return len(given) > 0 and all(isinstance(id_, int | np.integer) and type(id_) is not bool for id_ in given)
+    return _kind_of_array(given) == "i" and len(given.shape) == 1 and given.shape[0] > 0
+
+
+def _prompts_of(one: Any, index: int) -> list[Any]:
+    """Return the prompts that one element stands for: an encoding may hold several."""
+    if isinstance(one, str) or is_conversation(one):
+        return [one]
+    if is_token_ids(one):
+        return [{"prompt_token_ids": _plain(one)}]
+    if isinstance(one, Mapping):
+        return _of_mapping(one, index)
+    raise SpecError(f"prompt {index} {_description(one)}: pass {TAKES}.", sample=index)
+
+
+def _of_mapping(one: Mapping[str, Any], index: int) -> list[Any]:
+    if "input_ids" in one:
+        return _of_encoding(one, index)
+    if "role" in one:
+        raise SpecError(f"prompt {index} is a message alone: pass conversations, lists of messages.", sample=index)
+    if one.get("prompt_embeds") is not None:
+        raise SpecError(f"prompt {index} has prompt_embeds: rows are labelled by token ids. Pass prompt_token_ids.")
+    if "messages" in one:
+        return _of_messages(one, index)
+    ids = one.get("prompt_token_ids")
+    if ids is not None and not is_token_ids(ids):
+        raise SpecError(f"prompt {index}: prompt_token_ids {_description(ids)}, expected whole numbers.", sample=index)
+    if ids is not None:
+        return [{**one, "prompt_token_ids": _plain(ids)}]
+    known = ("prompt", "encoder_prompt", "decoder_prompt", "multi_modal_data")
+    if not any(name in one for name in known):
+        hint = nearest(str(next(iter(one), "")), [*known, "prompt_token_ids", "messages"])
+        raise SpecError(f"prompt {index} is a dict of {', '.join(map(repr, one)) or 'nothing'}.{hint}", sample=index)
+    return [one]
+
+
+def _of_messages(one: Mapping[str, Any], index: int) -> list[Any]:
+    """Return the conversation of a record, as data sets have them."""
+    if not is_conversation(one["messages"]):
+        raise SpecError(f'prompt {index}: its "messages" are no list of {{"role": ..., "content": ...}}.', sample=index)
+    return [one["messages"]]
+
+
+def _of_encoding(encoding: Mapping[str, Any], index: int) -> list[Any]:
+    """Return the sequences of what a tokenizer returned, without padding."""
+    rows, masks = encoding["input_ids"], encoding.get("attention_mask")
+    if is_token_ids(rows):
+        rows, masks = [rows], None if masks is None else [masks]
+    found = []
+    for number, ids in enumerate(rows):
+        if not is_token_ids(ids):
+            raise SpecError(f"prompt {index}: input_ids[{number}] {_description(ids)}, expected whole numbers.")
+        plain = _plain(ids)
+        if masks is not None:
+            plain = [token for token, is_there in zip(plain, _plain(masks[number]), strict=True) if is_there]
+        if not plain:
+            raise SpecError(f"prompt {index}: input_ids[{number}] has no token that its attention_mask keeps.")
+        found.append({"prompt_token_ids": plain})
+    return found
+
+
+def _plain(ids: Any) -> list[int]:
+    return [int(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+
+
+def _kind_of_array(given: Any) -> str:
+    """Return "i" for arrays and tensors of integers, another letter for others, nothing for what is no array."""
+    dtype = getattr(given, "dtype", None)
+    if dtype is None or not hasattr(given, "shape"):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return "i" if name.startswith(("int", "uint")) else name[0]
+
+
+def _description(given: Any) -> str:
+    if _kind_of_array(given):
+        return f"is an array of {given.dtype} {list(given.shape)}"
+    if isinstance(given, list | tuple):
+        kinds = sorted({type(item).__name__ for item in given})
+        if kinds == ["str"] and len(given) == 2:
+            return "is a pair of texts, as LLM.score takes them (pass the one text, or the ids, that the model reads)"
+        return f"is a {type(given).__name__} of {', '.join(kinds) or 'nothing'}"
+    return f"is a {type(given).__name__}"
