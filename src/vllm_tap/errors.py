@@ -11,7 +11,9 @@ TapError
  |    +-- BudgetError          the memory for rows is full
  |    +-- EngineDiedError      the engine process ended
  +-- TransportError            memory or sockets between worker and client refused
-      +-- DescriptorError      bytes from the other process that do not validate
+ |    +-- DescriptorError      bytes from the other process that do not validate
+ +-- DatasetError              a dataset that cannot be written or read
+      +-- DatasetDamagedError  bytes of a dataset that do not validate
 """
 
 from __future__ import annotations
@@ -84,6 +86,14 @@ class DescriptorError(TransportError, ValueError):
     """Bytes from the other process that do not validate."""
 
 
+class DatasetError(TapError):
+    """A dataset that cannot be written or read; what is sealed in it stays readable."""
+
+
+class DatasetDamagedError(DatasetError, ValueError):
+    """Bytes of a dataset that do not validate."""
+
+
 BY_NAME: dict[str, type[TapError]] = {
     kind.__name__: kind
     for kind in (
@@ -99,6 +109,8 @@ BY_NAME: dict[str, type[TapError]] = {
         EngineDiedError,
         TransportError,
         DescriptorError,
+        DatasetError,
+        DatasetDamagedError,
     )
 }
 """Error classes by name, for turning a worker's reply back into the exception it stands for."""

@@ -1,4 +1,4 @@
-"""What a user asks for: which streams, layers and positions. Checked in the client process, sent to the workers.
+"""The wish of a user: which streams, layers and positions. Checked in the client process, sent to the workers.
 
 A `Spec` knows nothing of a model; `resolve_layers` turns it into layer numbers once the model is known.
 """
@@ -43,7 +43,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, init=False)
 class Spec:
-    """What to capture. Immutable, comparable, and the same after a trip through JSON.
+    """A choice of rows to capture. Immutable, comparable, and the same after a trip through JSON.
 
     Args:
         hidden_states: `"all"`, or decoder layers (0-based; negative numbers count from the end). The residual stream

@@ -34,7 +34,7 @@ from engine.engines import (
 from vllm_tap import Recording, Spec, capture
 from vllm_tap.errors import CaptureError, LayerError, RowsMissingError, SpecError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
 

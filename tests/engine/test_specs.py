@@ -6,6 +6,7 @@ Runs in the test process, beside the engine.
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 BLOCK_SIZE = 32  # the granule of the prefix cache
 HIDDEN = Spec(hidden_states="all")
@@ -54,6 +55,20 @@ def engine(shelf: Shelf) -> Engine:
 def known(references: Callable[[str], References]) -> References:
     """Hugging Face's forward passes of the engine's model."""
     return references("llama")
+
+
+def test_the_quickstart_runs(engine, monkeypatch, capsys):
+    """examples/quickstart.py, which the README shows, but for its model; its first prompt tokens get their rows."""
+    asked = []
+    monkeypatch.setattr("vllm.LLM", lambda model: asked.append(model) or engine.llm)
+    path = Path(__file__).parents[2] / "examples" / "quickstart.py"
+    ran = runpy.run_path(str(path), run_name="__main__")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    sample, (output,) = ran["sample"], ran["result"].outputs
+    assert sample.token_ids.tolist() == [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    printed = capsys.readouterr().out
+    assert f"{sample.positions}\n{sample.token_ids}\n" in printed
+    assert f"{len(sample.hidden_states)} {sample.hidden_states[-1].shape} {engine.llm.model_config.dtype}" in printed
 
 
 @pytest.mark.parametrize(

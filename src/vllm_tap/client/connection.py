@@ -98,7 +98,7 @@ class Connection:
 
     @property
     def routing(self) -> dict[int, Routing]:
-        """How the routers choose, by layer; empty for a model without experts."""
+        """Statements of how the routers choose, by layer; empty for a model without experts."""
         return dict(sorted(pair for hello in self.hellos for pair in hello.routing.items()))
 
     def available(self, stream: str) -> list[int]:
@@ -163,15 +163,15 @@ class Connection:
 
         return replies
 
-    def finish(self, capture_id: str, shared: bool) -> Callable[[], HandedOver]:
-        """Have all workers end a capture; return a function that takes hold of what they hand over.
+    def hand_over(self, call: messages.Finish | messages.Take, shared: bool) -> Callable[[], HandedOver]:
+        """Have all workers hand over what a capture has; return a function that takes hold of it.
 
         It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
 
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        wait = self._send(messages.Finish(capture_id=capture_id), shared)
+        wait, capture_id = self._send(call, shared), call.capture_id
 
         def take() -> HandedOver:
             replies = wait()
@@ -182,7 +182,7 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, shared))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, "Finish")
+            _expect(messages.Descriptor, replies, type(call).__name__)
             return held
 
         return take

@@ -20,7 +20,7 @@ ROUTER: Final = 'Spec(router_logits="all")'
 
 
 class Sample(Protocol):
-    """What is read of a sample."""
+    """Attributes of a sample that are read here."""
 
     @property
     def hidden_states(self) -> Mapping[int, torch.Tensor]: ...

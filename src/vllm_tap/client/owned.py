@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,11 @@ Place = tuple[str, int]
 class RowSource(Protocol):
     """What a capture reads rows from."""
 
+    @property
+    def places(self) -> Collection[Place]:
+        """The streams and layers that it has."""
+        ...
+
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop` of the wanted ones: a tensor [R, D]."""
 
@@ -24,6 +29,11 @@ class OwnedRows:
 
     def __init__(self, tensors: Mapping[Place, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
+
+    @property
+    def places(self) -> Collection[Place]:
+        """The streams and layers that there are."""
+        return self._tensors.keys()
 
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop`, without a copy."""

@@ -21,8 +21,8 @@ SHOWN = 8
 """Positions that an error message lists."""
 
 
-class Place(NamedTuple):
-    """Where a stream lies in this rank's blocks."""
+class Plane(NamedTuple):
+    """Place of a layer of a stream in this rank's blocks."""
 
     stream: int
     layer: int
@@ -41,7 +41,7 @@ class RankRows:
         self._streams = descriptor.streams
         self._memory = memory
         self.places = {
-            (stream.name, layer): Place(s, i)
+            (stream.name, layer): Plane(s, i)
             for s, stream in enumerate(descriptor.streams)
             for i, layer in enumerate(stream.layers)
         }
@@ -95,11 +95,11 @@ class Choice:
         """
         requests = [(request.sample, request.completion) for request in descriptor.requests]
         if self._last is None or self._last[0] != requests or not np.array_equal(self._last[1], labels):
-            self._last = requests, labels, _choose(descriptor, labels, self._sequences)
+            self._last = requests, labels, choose_rows(descriptor, labels, self._sequences)
         return self._last[2]
 
 
-def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
+def choose_rows(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
     """Return for every wanted row the row that holds it: the last one written for its sequence and position.
 
     Rows past the end of a sequence (an asynchronous step after a stop, rejected drafts) have no place and fall away, as

@@ -17,13 +17,16 @@ from typing import Any, Final
 
 from vllm_tap.client import marks, missing
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
+from vllm_tap.client.identity import model_facts
+from vllm_tap.client.owned import RowSource
 from vllm_tap.client.rank_rows import Choice, RankRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
+from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
-from vllm_tap.labels import mark
+from vllm_tap.labels import NUM_LABELS, mark
 from vllm_tap.spec import Layers, Spec, nearest, resolve_layers
 from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, streams_of
 from vllm_tap.vllm import frontend
@@ -76,6 +79,7 @@ class Recording:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = spec
+        self._model = model_facts(llm)
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._has_ended = False
@@ -187,6 +191,38 @@ class Recording:
         states = self._connection.status()
         return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
 
+    @property
+    def capture_id(self) -> str:
+        """Name of the capture in the engine."""
+        return self._start.capture_id
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was finished or stopped."""
+        return self._has_ended
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position over all streams and layers of this capture, with its labels."""
+        infos = [info for hello in self._connection.hellos for info in hello.streams]
+        layers = {
+            (info.name, layer): info.width * ITEMSIZE[info.dtype]
+            for info in infos
+            for layer in info.layers
+            if layer in self._start.streams.get(info.name, ())
+        }
+        return sum(layers.values()) + NUM_LABELS * LABEL_BYTES * len(self._connection.hellos)
+
+    def take(self) -> HandedOver:
+        """Take hold of the rows that have come since the last time; the capture goes on.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        self.started()
+        call = messages.Take(capture_id=self.capture_id)
+        return self._connection.hand_over(call, self._start.shared)()
+
     def end(self) -> None:
         """Have the workers end the capture, without a wait: `finish` is to follow, and takes what they hand over.
 
@@ -197,7 +233,9 @@ class Recording:
         """
         self.started()
         if self._finishing is None:
-            self._finishing = self._connection.finish(self._start.capture_id, self._start.shared)
+            self._finishing = self._connection.hand_over(
+                messages.Finish(capture_id=self.capture_id), self._start.shared
+            )
 
     def finish(self, outputs: Sequence[Any]) -> Capture:
         """End the capture and return its rows, checked against what the engine returned.
@@ -225,6 +263,7 @@ class Recording:
         handed_over = self._finished()
         handed = time.perf_counter()
         result = self._check(outputs, sequences, handed_over)
+        result.model = self._model
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
@@ -252,6 +291,10 @@ class Recording:
     def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
         choice = Choice(sequences)
         ranks = [RankRows(descriptor, memory, choice) for descriptor, memory in handed_over if descriptor.streams]
+        return self.new_result(outputs, sequences, ranks)
+
+    def new_result(self, outputs: list[Any], sequences: Sequences, ranks: Sequence[RowSource]) -> Capture:
+        """Return rows as a result of this capture."""
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual

@@ -1,4 +1,4 @@
-"""What a user holds after a capture: samples, layers, labelled tensors. Client process."""
+"""Results of a capture in the hands of a user: samples, layers, labelled tensors. Client process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from vllm_tap.client import hints
 from vllm_tap.client.hugging_face import output_of
 from vllm_tap.client.owned import OwnedRows, Place, RowSource
-from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
@@ -115,6 +114,25 @@ class Sample:
         """Token ids at the rows' positions, equal to the final sequence's. Tensor int32 [R]."""
         return torch.from_numpy(self._capture.sequences.token_ids[self._wanted])
 
+    @property
+    def index(self) -> int:
+        """Place of the prompt among those of the call."""
+        return self._slot[0] + self._capture.first_sample
+
+    @property
+    def completion(self) -> int:
+        """Number of the completion of the prompt; 0 unless `n` is above 1."""
+        return self._slot[1]
+
+    @property
+    def output(self) -> Any:
+        """vLLM's output of the prompt, with all its completions."""
+        return self._capture.outputs[self._slot[0]]
+
+    @property
+    def _slot(self) -> tuple[int, int]:
+        return list(self._capture.sequences.slots)[self._number]
+
     def _alone(self, *streams: str) -> Sample:
         """Return this sample as that of a capture that holds nothing else; of all streams unless some are named."""
         return Sample(self._capture._only(self._number, streams or tuple(self._capture.layers)), 0)
@@ -201,19 +219,22 @@ class Capture(Sequence[Sample]):
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
+        model: Name, revision and dtype of the model.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
 
     # As long as nothing else is known, which is what hints go by.
     has_final_norm = has_experts = True
+    first_sample = 0
+    """Number of its first sample among the prompts of a stream, whose captures have one sample each."""
 
     def __init__(
         self,
         spec: Spec,
         outputs: list[Any],
         sequences: Sequences,
-        ranks: list[RankRows],
+        ranks: Sequence[RowSource],
         conventions: dict[str, str],
         routing: dict[int, Routing],
         streams: list[str],
@@ -224,6 +245,7 @@ class Capture(Sequence[Sample]):
         self.routing, self.num_layers, self.has_final_norm = routing, num_layers, has_final_norm
         self.has_experts = bool(routing)
         self.seconds: dict[str, float] = {}
+        self.model: dict[str, str] = {}
         self._owner: dict[Place, RowSource] = {}
         for rank in ranks:
             for place in rank.places:
@@ -339,6 +361,27 @@ class Capture(Sequence[Sample]):
         """
         if stream not in self.layers:
             raise SpecError(hints.for_stream(self, stream))
+
+    def save(self, path: Any, *, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> None:
+        """Write everything into a new dataset, which `vllm_tap.open_dataset` reads; it is there whole or not at all.
+
+        Args:
+            path: A folder, or a URL that fsspec knows.
+            metadata: A mapping that JSON can hold, or None, for each sample; it becomes `Sample.metadata`.
+
+        Raises:
+            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full.
+
+        Source:
+            See `conventions`, which the dataset repeats.
+
+        Cost:
+            One pass over the rows to write them, and one for their checksums. Ends when the disk has them.
+        """
+        from vllm_tap.client.identity import versions
+        from vllm_tap.store.save import save
+
+        save(self, path, model=self.model, versions=versions(), metadata=metadata)
 
     @property
     def num_rows(self) -> int:

@@ -40,7 +40,7 @@ from vllm_tap.vllm.runner import Batch
 logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 1.0
-"""How long a step with requests of an unknown capture waits for calls that have come and are not handled."""
+"""Seconds that a step with requests of an unknown capture waits for calls that have come and are not handled."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
@@ -116,6 +116,10 @@ class TapWorker(vllm_runner.Recorder):
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
         if self._session is not None:
             self._session.meet(request_id, mark, prompt_len, generates)
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        if self._session is not None:
+            self._session.forget(request_ids)
 
     def arm(self, batch: Batch) -> None:
         if self._session is not None:
@@ -201,6 +205,8 @@ class TapWorker(vllm_runner.Recorder):
         message = messages.decode_call(data)
         if isinstance(message, messages.Start):
             return self.start(message)
+        if isinstance(message, messages.Take):
+            return self.take(message)
         return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
@@ -269,6 +275,19 @@ class TapWorker(vllm_runner.Recorder):
             self._abandon(session)
             raise
         self._close(session)
+        return descriptor
+
+    def take(self, take: messages.Take) -> messages.Descriptor:
+        """Hand over what a capture has taken since the last time; it goes on."""
+        session = self._require(take.capture_id)
+        try:
+            block_ids = session.block_ids
+            descriptor = session.take()
+            if session.start.shared:
+                self._shared_server().publish(session.client, block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
         return descriptor
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:

@@ -1,6 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`.
+A call is one of `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or
+`Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -17,7 +18,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -33,13 +34,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Versioned(msgspec.Struct):
-    """What is read of a message whose fields are not known."""
+    """Part that is read of a message whose fields are not known."""
 
     version: int
 
 
 class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker stands in the engine."""
+    """Place of a worker in the engine."""
 
     rank: int
     tp_rank: int
@@ -108,6 +109,12 @@ class Finish(Message, frozen=True, tag=True, kw_only=True):
     capture_id: str
 
 
+class Take(Message, frozen=True, tag=True, kw_only=True):
+    """Call that hands over what a capture has taken since the last one; it goes on. The reply is a `Descriptor`."""
+
+    capture_id: str
+
+
 class Stop(Message, frozen=True, tag=True, kw_only=True):
     """Call that abandons a capture; the reply is `Stopped`."""
 
@@ -143,15 +150,17 @@ BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
 
 
 class Descriptor(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `Finish`: everything a client needs to find its rows in the segments of one rank.
+    """Reply to `Finish` and `Take`: everything a client needs to find its rows in the segments of one rank.
 
-    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian.
+    `requests` are those met since the last `Take`, of which the first has the number `first_request`. `blocks` is an
+    int64 array [B, 3], one row per step in the order of the steps, little-endian.
     """
 
     rank: int
     capture_id: str
     streams: tuple[Stream, ...]
     requests: tuple[Request, ...]
+    first_request: int
     chunks: tuple[Chunk, ...]
     blocks: bytes
     byte_order: str
@@ -222,7 +231,7 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Start | Finish | Stop
+Call = Start | Finish | Take | Stop
 
 Reply = Hello | Started | Descriptor | Stopped | Failure
 

@@ -93,7 +93,7 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
 
 
 class RowLabels:
-    """What each row of a layer is: the same for all layers of a capture.
+    """Labels of the rows of a layer: the same for all layers of a capture.
 
     Attributes:
         req_ids: vLLM's name of the row's request, list of strings [R].

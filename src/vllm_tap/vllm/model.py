@@ -13,13 +13,13 @@ from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.vllm.facts import require
 
 NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "final_norm")
-"""What the owner of the decoder layers calls its final norm, over all model files of 0.32."""
+"""Names of the final norm in the owner of the decoder layers, over all model files of 0.32."""
 
 NOT_TEXT: Final = ("visual", "vision", "image", "audio", "speech")
 
 
 class Model(NamedTuple):
-    """Where the taps go."""
+    """Places for taps."""
 
     layers: dict[int, torch.nn.Module]
     num_layers: int

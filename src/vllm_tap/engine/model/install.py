@@ -72,7 +72,7 @@ class ModelTaps:
 
     @property
     def seen(self) -> bool:
-        """Whether a forward pass has gone through the layers, so that widths and dtypes are known."""
+        """True if a forward pass has gone through the layers, so that widths and dtypes are known."""
         return all(place.width for (stream, _), place in self.by_place.items() if stream == "hidden_states")
 
     def reasons(self) -> dict[str, str]:

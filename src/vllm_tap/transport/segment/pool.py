@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.extents import FreeExtents
 from vllm_tap.transport.segment.memory import PAGE_BYTES, Segment, round_up
 
@@ -36,7 +37,7 @@ _CLOSED = "the worker's pool of segments is closed: start another capture."
 
 
 class Block(NamedTuple):
-    """Where a run of rows lies.
+    """Place of a run of rows.
 
     Attributes:
         segment_id: number of the segment.
@@ -52,7 +53,7 @@ class Block(NamedTuple):
 
 
 class PoolStats(NamedTuple):
-    """What a pool holds: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
+    """Contents of a pool: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
 
     segments: int
     capacity_bytes: int
@@ -227,7 +228,7 @@ class SegmentPool:
         num_cores = len(os.sched_getaffinity(0))
         for started in range(min(len(plans), MOST_AT_ONCE, max(num_cores // 4, 1))):
             try:
-                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+                threads.start("vllm-tap-grow", self._grow_all, plans, stop=plans.clear)
             except RuntimeError as error:  # no more threads here
                 logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
                 if not started:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.link import Link
 from vllm_tap.transport.segment.mapping import Bytes, Mapping, Pages
 from vllm_tap.transport.segment.pool import Block
 
 _NOTICE_SECONDS = 10.0
-"""How long segments that the worker has closed stay mapped in a process that does nothing."""
+"""Seconds that segments stay mapped, in a process that does nothing, after the worker has closed them."""
 
 _END = 1 << 63
 """Numbers of blocks and segments lie below."""
@@ -109,7 +109,7 @@ class SegmentReader:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker is there; False from the moment its connection ends, or after `close`."""
+        """True while the worker is there; False from the moment its connection ends, or after `close`."""
         if not self._closed and self._lock.acquire(blocking=False):  # else another thread is talking to the worker
             try:
                 self._take_notices()
@@ -225,7 +225,7 @@ class SegmentReader:
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
                     arguments = weakref.ref(self), self._ended
-                    threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
+                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._ended.release)
                     self._is_looked_after = True
         return mapping
 
