@@ -21,7 +21,7 @@ from vllm_tap.vllm.experts import Experts, find_experts, keeps_tensors, leaves_l
 class ModelTaps:
     """All taps of a model, by stream and layer; all of them share `rows`."""
 
-    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows) -> None:
+    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows[Any]) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
         self._experts: dict[int, Experts] = {}
