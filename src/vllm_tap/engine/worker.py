@@ -14,21 +14,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
+from msgspec import structs
+
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.idle import PoolKeeper
 from vllm_tap.engine.capture.interfaces import Backend, Sink
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
-from vllm_tap.engine.model.install import ModelTaps, by_shape
+from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.model.stack import by_shape
 from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
 from vllm_tap.errors import CaptureError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
-from vllm_tap.streams import SOURCES
+from vllm_tap.streams import ROUTER_STREAMS, SOURCES
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
@@ -78,6 +81,7 @@ class TapWorker(vllm_runner.Recorder):
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._session: Session | None = None
+        self._is_new = False  # no step has run since it began
         self._counts = 0, 0
         self._pools: dict[bool, SegmentPool] = {}
         self._every_pool: list[SegmentPool] = []
@@ -104,6 +108,11 @@ class TapWorker(vllm_runner.Recorder):
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
         return self
 
+    @property
+    def taps(self) -> ModelTaps | None:
+        """The taps of the model; None if they do not fit."""
+        return self._taps
+
     # ------------------------------------------------------------------------------------------ the runner's reports
 
     def expect(self, marks: Sequence[Mark]) -> None:
@@ -119,11 +128,15 @@ class TapWorker(vllm_runner.Recorder):
 
     def arm(self, batch: Batch) -> None:
         if self._session is not None:
+            if self._is_new:
+                self._note_routers(self._session)
             self._session.arm(batch)
 
     def drain(self) -> None:
         if self._session is not None:
             self._session.drain()
+        if self._taps is not None:
+            self._taps.end_pass()
 
     def sampled(self) -> None:
         if self._session is not None:
@@ -136,6 +149,16 @@ class TapWorker(vllm_runner.Recorder):
     def disarm(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
+            self._taps.end_pass()
+
+    def _note_routers(self, session: Session) -> None:
+        """Before the first step of a capture, when the weights are those that it runs with."""
+        self._is_new = False
+        try:
+            assert self._taps is not None
+            self._taps.routers.begin()
+        except Exception as error:
+            session.fail(error)
 
     # ----------------------------------------------------------------------------------------------- what clients call
 
@@ -153,19 +176,21 @@ class TapWorker(vllm_runner.Recorder):
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
         rank = vllm_runner.read_rank(worker)
-        unclear = {verdict.reason, *(found.reason for found in routing.values())}
+        wants_rows = verdict.wants_rows or any(found.reason == NO_ROWS for found in routing.values())
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
             engine=facts.vllm_version(),
             runner=vllm_runner.runner_name(worker.model_runner),
             device=worker.device.type,
-            num_layers=taps.model.num_layers if taps else 0,
+            num_layers=taps.num_layers if taps else 0,
             streams=streams,
             residual=verdict.convention,
             reasons=reasons,
-            routing={} if rank.tp_rank else routing,
-            wants_rows=self._eager_rows() if NO_ROWS in unclear else 0,
+            routing=self._share_of(routing),
+            routing_version=taps.routers.version if taps else 0,
+            wants_rows=self._eager_rows() if wants_rows else 0,
+            may_change=wants_rows or bool(streams and taps and taps.may_change),
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,
             refusal=refusal,
@@ -219,6 +244,7 @@ class TapWorker(vllm_runner.Recorder):
         except Exception:
             self._keeper.linger()
             raise
+        self._is_new = True
         self._closing.append(self._session)
         # Last: the driver may let nobody else in while it pins memory.
         self._grow_ahead(self._session)
@@ -262,7 +288,7 @@ class TapWorker(vllm_runner.Recorder):
         """End a capture and hand its blocks over."""
         session = self._require(finish.capture_id)
         try:
-            descriptor = session.finish()
+            descriptor = self._with_routing(session, session.finish())
             if session.start.shared:
                 self._shared_server().publish(session.client, session.block_ids)
         except Exception:
@@ -270,6 +296,19 @@ class TapWorker(vllm_runner.Recorder):
             raise
         self._close(session)
         return descriptor
+
+    def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:
+        """Add how routers choose, as it holds for the rows of a capture, unless the client knows it."""
+        assert self._taps is not None
+        version, routing = self._taps.routers.end(lambda layer: session.some_rows(layer, ROUTER_STREAMS))
+        if version == session.start.routing_versions.get(self.rank):
+            return descriptor
+        return structs.replace(descriptor, routing_version=version, routing=self._share_of(routing))
+
+    def _share_of(self, routing: dict[int, Routing]) -> dict[int, Routing]:
+        """Return what this rank says: tensor-parallel ranks share the layers out as they do their rows."""
+        rank = vllm_runner.read_rank(self._worker)
+        return {layer: found for layer, found in routing.items() if layer % rank.tp_size == rank.tp_rank}
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:
         """Abandon a capture, if it is the one under way."""

@@ -17,7 +17,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -64,7 +64,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
     of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention.
-    `routing` says how the router of each layer of this stage chooses; of tensor-parallel ranks, the first one says it.
+    `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
+    of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
+    `routing_version` rises whenever it changes.
     `address` is the socket that hands out segments, `calls` the one that takes calls.
     """
 
@@ -78,7 +80,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     residual: str
     reasons: dict[str, str]
     routing: dict[int, Routing]
+    routing_version: int
     wants_rows: int
+    may_change: bool
     address: str
     calls: str
     refusal: str
@@ -88,7 +92,8 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     """Call that begins a capture, the same for every worker; the reply is `Started`.
 
     `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
-    the worker prepare memory ahead; 0 if unknown.
+    the worker prepare memory ahead; 0 if unknown. `routing_versions` gives each rank the version of its `routing` that
+    the client knows.
     """
 
     capture_id: str
@@ -100,6 +105,7 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     budget_bytes: int
     staging: str
     expected_rows: int
+    routing_versions: dict[int, int] = {}
 
 
 class Finish(Message, frozen=True, tag=True, kw_only=True):
@@ -145,7 +151,8 @@ BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
 class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     """Reply to `Finish`: everything a client needs to find its rows in the segments of one rank.
 
-    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian.
+    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what
+    `Hello` says, as it holds for the rows of this capture; None if the client knows its version.
     """
 
     rank: int
@@ -156,6 +163,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     blocks: bytes
     byte_order: str
     wait_seconds: float
+    routing_version: int = 0
+    routing: dict[int, Routing] | None = None
 
     def table(self) -> IntArray:
         """Return `blocks` as an array [B, 3].

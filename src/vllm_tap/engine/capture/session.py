@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import torch
 
 from vllm_tap.engine.capture.interfaces import Sink
 from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
@@ -25,6 +26,9 @@ from vllm_tap.labels import Mark
 from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
+
+SOME_ROWS: Final = 64
+"""Rows that are looked at to find out whether a statement holds."""
 
 STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
@@ -214,6 +218,29 @@ class Session:
             byte_order=sys.byteorder,
             wait_seconds=wait_seconds,
         )
+
+    def some_rows(self, layer: int, names: Sequence[str]) -> list[torch.Tensor]:
+        """Return some rows of streams of a layer, the same ones of each; fewer streams if not all were captured.
+
+        They lie in the largest block, and may be read after `finish` as long as the block is held.
+        """
+        if not self._blocks:
+            return []
+        number, start, num_rows = max(self._blocks, key=lambda block: block[2])
+        memory = self._pool.segment(self._chunks[number].segment_id).view
+        found = []
+        for stream, place in zip(self.streams, layout(start, num_rows, self.streams).streams, strict=True):
+            if stream.name in names and layer in stream.layers:
+                offset = place + stream.layers.index(layer) * num_rows * stream.row_bytes
+                shape = min(num_rows, SOME_ROWS), stream.width
+                dtype = getattr(torch, stream.dtype)
+                found.append(
+                    (
+                        stream.name,
+                        torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape),
+                    )
+                )
+        return [rows for _, rows in sorted(found, key=lambda pair: names.index(pair[0]))]
 
     @property
     def num_bytes(self) -> int:

@@ -50,7 +50,7 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
     _learn(tap, rows, hidden, residual)
     if not rows.active or rows.sink is None or not rows.sink.wants(tap):
         return
-    require_rows(tap, hidden)
+    require_rows(tap, hidden, residual)
 
     def write(address: int) -> None:
         assert tap.dtype is not None

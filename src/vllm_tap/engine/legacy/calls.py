@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from vllm_tap.engine.legacy.rows import EverySession, Met, Ordered, Part, read_part
-from vllm_tap.engine.model.install import ModelTaps, dtype_name
-from vllm_tap.engine.model.residual import MODES, NO_ROWS, SUM, WHOLE
+from vllm_tap.engine.model.install import ModelTaps
+from vllm_tap.engine.model.residual import MODES, SUM, WHOLE
+from vllm_tap.engine.model.stack import dtype_name
 from vllm_tap.engine.model.tap import ADD
 from vllm_tap.engine.worker import TapWorker
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
@@ -222,7 +223,7 @@ class LegacyTapWorker(TapWorker):
     def _check(self, stream: str) -> None:
         """Refuse hidden states where it is not known, or cannot be seen later, what a layer returns."""
         verdict = self._ready().residual()
-        if stream != HIDDEN or verdict.convention or verdict.reason == NO_ROWS:
+        if stream != HIDDEN or verdict.convention or verdict.wants_rows:
             return
         raise EngineUnsupportedError(
             f"hidden_states cannot be captured from this model: {verdict.reason}"
@@ -263,7 +264,7 @@ class LegacyTapWorker(TapWorker):
         if vllm_runner.read_rank(self._worker).tp_rank:
             return
         for name, taken in self._streams_taken.items():
-            held = [place for (stream, _), place in self._ready().by_place.items() if stream == name]
+            held = [tap for (stream, _), tap in self._ready().by_place.items() if stream == name and tap.width]
             if taken.enabled and held:
                 yield Stream(name, dtype_name(held[0]), held[0].width, tuple(place.layer for place in held))
 
@@ -271,7 +272,7 @@ class LegacyTapWorker(TapWorker):
         """Tell the taps what the layers return; where only padding has been seen, the next rows will show."""
         taps = self._ready()
         verdict = taps.residual()
-        self._is_guess = verdict.reason == NO_ROWS
+        self._is_guess = verdict.wants_rows
         for (stream, _), place in taps.by_place.items():
             place.mode = MODES.get(verdict.convention, ADD) if stream == HIDDEN else ADD
         return verdict.convention
@@ -302,10 +303,8 @@ class LegacyTapWorker(TapWorker):
             self._check_guess()
 
     def _check_guess(self) -> None:
-        taps = self._ready()
-        probe = taps.by_place[HIDDEN, taps.model.num_layers - 1].probe
-        verdict = taps.residual()
-        if verdict.convention == SUM or (verdict.convention == WHOLE and probe is not None and probe.residual is None):
+        verdict = self._ready().residual()
+        if verdict.convention == SUM or (verdict.convention == WHOLE and not verdict.has_residual):
             return
         self._streams_taken[HIDDEN].error = CaptureError(
             "it was not known yet what the layers of this model return: call vllm_tap.capture once, then enable again"

@@ -30,9 +30,13 @@ class Run(NamedTuple):
 
 
 class Probe:
-    """The first rows that went through a tap, kept to find out what the tensors mean."""
+    """The first rows that went through a tap, kept to find out what the tensors mean.
 
-    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    `number` is that of the forward pass, `order` that of the call among all that were observed.
+    """
+
+    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None, number: int = 0, order: int = 0) -> None:
+        self.number, self.order = number, order
         self.hidden = hidden[:PROBE_ROWS].clone()
         self.residual = None if residual is None else residual[:PROBE_ROWS].clone()
 
@@ -42,6 +46,8 @@ class Rows:
 
     Attributes:
         num_tokens: Rows that a tensor has at least, if all of the step's are in it.
+        num_passes: Forward passes that have ended, dummy ones among them.
+        num_observed: Calls of taps that were observed.
         failure: What went wrong in a tap of the step.
     """
 
@@ -50,6 +56,7 @@ class Rows:
         self.runs: Sequence[Run] = ()
         self.sources: torch.Tensor | None = None
         self.num_tokens = 0
+        self.num_passes = self.num_observed = 0
         self.failure: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -81,7 +88,8 @@ class Tap:
     """One place in the model where rows can be taken.
 
     `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `plane` is the
-    destination [num_rows, width] of the current step on a CPU engine. `keeps_tensors`: what it sees in a forward pass
+    destination [num_rows, width] of the current step on a CPU engine. `seen` holds the dtypes of the tensors that came
+    first, which those after them must have. `keeps_tensors`: what it sees in a forward pass
     stays as it is for as long as somebody holds it.
     """
 
@@ -91,6 +99,7 @@ class Tap:
         self.stream, self.layer, self.rows = stream, layer, rows
         self.width = 0
         self.dtype = dtype
+        self.seen: tuple[torch.dtype, torch.dtype | None] | None = None
         self.mode = ADD
         self.keep_probe = False
         self.keep_one_probe = False
@@ -105,12 +114,14 @@ class Tap:
 
     def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Learn width and dtype, and keep a probe if asked to."""
-        self.width = hidden.shape[-1]
+        if not self.width:
+            self.width, self.seen = hidden.shape[-1], _dtypes(hidden, residual)
+        self.rows.num_observed += 1
         if self.dtype is None:
             self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
         if self.keep_probe:
             # The last call counts: a model may use its final norm on the embeddings too.
-            self.probe = Probe(hidden, residual)
+            self.probe = Probe(hidden, residual, self.rows.num_passes, self.rows.num_observed)
             self.keep_probe = not self.keep_one_probe
 
     def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -156,12 +167,23 @@ def expert_taps(first: Tap) -> list[Tap]:
     return REGISTRY[first.index : first.index + 3]
 
 
-def require_rows(tap: Tap, hidden: torch.Tensor) -> None:
-    """Refuse a tensor that does not have all rows of the step.
+def _dtypes(hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return hidden.dtype, None if residual is None else residual.dtype
+
+
+def require_rows(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    """Refuse a tensor that does not have all rows of the step, or other rows than those that went through before.
 
     Raises:
-        CaptureError: It has fewer.
+        CaptureError: It has fewer, or they are of another width or dtype.
     """
+    seen = _dtypes(hidden, residual)
+    if hidden.shape[-1] != tap.width or (hidden.is_floating_point() and seen != tap.seen):
+        now, before = (*seen, hidden.shape[-1]), (*(tap.seen or ()), tap.width)
+        raise CaptureError(
+            f"{tap.stream}[{tap.layer}] passed rows of (dtype, that of a residual, width) {now}, and {before} before: "
+            "the model has changed since it was loaded. Start a new engine."
+        )
     if len(hidden) < tap.rows.num_tokens:
         raise CaptureError(
             f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {tap.rows.num_tokens}: this "
@@ -175,7 +197,7 @@ def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> 
         if not tap.width or tap.keep_probe:
             tap.observe(hidden, residual)
         if tap.plane is not None and tap.rows.runs:
-            require_rows(tap, hidden)
+            require_rows(tap, hidden, residual)
             tap.write(hidden, residual)
     except Exception as error:
         tap.rows.fail(error)
