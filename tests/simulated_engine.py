@@ -25,7 +25,6 @@ from vllm_tap.labels import NUM_LABELS, Mark
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.vllm.runner import Batch
 
-CPU = torch.device("cpu")
 MAX_TOKENS = 20
 GRAPH_TOKENS = 4
 EXPERTS = ("router_logits", "expert_ids", "expert_weights")
@@ -98,10 +97,11 @@ class Model:
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
         self.step_lock = StepLock()
-        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0, self.step_lock)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, cuda.device, lambda: 0, self.step_lock)
         self.rows.experts = DeferredExperts(self.rows, 2 * GRAPH_TOKENS)
         self.taps = {
-            (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
+            (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, cuda.device, place.dtype)
+            for place in places
         }
         self.made: dict[tuple[str, int], torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(0)
@@ -138,7 +138,7 @@ class Model:
         spare = self._buffers.setdefault((place.width, place.dtype, number), [])
         free = next((pair for pair in spare if not self.is_held(pair[0])), None)
         if free is None:
-            free = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
+            free = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype, device=self.cuda.device) for _ in range(2)]
             spare.append(free)
         hidden, residual = (buffer[:num_tokens] for buffer in free)
 
@@ -160,15 +160,9 @@ class Model:
         """Record for each small number of tokens that is a power of two a graph, or one for each layer."""
         for num_tokens in (1, 2, GRAPH_TOKENS):
             runs = self.parts() if in_pieces else [self.forward]
-            self._graphs[num_tokens] = [self._captured(run, num_tokens) for run in runs]
-
-    def _captured(self, run: Callable[[int], None], num_tokens: int) -> Any:
-        with self.rows.switch.keeping():
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            run(num_tokens)
-            graph.capture_end()
-            return graph
+            self._graphs[num_tokens] = [
+                self.cuda.captured(self.rows.switch, functools.partial(run, num_tokens)) for run in runs
+            ]
 
     def run(self, num_tokens: int) -> None:
         """Run a step as vLLM does: a padded graph if it is small, else the layers one by one."""
@@ -208,8 +202,8 @@ class Engine:
             on_create=backend.register_segment,
             on_close=backend.unregister_segment,
         )
-        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
-        self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=cuda.device)
+        self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32, device=cuda.device)
         self.random = np.random.default_rng(0)
         self.expected: list[Expected] = []
 
@@ -298,7 +292,7 @@ class Engine:
                     segment.view, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=begin
                 ).view(shape)
                 for layer, plane in zip(stream.layers, rows, strict=True):
-                    assert torch.equal(plane, expected.rows[stream.name, layer]), (stream.name, layer)
+                    assert torch.equal(plane, expected.rows[stream.name, layer].cpu()), (stream.name, layer)
         self.abandon(session)
 
     def has_failed(self, session: Session, match: str) -> None:

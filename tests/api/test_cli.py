@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from safetensors import safe_open
 
 from vllm_tap import Spec
-from vllm_tap.cli import checks, main
+from vllm_tap.cli import checks, doctor, main
 from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
@@ -71,7 +72,10 @@ def one_line(err: str) -> str:
         ([], "required: COMMAND"),
         (["captur"], "invalid choice"),
         (["capture", "m"], "--prompts"),
-        (["capture", "m", "--prompts", "p.txt", "--layers", "0,x"], "such as 0,8,-1; got '0,x'"),
+        (["capture", "m", "--prompts", "p.txt", "--layers", "0,x"], "such as 0-8,-1; got '0,x'"),
+        (["capture", "m", "--prompts", "p.txt", "--layers", "8-0"], "a range of layers goes up, such as 0-8"),
+        (["capture", "m", "--prompts", "p.txt", "--layers", "0--1"], "got '0--1'"),
+        (["capture", "m", "--prompts", "p.txt", "--layers", "0-"], "got '0-'"),
         (["capture", "m", "--prompts", "p.txt", "--layers", ""], "got ''"),
         (["capture", "m", "--prompts", "p.txt", "--max-tokens", "0"], "from 1 on, got '0'"),
         (["capture", "m", "--prompts", "p.txt", "--max-tokens", "²"], "from 1 on"),
@@ -102,6 +106,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_lists_may_begin_with_a_negative_number() -> None:
     """`--layers -2,-1` is a value, not an unknown option; other words stay as they are."""
     assert join_negative(["m", "--layers", "-2,-1", "--force"]) == ["m", "--layers=-2,-1", "--force"]
+    assert join_negative(["--layers", "-4--2,0-1"]) == ["--layers=-4--2,0-1"]
     assert join_negative(["--layers", "-1"]) == ["--layers", "-1"]
     assert join_negative(["--layers=0", "-2,-1"]) == ["--layers=0", "-2,-1"]
 
@@ -111,6 +116,7 @@ def test_lists_may_begin_with_a_negative_number() -> None:
     [
         ([], Spec(hidden_states="all")),
         (["--layers", "-2,-1", "--positions", "last"], Spec(hidden_states=[-2, -1], positions="last")),
+        (["--layers", "0-2,-3--2,7"], Spec(hidden_states=[0, 1, 2, -3, -2, 7])),
         (["--layers", "-1", "--positions", "-1"], Spec(hidden_states=[-1], positions=[-1])),
         (["--router-logits", "all"], Spec(router_logits="all")),
         (["--routed-experts", "3", "--layers", "all"], Spec(routed_experts=[3], hidden_states="all")),
@@ -123,10 +129,11 @@ def test_options_are_a_spec(
     """The options describe the specification that they name; hidden states of all layers if they name no stream."""
     seen = []
     monkeypatch.setattr("vllm_tap.cli.capture.require_plugin", lambda: None)
-    monkeypatch.setattr("vllm_tap.cli.capture._capture", lambda llm, given, spec, options: seen.append((given, spec)))
-    monkeypatch.setattr("vllm_tap.cli.capture.summary", lambda result: "table")
+    monkeypatch.setattr("vllm_tap.cli.capture._capture", lambda llm, given, spec, *_: seen.append((given, spec)))
+    monkeypatch.setattr("vllm_tap.cli.capture._report", lambda *_: print("table") or 0)
+    monkeypatch.setattr(launch, "count_layers", lambda model, **arguments: None)
     monkeypatch.setattr(launch, "start", lambda model, **arguments: None)
-    monkeypatch.setattr(launch, "stop", lambda llm: None)
+    monkeypatch.setattr(launch, "stop", lambda llm, at_once: None)
     code, out, _ = run("capture", "m", "--prompts", str(prompts), *options)
     assert (code, out) == (0, "table\n")
     assert seen == [(["one", "two "], spec)]
@@ -137,7 +144,7 @@ def test_engine_options_reach_the_engine(prompts: Path, run: Run, monkeypatch: p
     seen: list[Any] = []
     monkeypatch.setattr("vllm_tap.cli.capture.require_plugin", lambda: None)
     monkeypatch.setattr(launch, "start", lambda model, **arguments: seen.append((model, arguments)))
-    monkeypatch.setattr(launch, "stop", lambda llm: seen.append("stopped"))
+    monkeypatch.setattr(launch, "stop", lambda llm, at_once: seen.append("stopped"))
     options = ["--dtype", "float32", "--enforce-eager", "--engine", '{"seed": 3, "dtype": "half"}']
     code, _, err = run("capture", "m", "--prompts", str(prompts), "--positions", "lst", *options)
     assert (code, seen) == (1, [])
@@ -145,6 +152,46 @@ def test_engine_options_reach_the_engine(prompts: Path, run: Run, monkeypatch: p
     with pytest.raises(AttributeError):  # the engine is None here
         run("capture", "m", "--prompts", str(prompts), *options)
     assert seen == [("m", {"seed": 3, "dtype": "float32", "enforce_eager": True}), "stopped"]
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def write_config(folder: Path, kind: str, **settings: Any) -> Path:
+    """Write the configuration of a model, without weights, and return its folder."""
+    transformers.AutoConfig.for_model(kind, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"num_hidden_layers": 7}),
+        ("gpt2", {"n_layer": 7}),
+        ("qwen2_vl", {"text_config": {"num_hidden_layers": 7}, "vision_config": {"depth": 3}}),
+        ("whisper", {"decoder_layers": 7, "encoder_layers": 2}),
+    ],
+)
+def test_layers_are_counted_before_an_engine_starts(
+    run: Run, prompts: Path, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    """Those of the decoder count, also of a model with images or sound; the error names layer and range."""
+    model = str(write_config(tmp_path / kind, kind, **settings))
+    for chosen in (["--layers", "0,99"], ["--layers", "0-7"], ["--layers", "0,-8"], ["--router-logits", "7"]):
+        code, _, err = run("capture", model, "--prompts", str(prompts), *chosen)
+        assert code == 1
+        assert "it has 7 decoder layers, 0 to 6 (or -7 to -1)" in one_line(err)
+    for fine in ("0-6", "-7--1", "all"):
+        with pytest.raises(AssertionError, match="would have been started"):
+            run("capture", model, "--prompts", str(prompts), "--layers", fine)
+
+
+def test_layers_of_an_unreadable_configuration_are_left_to_the_engine(tmp_path: Path) -> None:
+    """What cannot be read, or is overridden, is not counted."""
+    assert launch.count_layers(str(tmp_path)) is None
+    model = str(write_config(tmp_path / "llama", "llama", num_hidden_layers=7))
+    assert launch.count_layers(model) == 7
+    assert launch.count_layers(model, hf_overrides={"num_hidden_layers": 3}) is None
 
 
 # -------------------------------------------------------------------------------------------------------- prompt files
@@ -160,8 +207,15 @@ def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
 def test_json_lines_hold_text_or_token_ids(tmp_path: Path) -> None:
     """Both kinds may stand in one file; other keys are left alone."""
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt_token_ids": [1, 0]}\n')
-    assert read_prompts(path) == ["a\nb", {"prompt_token_ids": [1, 0]}]
+    path.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt_token_ids": [1, 0]}\n{"token_ids": [2]}\n')
+    assert read_prompts(path) == ["a\nb", {"prompt_token_ids": [1, 0]}, {"prompt_token_ids": [2]}]
+
+
+def test_json_lines_hold_conversations(tmp_path: Path) -> None:
+    """Messages are passed on as they are, as `capture` takes them."""
+    path, messages = tmp_path / "p.jsonl", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path.write_text(json.dumps({"messages": messages, "id": 1}))
+    assert read_prompts(path) == [messages]
 
 
 @pytest.mark.parametrize(
@@ -174,13 +228,27 @@ def test_json_lines_hold_text_or_token_ids(tmp_path: Path) -> None:
         ("p.txt", b"ok\nb\xffd\n", "line 2: not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
         ("p.jsonl", b"[1]", "line 1: expected an object"),
-        ("p.jsonl", b'{"text": "a"}', "neither, but ['text']"),
-        ("p.jsonl", b'{"prompt": "a", "prompt_token_ids": [1]}', "this one has both"),
+        ("p.jsonl", b'{"text": "a"}', "none, but ['text']"),
+        ("p.jsonl", b'{"prompt": "a", "prompt_token_ids": [1]}', '"prompt" and "prompt_token_ids"'),
         ("p.jsonl", b'\n\n{"prompt": ""}', 'line 3: "prompt" is a text'),
         ("p.jsonl", b'{"prompt": 3}', '"prompt" is a text'),
         ("p.jsonl", b'{"prompt_token_ids": []}', "a list of token ids"),
         ("p.jsonl", b'{"prompt_token_ids": [1, -1]}', "a list of token ids"),
         ("p.jsonl", b'{"prompt_token_ids": [true]}', "a list of token ids"),
+        ("p.jsonl", b'{"token_ids": [99999999999]}', '"token_ids" is a list of token ids'),
+        ("p.jsonl", b'{"messages": []}', '"messages" is a list of messages'),
+        ("p.jsonl", b'{"messages": [{"role": "user"}, {"content": "a"}]}', 'line 1: message 1 has no "role"'),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user"}]}\n{"prompt": "a"}',
+            "line 2: no conversation, and the lines before",
+        ),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"messages": [{"role": "user"}]}',
+            "line 2: a conversation, and the lines before",
+        ),
+        ("p.jsonl", b'{"messages": "Hi"}', '"messages" is a list of messages'),
         ("p.jsonl", b'{"prompt_token_ids": "12"}', "a list of token ids"),
     ],
 )
@@ -241,6 +309,7 @@ def fake_capture() -> Any:
 
     class Result(list[Any]):
         spec = Spec(hidden_states=[0, 5], embeddings=True)
+        outputs = ("first", "second")
         layers = {"hidden_states": [0, 5], "embeddings": [0]}  # noqa: RUF012
         conventions = {"hidden_states": "hidden + residual", "embeddings": ""}  # noqa: RUF012
         seconds = {"start": 0.5, "generate": 1.0, "finish": 0.3, "wait": 0.1, "check": 0.2}  # noqa: RUF012
@@ -272,6 +341,17 @@ def test_a_saved_file_has_every_tensor_and_says_what_it_is(tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["rows.safetensors"]
 
 
+def test_what_an_interrupted_capture_has_is_saved_under_the_same_numbers(tmp_path: Path) -> None:
+    """Samples keep the numbers of their prompts; the file says which are not in it."""
+    result, path = fake_capture(), tmp_path / "rows.safetensors"
+    result.outputs = (None, "second")
+    save(result, path, "m")
+    with safe_open(path, "pt") as stored:
+        assert {name.split(".")[0] for name in stored.keys()} == {"1"}  # noqa: SIM118 - not a mapping
+        metadata = stored.metadata()
+    assert (metadata["num_samples"], metadata["unfinished"]) == ("2", "[0]")
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     """When writing fails, neither a file nor a part of one stays behind, and a former file is whole."""
     path = tmp_path / "rows.safetensors"
@@ -300,7 +380,12 @@ def test_a_name_that_cannot_be_is_refused_before_an_engine_starts(tmp_path: Path
     """The draft's name is longer than the file's."""
     for length in (250, 300):
         with pytest.raises(SpecError, match=r"cannot be written \(File name too long\)"):
-            check_target(tmp_path / ("x" * length), force=False)
+            check_target(tmp_path / f"{'x' * (length - 12)}.safetensors", force=False)
+    for name in ("y.pt", "y", "y.safetensors.gz"):
+        with pytest.raises(
+            SpecError, match=rf"{name}: rows are saved in a safetensors file: name it y\..*safetensors\."
+        ):
+            check_target(tmp_path / name, force=True)
     for name in (".", "", "/"):
         with pytest.raises(SpecError, match="exists already: name a file"):
             check_target(Path(name), force=False)
@@ -369,6 +454,26 @@ def test_doctor_says_how_to_switch_it_on(
     code, _, err = run("capture", "m", "--prompts", str(prompts))
     assert code == 1
     assert says in one_line(err)
+
+
+def test_doctor_in_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same findings as one object; the exit code stays."""
+    monkeypatch.setenv("VLLM_TAP", "0")
+    code, out, _ = run("doctor", "some/model", "--json")
+    report = json.loads(out)
+    assert (code, report["works"], report["streams"]) == (1, False, [])
+    assert [finding["subject"] for finding in report["findings"] if finding["level"] == "no"] == ["VLLM_TAP", "engine"]
+
+
+def test_doctor_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal a long finding goes on below; elsewhere it is one line."""
+    finding = checks.Finding("ok", "plugin", "some words " * 20)
+    doctor.show(finding)
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    doctor.show(finding)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
 
 
 def test_doctor_starts_no_model_that_cannot_be_captured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

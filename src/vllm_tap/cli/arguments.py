@@ -1,4 +1,4 @@
-"""What the commands take: values of options, and the options that start an engine. Runs in the user's process."""
+"""Options of the commands: their values, and those that start an engine. Runs in the user's process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any, Final
 UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-_NEGATIVE_LIST = re.compile(r"-\d+(,-?\d+)+")
+_NEGATIVE_LIST = re.compile(r"-\d+([,-]-?\d+)+")
+_RANGE = re.compile(r"(-?\d+)-(-?\d+)")
+
+LAYERS: Final = 'layers are "all", or numbers and ranges between commas, such as 0-8,-1'
 
 
 def join_negative(argv: Iterable[str]) -> list[str]:
@@ -26,8 +29,18 @@ def join_negative(argv: Iterable[str]) -> list[str]:
 
 
 def layers(text: str) -> str | list[int]:
-    """Read `all`, or layer numbers between commas."""
-    return text if text == "all" else numbers(text, 'layers are "all" or whole numbers between commas, such as 0,8,-1')
+    """Read `all`, or layer numbers and ranges between commas; a range has its last layer in it."""
+    return text if text == "all" else [layer for part in text.split(",") for layer in _layer_range(part, text)]
+
+
+def _layer_range(part: str, text: str) -> Iterable[int]:
+    match = _RANGE.fullmatch(part)
+    if match is None:
+        return numbers(part, LAYERS, text)
+    first, last = int(match[1]), int(match[2])
+    if first > last or (first < 0) != (last < 0):
+        raise argparse.ArgumentTypeError(f"a range of layers goes up, such as 0-8 or -4--1; got {part!r} in {text!r}")
+    return range(first, last + 1)
 
 
 def positions(text: str) -> str | list[int]:
@@ -37,12 +50,12 @@ def positions(text: str) -> str | list[int]:
     return numbers(text, "positions are a name or whole numbers between commas, such as 0,-1")
 
 
-def numbers(text: str, rule: str) -> list[int]:
-    """Read whole numbers between commas."""
+def numbers(text: str, rule: str, whole: str | None = None) -> list[int]:
+    """Read whole numbers between commas; `whole` is what they are a part of."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{rule}; got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"{rule}; got {whole if whole is not None else text!r}") from None
 
 
 def size(text: str) -> int:
@@ -73,6 +86,11 @@ def engine_object(text: str) -> dict[str, Any]:
     if "model" in value:
         raise argparse.ArgumentTypeError(f"the model is an argument of its own, before the options; got {text!r}")
     return value
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tap.cli import arguments, checks
+from vllm_tap.cli.engine import engine
+from vllm_tap.cli.interrupts import EXIT_CODE, Interrupts, say
 from vllm_tap.cli.prompts import read_prompts
-from vllm_tap.cli.save import check_target, save
-from vllm_tap.cli.table import size_text, summary
+from vllm_tap.cli.save import check_target, draft_of, finished, save
+from vllm_tap.cli.table import print_json, size_text, summary, total_seconds
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
-from vllm_tap.spec import Spec
+from vllm_tap.spec import Spec, resolve_layers
+from vllm_tap.streams import LAYERED_FIELDS
 
 
 def add_command(commands: Any) -> None:
@@ -23,22 +26,30 @@ def add_command(commands: Any) -> None:
         "logits or routed experts. Prints how much came and how long it took; --save keeps the rows.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    add_prompts_option(parser)
+    add_spec_options(parser)
+    group = add_run_options(parser)
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
+    group.add_argument("--force", action="store_true", help="replace the file if it exists")
+    arguments.add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a file of prompts."""
     parser.add_argument(
         "--prompts",
         type=Path,
         required=True,
         metavar="FILE",
-        help=".txt: a prompt a line; .jsonl: "
-        'objects with "prompt" or "prompt_token_ids", other keys are ignored; empty lines too',
+        help='.txt: a prompt a line; .jsonl: objects with "prompt", "messages" or "token_ids", '
+        "other keys are ignored; empty lines too",
     )
-    _add_spec_options(parser)
-    _add_run_options(parser)
-    arguments.add_engine_options(parser)
-    parser.set_defaults(run=run)
 
 
-def _add_spec_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers such as 0,8,-1.")
+def add_spec_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `spec_of` reads."""
+    group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers and ranges such as 0-8,-1.")
     layers: dict[str, Any] = {"type": arguments.layers, "metavar": "LAYERS"}
     group.add_argument(
         "--layers", **layers, help="hidden states after these decoder layers; all of them if no other stream is named"
@@ -56,7 +67,9 @@ def _add_spec_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> Any:
+    """Add options of a run; return their group."""
+    arguments.add_json_option(parser)
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",
@@ -65,8 +78,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate for each prompt, greedily (default 1: rows of the prompt only)",
     )
-    group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
-    group.add_argument("--force", action="store_true", help="replace the file if it exists")
     group.add_argument(
         "--transport",
         choices=("auto", "segment", "inline"),
@@ -85,6 +96,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory for rows, such as 4GiB (default: a quarter of RAM, at most 8 GiB)",
     )
+    return group
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -104,21 +116,64 @@ def spec_of(options: argparse.Namespace) -> Spec:
 def run(options: argparse.Namespace) -> int:
     """Run the command. What can be refused without an engine is refused before one starts."""
     spec = spec_of(options)
-    prompts = read_prompts(options.prompts)
     if options.save:
         check_target(options.save, options.force)
+    prompts = read_prompts(options.prompts)
     require_plugin()
+    check_layers(spec, options)
+    with Interrupts(keeps=bool(options.save)) as interrupts:
+        with engine(options, interrupts) as llm:
+            result = _capture(llm, prompts, spec, options)
+            interrupts.hold()
+        # The rows outlive the engine, whose memory is free for writing the file.
+        return _report(result, options, interrupts)
+
+
+def _report(result: Any, options: argparse.Namespace, interrupts: Interrupts) -> int:
+    """Save and say what came; return the exit code."""
+    saved = ""
+    if options.save:
+        interrupts.at_end.append(lambda: draft_of(options.save).unlink(missing_ok=True))
+        saved = f"saved {options.save} ({size_text(save(result, options.save, options.model))})"
+    unfinished = len(result) - len(finished(result))
+    if options.json:
+        _print_json(result, options)
+    elif not unfinished:
+        print(summary(result), *filter(None, [saved]), sep="\n")
+    if not unfinished:
+        return 0
+    of_all = f"{len(result) - unfinished:,} of {len(result):,} samples were finished"
+    say(f"interrupted: {of_all}, {saved}")
+    return EXIT_CODE
+
+
+def _print_json(result: Any, options: argparse.Namespace) -> None:
+    print_json(
+        model=options.model,
+        num_samples=len(result),
+        num_finished=len(finished(result)),
+        num_rows=result.num_rows,
+        num_bytes=result.num_bytes,
+        layers=result.layers,
+        conventions=result.conventions,
+        seconds=total_seconds(result),
+        saved=str(options.save) if options.save else None,
+    )
+
+
+def check_layers(spec: Spec, options: argparse.Namespace) -> None:
+    """Refuse layers that the model's configuration has not.
+
+    Raises:
+        LayerError: There is no such layer.
+    """
     from vllm_tap.vllm import launch
 
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
-        result = _capture(llm, prompts, spec, options)
-    finally:
-        launch.stop(llm)  # the rows outlive the engine, whose memory is free for writing the file
-    print(summary(result))
-    if options.save:
-        print(f"saved {options.save} ({size_text(save(result, options.save, options.model))})")
-    return 0
+    chosen = {name: layers for name in LAYERED_FIELDS if isinstance(layers := getattr(spec, name), tuple)}
+    number = launch.count_layers(options.model, **arguments.engine_arguments(options)) if chosen else None
+    for name, layers in chosen.items():
+        if number is not None:
+            resolve_layers(name, layers, list(range(number)), number)
 
 
 def require_plugin() -> None:

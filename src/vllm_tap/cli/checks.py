@@ -1,4 +1,4 @@
-"""What a capture needs, looked at without an engine: one finding per need. Runs in the user's process."""
+"""Needs of a capture, looked at without an engine: one finding per need. Runs in the user's process."""
 
 from __future__ import annotations
 

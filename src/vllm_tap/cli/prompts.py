@@ -8,27 +8,43 @@ from pathlib import Path
 from typing import Any, Final
 
 from vllm_tap.errors import SpecError
+from vllm_tap.spec import MAX_NUMBER
 
-KEYS: Final = ("prompt", "prompt_token_ids")
+KEYS: Final = ("prompt", "messages", "token_ids", "prompt_token_ids")
+"""What an object of a line has one of; the last two are the same."""
 
-Prompt = str | dict[str, Any]
+Prompt = str | dict[str, Any] | list[dict[str, Any]]
+"""A text, token ids, or a conversation, as `capture` takes them."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file, in the order of its lines; empty lines are left out.
 
     Raises:
-        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, or a line is not one.
+        SpecError: The file cannot be read, is neither .txt nor .jsonl, has no prompt, a line is not one, or only some
+            of them are conversations.
     """
     readers: dict[str, Callable[[str, str], Prompt]] = {".txt": lambda line, _: line, ".jsonl": _from_json}
     if path.suffix not in readers:
         raise SpecError(f"{path}: prompts are read from .txt (one a line) or .jsonl, not from {path.suffix!r}.")
     read = readers[path.suffix]
     lines = enumerate(_text(path).split("\n"), 1)
-    found = [read(line.rstrip("\r"), f"{path}, line {number}") for number, line in lines if line.strip()]
+    found: list[Prompt] = []
+    for number, line in lines:
+        if line.strip():
+            found.append(read(line.rstrip("\r"), place := f"{path}, line {number}"))
+            _require_alike(found[-1], found[0], place)
     if not found:
         raise SpecError(f"{path} has no prompt in it: write one a line.", path=str(path))
     return found
+
+
+def _require_alike(prompt: Prompt, first: Prompt, place: str) -> None:
+    if isinstance(prompt, list) != isinstance(first, list):
+        this, those = (
+            ("a conversation", "prompts") if isinstance(prompt, list) else ("no conversation", "conversations")
+        )
+        raise SpecError(f"{place}: {this}, and the lines before are {those}: put each kind into a file of its own.")
 
 
 def _text(path: Path) -> str:
@@ -50,8 +66,8 @@ def _from_json(line: str, place: str) -> Prompt:
         raise SpecError(f'{place}: expected an object such as {{"prompt": "..."}}, got {type(fields).__name__}.')
     chosen = [key for key in KEYS if key in fields]
     if len(chosen) != 1:
-        have = "both" if chosen else f"neither, but {sorted(fields)}"
-        raise SpecError(f'{place}: an object has "prompt" or "prompt_token_ids", this one has {have}.')
+        have = " and ".join(f'"{key}"' for key in chosen) or f"none, but {sorted(fields)}"
+        raise SpecError(f'{place}: an object has one of "prompt", "messages" and "token_ids", this one has {have}.')
     return _checked(chosen[0], fields[chosen[0]], place)
 
 
@@ -60,7 +76,20 @@ def _checked(key: str, value: Any, place: str) -> Prompt:
         if not isinstance(value, str) or not value:
             raise SpecError(f'{place}: "prompt" is a text that is not empty, got {value!r}.')
         return value
+    if key == "messages":
+        return _conversation(value, place)
     is_list = isinstance(value, list) and value
-    if not is_list or not all(type(token) is int and token >= 0 for token in value):
-        raise SpecError(f'{place}: "prompt_token_ids" is a list of token ids that is not empty.')
-    return {key: value}
+    if not is_list or not all(type(token) is int and 0 <= token <= MAX_NUMBER for token in value):
+        raise SpecError(f'{place}: "{key}" is a list of token ids that is not empty.')
+    return {"prompt_token_ids": value}
+
+
+def _conversation(messages: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise SpecError(f'{place}: "messages" is a list of messages that is not empty.')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise SpecError(
+                f'{place}: message {number} has no "role": write {{"role": "user", "content": "..."}} for each message.'
+            )
+    return messages

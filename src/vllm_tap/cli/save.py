@@ -17,12 +17,20 @@ FORMAT: Final = "vllm-tap capture 1"
 """Names the arrangement of tensors and metadata in a file; rises when it changes."""
 
 
+SUFFIX: Final = ".safetensors"
+
+
 def check_target(path: Path, force: bool) -> None:
     """Refuse a target before anything expensive happens.
 
     Raises:
-        SpecError: safetensors is missing, the file exists, or its folder does not or cannot be written to.
+        SpecError: It is no name for a safetensors file, that package is missing, the file exists, or its folder does
+            not or cannot be written to.
     """
+    if path.suffix != SUFFIX and not path.is_dir():
+        raise SpecError(
+            f"{path}: rows are saved in a safetensors file: name it {path.with_suffix(SUFFIX).name}.", path=str(path)
+        )
     if importlib.util.find_spec("safetensors") is None:
         raise SpecError("--save needs the package safetensors: pip install safetensors.")
     try:
@@ -31,7 +39,7 @@ def check_target(path: Path, force: bool) -> None:
             raise SpecError(f"{path} exists already: {advice}.", path=str(path))
         if not path.parent.is_dir():
             raise SpecError(f"{path.parent} is not a folder: create it first.", path=str(path))
-        draft = _draft(path)
+        draft = draft_of(path)
         draft.touch()
         draft.unlink()
     except OSError as error:
@@ -63,7 +71,7 @@ def save(result: Any, path: Path, model: str) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    draft = _draft(path)
+    draft = draft_of(path)
     try:
         save_file(tensors(result), draft, metadata(result, model))
         draft.replace(path)
@@ -76,7 +84,7 @@ def save(result: Any, path: Path, model: str) -> int:
     return path.stat().st_size
 
 
-def _draft(path: Path) -> Path:
+def draft_of(path: Path) -> Path:
     """Return the file that is written before it takes its name."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
@@ -84,7 +92,8 @@ def _draft(path: Path) -> Path:
 def tensors(result: Any) -> dict[str, Any]:
     """Return the tensors of a file by their names: `{sample}.{stream}.{layer}`, and labels beside them."""
     named: dict[str, Any] = {}
-    for index, sample in enumerate(result):
+    for index in finished(result):
+        sample = result[index]
         named[f"{index}.positions"] = sample.positions
         named[f"{index}.token_ids"] = sample.token_ids
         for stream in result.layers:
@@ -96,6 +105,11 @@ def tensors(result: Any) -> dict[str, Any]:
     return named
 
 
+def finished(result: Any) -> list[int]:
+    """Return the numbers of the samples that have rows: all, unless the capture was interrupted."""
+    return [number for number, output in enumerate(result.outputs) if output is not None]
+
+
 def metadata(result: Any, model: str) -> dict[str, str]:
     """Return what a reader needs to know of the rows; safetensors carries texts only."""
     return {
@@ -103,6 +117,7 @@ def metadata(result: Any, model: str) -> dict[str, str]:
         "vllm_tap": __version__,
         "model": model,
         "num_samples": str(len(result)),
+        "unfinished": json.dumps(sorted(set(range(len(result))).difference(finished(result)))),
         "spec": result.spec.to_json(),
         "layers": json.dumps(result.layers),
         "conventions": json.dumps(result.conventions),

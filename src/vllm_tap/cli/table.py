@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +22,18 @@ def columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
+def print_json(**values: Any) -> None:
+    """Print one JSON object on a line."""
+    print(json.dumps(values), flush=True)
+
+
 def summary(result: Any) -> str:
     """Return the table of a capture: how much, and in what time.
 
     Args:
         result: A `Capture`.
     """
-    seconds = result.seconds
-    total = seconds["start"] + seconds["generate"] + seconds["finish"] + seconds["check"]
-    after = seconds["finish"] + seconds["check"]
+    total, after = total_seconds(result), result.seconds["finish"] + result.seconds["check"]
     nbytes = result.num_bytes
     rows = [
         ("samples", f"{len(result):,}"),
@@ -41,6 +45,11 @@ def summary(result: Any) -> str:
         ("after the last forward", f"{after * 1e3:.1f} ms, {after / total:.2%} of the time"),
     ]
     return columns(rows)
+
+
+def total_seconds(result: Any) -> float:
+    """Return the time of a capture; `wait` is inside `finish`."""
+    return sum(float(result.seconds[part]) for part in ("start", "generate", "finish", "check"))
 
 
 def layer_text(layers: Sequence[int]) -> str:

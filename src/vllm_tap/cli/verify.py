@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from vllm_tap.cli import arguments, verifications
+from vllm_tap.cli import arguments, dataset_verify, verifications
 from vllm_tap.cli.capture import require_plugin
-from vllm_tap.cli.table import columns
+from vllm_tap.cli.engine import engine
+from vllm_tap.cli.interrupts import Interrupts
+from vllm_tap.cli.table import columns, print_json
 from vllm_tap.cli.verifications import Check
 from vllm_tap.errors import CaptureError, SpecError
 from vllm_tap.spec import Spec
@@ -32,7 +34,8 @@ def add_command(commands: Any) -> None:
         "labels, tokens with and without capture, repetition, ways of transport, embeddings, the final norm. "
         "Exit code 1 when anything differs.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    parser.add_argument("model", metavar="MODEL", help="folder or name of a model, or a dataset: then its checksums")
+    parser.add_argument("--json", action="store_true", help="print a JSON object, of a dataset")
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",
@@ -47,32 +50,33 @@ def add_command(commands: Any) -> None:
         action="store_true",
         help="compare with a forward pass of transformers too, in float32 on the processor; the weights must be local",
     )
+    arguments.add_json_option(parser)
     arguments.add_engine_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    if dataset_verify.is_dataset(options.model):
+        return dataset_verify.run(options)
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    from vllm_tap.vllm import launch
-
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
+    with Interrupts(keeps=False) as interrupts, engine(options, interrupts) as llm:
         prompts = make_prompts(llm, options.max_tokens, options.seed)
         found = list(_checks(llm, prompts, options))
-    finally:
-        launch.stop(llm)
-    return report(options.model, found)
+    return report(options.model, found, options.json)
 
 
-def report(model: str, checks: Sequence[Check]) -> int:
-    """Print the table of checks and return the exit code."""
+def report(model: str, checks: Sequence[Check], as_json: bool = False) -> int:
+    """Print the table of checks, or all of it as a JSON object, and return the exit code."""
+    failed = [check.name for check in checks if not check.holds]
+    if as_json:
+        print_json(model=model, holds=not failed, checks=[check._asdict() for check in checks])
+        return 1 if failed else 0
     rows = [("check", "rows", "result", "")]
     rows += [(check.name, f"{check.num_rows:,}", "ok" if check.holds else "DIFFERS", check.text) for check in checks]
     print(columns(rows, right=(1,)))
-    failed = [check.name for check in checks if not check.holds]
     print(
         f"captures from {model} differ: {', '.join(failed)}" if failed else f"captures from {model} are as they must be"
     )

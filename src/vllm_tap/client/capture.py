@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from vllm_tap.client import missing
 from vllm_tap.client.connection import connect
-from vllm_tap.client.progress import bar
+from vllm_tap.client.expected_rows import ExpectedRows
+from vllm_tap.client.interruption import current
+from vllm_tap.client.progress import REFRESH_SECONDS, Bar, is_shown
 from vllm_tap.client.prompts import CHAT_OPTIONS, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
@@ -60,6 +65,7 @@ def capture(
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
+        PositionError: A prompt lacks a position that was asked for, or a completion generated rows; see `Spec.missing`.
         EngineDiedError: The engine ended.
 
     Source:
@@ -72,7 +78,7 @@ def capture(
     frontend.require_llm(llm)
     _require_no_others(llm)
     read = read_prompts(prompts)
-    chat = {name: sampling.pop(name) for name in CHAT_OPTIONS if name in sampling}
+    chat = take_chat_options(sampling)
     if chat and not read.are_chats:
         raise SpecError(f"{', '.join(chat)}: for conversations alone, and these prompts are none.")
     if read.are_chats:
@@ -89,20 +95,23 @@ def capture(
         wait=False,
     )
     try:
+        missing.check_prompts(spec, prompts)
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
-        show = bar(progress, recording.counts)
-        outputs = frontend.generate(
-            llm,
-            prompts,
-            marked,
-            show,
-            lora_request,
-            chat=chat if read.are_chats else None,
-            queued=recording.started,
-            tokens=recording.tokens.read,
-            computed=recording.end,
-        )
+        with _shown(llm, recording, params, progress) as bar:
+            generate = functools.partial(
+                frontend.generate,
+                llm,
+                prompts,
+                marked,
+                bar,
+                lora_request,
+                chat=chat if read.are_chats else None,
+                queued=recording.started,
+                tokens=recording.tokens.read,
+                computed=recording.end,
+            )
+            outputs = _finished(llm, len(prompts), generate)
         generated = time.perf_counter()
         result = recording.finish(outputs)
     except BaseException:
@@ -110,6 +119,41 @@ def capture(
         raise
     result.seconds.update(start=started - begin, generate=generated - started)
     return result
+
+
+def take_chat_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take what `LLM.chat` takes out of fields of sampling parameters, and return it."""
+    return {name: fields.pop(name) for name in CHAT_OPTIONS if name in fields}
+
+
+@contextmanager
+def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | None) -> Iterator[Any]:
+    """Show a bar during the block, if it is to be; yield what vLLM takes as `use_tqdm`."""
+    if not is_shown(progress):
+        yield False
+        return
+    num_requests = sum(getattr(given, "n", 1) or 1 for given in params)
+    bar = Bar(recording.counts, ExpectedRows(llm, recording.spec.positions, num_requests))
+    try:
+        with frontend.ticking(llm, REFRESH_SECONDS, bar.tick):
+            yield bar.make
+    finally:
+        bar.close()
+
+
+def _finished(llm: Any, num_prompts: int, generate: Callable[[], list[Any]]) -> Sequence[Any]:
+    """Return the outputs; if an `Interruption` ends the wait, of the prompts that are finished, None for the others."""
+    interruption = current()
+    if interruption is None:
+        return generate()
+    finished: dict[int, Any] = {}
+    try:
+        with frontend.interruptible(llm, interruption, finished):
+            return generate()
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+        return [finished.get(number) for number in range(num_prompts)]
 
 
 def _require_no_others(llm: Any) -> None:

@@ -91,7 +91,7 @@ class Connection:
         """Whether forward passes since the greeting may let the workers say more."""
         return any(hello.may_change for hello in self.hellos)
 
-    def learn(self, descriptors: Iterable[messages.Descriptor]) -> None:
+    def _learn(self, descriptors: Iterable[messages.Descriptor]) -> None:
         """Take over what the workers of a capture say of the routers, where it is not what they said before."""
         for descriptor in descriptors:
             if descriptor.routing is not None:
@@ -175,15 +175,15 @@ class Connection:
 
         return replies
 
-    def finish(self, capture_id: str, shared: bool) -> Callable[[], HandedOver]:
-        """Have all workers end a capture; return a function that takes hold of what they hand over.
+    def hand_over(self, call: messages.Finish | messages.Take, shared: bool) -> Callable[[], HandedOver]:
+        """Have all workers hand over what a capture has; return a function that takes hold of it.
 
         It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
 
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        wait = self._send(messages.Finish(capture_id=capture_id), shared)
+        wait, capture_id = self._send(call, shared), call.capture_id
 
         def take() -> HandedOver:
             replies = wait()
@@ -194,7 +194,8 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, shared))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, "Finish")
+            _expect(messages.Descriptor, replies, type(call).__name__)
+            self._learn(descriptors)
             return held
 
         return take

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
+import torch
 from msgspec import structs
 
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.idle import PoolKeeper
 from vllm_tap.engine.capture.interfaces import Backend, Sink
+from vllm_tap.engine.capture.look import some_rows
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.model.install import ModelTaps
@@ -43,7 +45,7 @@ from vllm_tap.vllm.runner import Batch
 logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 1.0
-"""How long a step with requests of an unknown capture waits for calls that have come and are not handled."""
+"""Seconds that a step with requests of an unknown capture waits for calls that have come and are not handled."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
@@ -81,7 +83,6 @@ class TapWorker(vllm_runner.Recorder):
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._session: Session | None = None
-        self._is_new = False  # no step has run since it began
         self._counts = 0, 0
         self._pools: dict[bool, SegmentPool] = {}
         self._every_pool: list[SegmentPool] = []
@@ -126,9 +127,13 @@ class TapWorker(vllm_runner.Recorder):
         if self._session is not None:
             self._session.meet(request_id, mark, prompt_len, generates)
 
+    def ended(self, request_ids: Iterable[str]) -> None:
+        if self._session is not None:
+            self._session.forget(request_ids)
+
     def arm(self, batch: Batch) -> None:
         if self._session is not None:
-            if self._is_new:
+            if self._session.is_new:
                 self._note_routers(self._session)
             self._session.arm(batch)
 
@@ -153,10 +158,10 @@ class TapWorker(vllm_runner.Recorder):
 
     def _note_routers(self, session: Session) -> None:
         """Before the first step of a capture, when the weights are those that it runs with."""
-        self._is_new = False
+        session.is_new = False
         try:
             assert self._taps is not None
-            self._taps.routers.begin()
+            session.biases = self._taps.routers.biases()
         except Exception as error:
             session.fail(error)
 
@@ -226,6 +231,8 @@ class TapWorker(vllm_runner.Recorder):
         message = messages.decode_call(data)
         if isinstance(message, messages.Start):
             return self.start(message)
+        if isinstance(message, messages.Take):
+            return self.take(message)
         return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
@@ -244,7 +251,6 @@ class TapWorker(vllm_runner.Recorder):
         except Exception:
             self._keeper.linger()
             raise
-        self._is_new = True
         self._closing.append(self._session)
         # Last: the driver may let nobody else in while it pins memory.
         self._grow_ahead(self._session)
@@ -297,10 +303,28 @@ class TapWorker(vllm_runner.Recorder):
         self._close(session)
         return descriptor
 
+    def take(self, take: messages.Take) -> messages.Descriptor:
+        """Hand over what a capture has taken since the last time; it goes on."""
+        session = self._require(take.capture_id)
+        try:
+            block_ids = session.block_ids
+            descriptor = self._with_routing(session, session.take())
+            if session.start.shared:
+                self._shared_server().publish(session.client, block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
+        return descriptor
+
     def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:
         """Add how routers choose, as it holds for the rows of a capture, unless the client knows it."""
         assert self._taps is not None
-        version, routing = self._taps.routers.end(lambda layer: session.some_rows(layer, ROUTER_STREAMS))
+        pool = self._pool(session.start.shared)
+
+        def rows_of(layer: int) -> list[torch.Tensor]:
+            return some_rows(descriptor, lambda number: pool.segment(number).view, layer, ROUTER_STREAMS)
+
+        version, routing = self._taps.routers.check(session.biases, rows_of)
         if version == session.start.routing_versions.get(self.rank):
             return descriptor
         return structs.replace(descriptor, routing_version=version, routing=self._share_of(routing))

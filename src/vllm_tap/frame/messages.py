@@ -1,6 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`.
+A call is one of `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or
+`Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -33,13 +34,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Versioned(msgspec.Struct):
-    """What is read of a message whose fields are not known."""
+    """Part that is read of a message whose fields are not known."""
 
     version: int
 
 
 class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker stands in the engine."""
+    """Place of a worker in the engine."""
 
     rank: int
     tp_rank: int
@@ -114,6 +115,12 @@ class Finish(Message, frozen=True, tag=True, kw_only=True):
     capture_id: str
 
 
+class Take(Message, frozen=True, tag=True, kw_only=True):
+    """Call that hands over what a capture has taken since the last one; it goes on. The reply is a `Descriptor`."""
+
+    capture_id: str
+
+
 class Stop(Message, frozen=True, tag=True, kw_only=True):
     """Call that abandons a capture; the reply is `Stopped`."""
 
@@ -149,16 +156,18 @@ BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
 
 
 class Descriptor(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `Finish`: everything a client needs to find its rows in the segments of one rank.
+    """Reply to `Finish` and `Take`: everything a client needs to find its rows in the segments of one rank.
 
-    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what
-    `Hello` says, as it holds for the rows of this capture; None if the client knows its version.
+    `requests` are those met since the last `Take`, of which the first has the number `first_request`. `blocks` is an
+    int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what `Hello` says, as it
+    holds for the rows of this capture; None if the client knows its version.
     """
 
     rank: int
     capture_id: str
     streams: tuple[Stream, ...]
     requests: tuple[Request, ...]
+    first_request: int
     chunks: tuple[Chunk, ...]
     blocks: bytes
     byte_order: str
@@ -231,7 +240,7 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Start | Finish | Stop
+Call = Start | Finish | Take | Stop
 
 Reply = Hello | Started | Descriptor | Stopped | Failure
 

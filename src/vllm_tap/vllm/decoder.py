@@ -105,7 +105,9 @@ def _lists(model: torch.nn.Module) -> Iterable[_Found]:
                 parts = name.split(".") if name else []
                 above = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
                 path = f"{name}.{child_name}".lstrip(".")
-                yield _Found(path, tuple(owners[owner] for owner in above), tuple(child.children()))
+                # Not `children`, which leaves out a module that comes again.
+                modules = tuple(module for module in child._modules.values() if module is not None)
+                yield _Found(path, tuple(owners[owner] for owner in above), modules)
 
 
 def _outermost(found: list[_Found]) -> list[_Found]:
@@ -128,6 +130,10 @@ def _none(model: torch.nn.Module, num_layers: int, caching: list[_Found]) -> str
 
 def _stack(one: _Found) -> Stack:
     held = {index: layer for index, layer in enumerate(one.modules) if type(layer).__name__ != _ABSENT}
+    if len(set(held.values())) < len(held):
+        raise EngineUnsupportedError(
+            f"{one.name} has the same layer in several places: which of its rows are those of a place cannot be told."
+        )
     beside = itertools.chain.from_iterable(owner.children() for owner in one.owners)
     norms = [module for module in dict.fromkeys(beside) if _may_be_norm(module)]
     return Stack(one.name, held, len(one.modules), tuple(norms))

@@ -1,4 +1,4 @@
-"""Where the experts of a decoder layer are, and what their router states: the part of `host` that is about experts.
+"""The experts of a decoder layer, and what their router states.
 
 Runs in the worker process. Imports nothing of vLLM; `assumptions` lists the names.
 """

@@ -1,28 +1,29 @@
-"""What the client asks of a `vllm.LLM`: parameters, and to generate or to embed. Client process."""
+"""Requests of the client to a `vllm.LLM`: parameters, and to generate or to embed. Client process."""
 
 from __future__ import annotations
 
-import _thread
 import copy
 import functools
 import itertools
 import math
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
-from contextlib import contextmanager, suppress
-from typing import Any, Final
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final, NamedTuple
 
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
+from vllm_tap.transport import threads
 
 WATCH_SECONDS: Final = 0.1
-"""How often a call that waits looks whether the engine is still there."""
+"""Seconds after which a call that waits looks whether the engine is still there."""
 
 IN_CORE: Final = "uni"
-"""What vLLM calls it if the one worker runs in the process of the engine core."""
+"""vLLM's name for one worker that runs in the process of the engine core."""
 
 FIRST_STEP_SECONDS: Final = 0.005
 """An engine prepares its first step in so long, if its process has nothing else to do."""
@@ -45,6 +46,21 @@ def require_llm(llm: Any) -> None:
             f"expected a vllm.LLM, got {type(llm).__name__}: start one with vllm.LLM(model). Servers and AsyncLLM "
             "cannot be captured from."
         )
+
+
+def shutdown(llm: Any) -> None:
+    """End an engine's processes now, and wait until they are gone; without a call they end with the `llm` object.
+
+    vLLM has no public call for that (0.26 to 0.33). Results stay readable. Any number of calls do no harm.
+
+    Args:
+        llm: A `vllm.LLM`. Requests that wait in it are lost, and it takes no more.
+
+    Raises:
+        SpecError: It is something else.
+    """
+    require_llm(llm)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def require_no_others(llm: Any, advice: str) -> None:
@@ -165,7 +181,7 @@ def call(llm: Any, method: str, args: tuple[Any, ...]) -> list[Any]:
     Raises:
         EngineDiedError: The engine core has ended.
     """
-    with _watched(llm):
+    with watched(llm):
         return list(llm.collective_rpc(method, args=args))
 
 
@@ -202,7 +218,7 @@ def generate(
     """
     others = set(unfinished(llm))
     try:
-        with _watched(llm):
+        with watched(llm):
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
@@ -211,7 +227,7 @@ def generate(
                 )
             else:
                 with _first_step_first(llm):
-                    _enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
+                    enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
                 queued()
                 mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -231,7 +247,8 @@ def generate(
     return list(outputs)[-len(prompts) :]
 
 
-def _enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+def enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, Any] | None, options: Any) -> None:
+    """Queue prompts, or conversations with what `LLM.chat` takes beside them, in an engine that generates."""
     if chat is None:
         llm.enqueue(prompts, params, **options)
     else:
@@ -239,7 +256,7 @@ def _enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str,
 
 
 @contextmanager
-def _watched(llm: Any) -> Iterator[None]:
+def watched(llm: Any) -> Iterator[None]:
     """End a wait for outputs or replies when the engine core dies.
 
     vLLM 0.26 to 0.33 waits on for the reply to a call, and for outputs if the core had no last word.
@@ -261,8 +278,8 @@ def _watched(llm: Any) -> Iterator[None]:
                     with suppress(InvalidStateError):  # it has come after all
                         reply.set_exception(death)
 
-    # Not `threading.Thread`: its start and its join wait for the thread, 0.28 ms of each call instead of 0.08.
-    _thread.start_new_thread(watch, ())
+    if not threads.is_ending():
+        threads.start_bare(watch, stop=done.set)
     try:
         yield
     finally:
@@ -333,6 +350,90 @@ def _outputs_watched(
 
     with _replaced(core, "get_output", watched):
         yield
+
+
+@contextmanager
+def ticking(llm: Any, seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function every so many seconds while an engine computes, in the thread that waits for its outputs.
+
+    Also while no output comes, where the engine runs in another process.
+    """
+    core = llm.llm_engine.engine_core
+    get_output, arrived = core.get_output, getattr(core, "outputs_queue", None)
+    due = time.monotonic() + seconds
+
+    def waited() -> Any:
+        nonlocal due
+        while True:
+            is_there = arrived is None or _holds_some(arrived, due - time.monotonic())
+            if time.monotonic() >= due:
+                call()
+                due = time.monotonic() + seconds
+            if is_there:
+                return get_output()
+
+    with _replaced(core, "get_output", waited):
+        yield
+
+
+def _holds_some(arrived: queue.Queue[Any], timeout_s: float) -> bool:
+    """Wait until something lies in a queue; tell whether it does."""
+    with arrived.not_empty:
+        return bool(arrived.not_empty.wait_for(lambda: arrived.queue, timeout=max(timeout_s, 0)))
+
+
+@contextmanager
+def interruptible(llm: Any, interruption: Any, finished: dict[int, Any]) -> Iterator[None]:
+    """Let Ctrl-C come between the steps of an engine, or while one is waited for, and keep what was finished before.
+
+    Args:
+        llm: A `vllm.LLM` without requests.
+        interruption: Has the contexts `held` and `allowed`.
+        finished: Takes the outputs by the number of their prompt, of the first call to `generate` in the block.
+    """
+    core, step = llm.llm_engine.engine_core, llm.llm_engine.step
+    get_output, first = core.get_output, functools.cache(lambda: min(map(_number, unfinished(llm))))
+
+    def stepped() -> Any:
+        first()
+        with interruption.held():
+            outputs = step()
+            finished.update((_number(output.request_id) - first(), output) for output in outputs if output.finished)
+        return outputs
+
+    def waited() -> Any:
+        with interruption.allowed():
+            return get_output()
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(llm.llm_engine, "step", stepped))
+        if hasattr(core, "outputs_queue"):  # else the step itself runs in there
+            stack.enter_context(_replaced(core, "get_output", waited))
+        yield
+
+
+def _number(request_id: str) -> int:
+    """Return the number of a request: vLLM counts those of an LLM, and appends something for the engine's use."""
+    return int(request_id.split("-", 1)[0])
+
+
+class Progress(NamedTuple):
+    """How far a request is. `num_most` counts the tokens that it may generate, if it generates."""
+
+    num_prompt: int
+    num_generated: int
+    num_most: int
+
+
+def progress(llm: Any) -> dict[str, Any]:
+    """Return the states of the requests in an engine, for `progress_of`."""
+    return dict(llm.llm_engine.output_processor.request_states)
+
+
+def progress_of(state: Any) -> Progress:
+    """Return how far a request is, also when it has ended."""
+    generated = getattr(state.detokenizer, "output_token_ids", ())
+    return Progress(state.prompt_len, len(generated), state.max_tokens_param or 0)
 
 
 def _token_lists(llm: Any, request_ids: set[str]) -> list[list[int]]:

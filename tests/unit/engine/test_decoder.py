@@ -120,6 +120,14 @@ def test_layers_in_several_lists_are_refused_by_the_lists() -> None:
         find_stacks(model, NUM_LAYERS)
 
 
+def test_a_layer_in_several_places_is_refused() -> None:
+    """Every tap of it would see the rows of all of its places."""
+    shared = Layer()
+    model = ByName(layers=torch.nn.ModuleList([shared, Layer(), shared, Layer()]))
+    with pytest.raises(EngineUnsupportedError, match="layers has the same layer in several places"):
+        find_stacks(model, NUM_LAYERS)
+
+
 def test_a_model_without_a_list_is_refused_by_the_number() -> None:
     """As before."""
     with pytest.raises(EngineUnsupportedError, match="ByName has no list of 4 decoder layers"):

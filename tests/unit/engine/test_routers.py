@@ -56,8 +56,7 @@ class Layers:
 
     def capture(self, rows: bool = True) -> tuple[int, dict[int, Routing]]:
         """Return what is said after a capture."""
-        self.routers.begin()
-        return self.routers.end(self.rows if rows else lambda layer: [])
+        return self.routers.check(self.routers.biases(), self.rows if rows else lambda layer: [])
 
 
 @pytest.fixture
@@ -107,9 +106,9 @@ def test_without_rows_it_is_said_and_not_called_confirmed(layers: Layers) -> Non
 
 def test_a_bias_that_changes_while_a_capture_is_under_way(layers: Layers) -> None:
     """Of its rows nothing can be said by one bias; of those of the next capture it can."""
-    layers.routers.begin()
+    begun = layers.routers.biases()
     layers.biases[3].mul_(-1)
-    version, routing = layers.routers.end(lambda layer: [])
+    version, routing = layers.routers.check(begun, lambda layer: [])
     assert version == MIXED
     assert (routing[3].scoring, routing[3].reason) == (UNKNOWN, CHANGED)
     assert routing[1].checked
@@ -122,10 +121,9 @@ def test_a_bias_that_changes_while_a_capture_is_under_way(layers: Layers) -> Non
 def test_rows_refute_too(layers: Layers) -> None:
     """A router that does something else with the new bias than it states."""
     layers.biases[1].add_(torch.rand(NUM_EXPERTS))
-    layers.routers.begin()
     stated = msgspec.structs.replace(read_routing(layers.experts[1]), bias=())
     logits = torch.randn(32, NUM_EXPERTS)
-    _, routing = layers.routers.end(lambda layer: [logits, *follow(stated, logits)])
+    _, routing = layers.routers.check(None, lambda layer: [logits, *follow(stated, logits)])
     assert routing[1].scoring == UNKNOWN
     assert "do not follow from the logits" in routing[1].reason
 
@@ -141,5 +139,4 @@ def test_a_capture_confirms_what_dummy_rows_did_not() -> None:
 def test_a_model_without_experts_says_nothing() -> None:
     """And does nothing for it."""
     routers = Routers({}, {})
-    routers.begin()
-    assert routers.end(lambda layer: []) == (0, {})
+    assert routers.check(routers.biases(), lambda layer: []) == (0, {})

@@ -13,7 +13,7 @@ from vllm_tap.client.recording import _resolve
 from vllm_tap.engine.capture.selection import Run
 from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.tap import Rows, Tap
-from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError, SpecError
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm.decoder import Stack
 
@@ -145,10 +145,13 @@ def test_a_choice_that_cannot_be_seen_is_refused(settings: dict[str, bool], reas
 
 
 def test_a_model_without_experts() -> None:
-    """All of its layers with experts are none; one that is named is refused."""
+    """All of its layers with experts are none, which is refused unless that may be; one that is named is refused."""
     connection = connection_of(tapped(Layer(None), Layer(None)))
     streams = {"router_logits": (), "expert_ids": (), "expert_weights": ()}
-    assert _resolve(connection, Spec(router_logits="all", routed_experts="all")) == streams
+    assert _resolve(connection, Spec(router_logits="all", routed_experts="all", missing="skip")) == streams
+    for field in ("router_logits", "routed_experts"):
+        with pytest.raises(SpecError, match=rf'{field}="all" chooses no layer.*Leave {field} out.*missing="skip"'):
+            _resolve(connection, Spec(**{field: "all"}))
     for spec in (Spec(router_logits=[1]), Spec(routed_experts=[-1])):
         with pytest.raises(LayerError, match="belongs to a model without experts"):
             _resolve(connection, spec)
@@ -169,7 +172,9 @@ def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> N
 
 
 @pytest.mark.parametrize(
-    "changed", [torch.ones(3, 5), torch.ones(3, 1), torch.ones(3, 4, dtype=torch.float64)], ids=["wider", "one", "dtype"]
+    "changed",
+    [torch.ones(3, 5), torch.ones(3, 1), torch.ones(3, 4, dtype=torch.float64)],
+    ids=["wider", "one", "dtype"],
 )
 def test_rows_of_another_kind_than_before_end_the_capture_alone(changed: torch.Tensor) -> None:
     """They would be rounded, or copied to all columns, without a word."""

@@ -1,4 +1,4 @@
-"""Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
+"""The sink of a CPU engine: taps write straight into the block of the step. Runs in the worker process.
 
 A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `rest` (no step is known
 to follow), `settle` (all rows lie in their blocks), `close`.

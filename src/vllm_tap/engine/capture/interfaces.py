@@ -15,7 +15,7 @@ from vllm_tap.vllm.runner import Batch
 
 
 class Sink(Protocol):
-    """Where the rows of a step go; see `cpu` and `cuda.sink`."""
+    """Destination of the rows of a step; see `cpu` and `cuda.sink`."""
 
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
@@ -45,7 +45,7 @@ class Sink(Protocol):
 
 
 class Backend(Protocol):
-    """How rows get from the taps of a worker into segments."""
+    """The way of rows from the taps of a worker into segments."""
 
     @property
     def rows(self) -> Rows:

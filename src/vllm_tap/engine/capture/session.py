@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -27,13 +27,11 @@ from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
 
-SOME_ROWS: Final = 64
-"""Rows that are looked at to find out whether a statement holds."""
-
 STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
-"""Small steps share a reservation: each costs the worker and the client some microseconds, and where they lie together
-they leave a device together."""
+MOST_CHUNKS: Final = 16
+"""Small steps share a reservation, of a small part of the budget: each costs the worker and the client some
+microseconds, and steps that lie together leave a device together."""
 
 
 class Session:
@@ -45,13 +43,16 @@ class Session:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
         self.num_rows = 0
+        self.is_new = True  # no step has run since it began
+        self.biases: torch.Tensor | None = None  # of routers, when its first step ran
         self.error: TapError | None = None
         self._sink, self._pool, self._rows = sink, pool, rows
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
         self._form = functools.lru_cache(self._new_form)
         self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
         self._selector = Selector(start.positions)
-        self._table: list[messages.Request] = []
+        self._table: list[messages.Request] = []  # requests that the client has not been told of
+        self._first_request = 0  # number of the first of them
         self._chunks: list[Block] = []
         self._chunk_number = 0  # of the current one
         self._free_offset = self._free_end = 0
@@ -71,7 +72,7 @@ class Session:
         """
         if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
-        self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
+        self._selector.add(request_id, CapturedRequest(self._first_request + len(self._table), prompt_len))
         self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
         # A rank without a layer of this capture ships nothing, not even labels.
         self._is_open = bool(self.streams) and self.error is None
@@ -143,7 +144,7 @@ class Session:
         num_steps = STEPS_PER_CHUNK
         if self.start.expected_rows > self.num_rows:
             num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
-        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES)
+        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES, self.start.budget_bytes // MOST_CHUNKS)
         if roomy <= nbytes:
             return self._pool.reserve(nbytes)
         try:
@@ -179,7 +180,7 @@ class Session:
             self.fail(error)
 
     def rest(self) -> None:
-        """Where the engine has nothing more to compute: send off all rows while it finishes, before the client asks."""
+        """Send off all rows while an engine finishes that has nothing more to compute, before the client asks."""
         if self.error is not None:
             return
         try:
@@ -196,8 +197,13 @@ class Session:
                 error = CaptureError(f"unexpected {type(error).__name__}: {error}")
             self.error = error
 
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Let go of requests that have ended: none of their rows will come."""
+        for request_id in request_ids:
+            self._selector.remove(request_id)
+
     def finish(self) -> messages.Descriptor:
-        """Wait for the last rows and describe where all of them are.
+        """Wait for the last rows and describe where all of them are that have not been taken.
 
         Raises:
             TapError: What ended the capture early.
@@ -213,34 +219,25 @@ class Session:
             capture_id=self.start.capture_id,
             streams=self.streams,
             requests=tuple(self._table),
+            first_request=self._first_request,
             chunks=tuple(messages.Chunk(*chunk) for chunk in self._chunks),
             blocks=np.array(self._blocks, "<i8").tobytes(),
             byte_order=sys.byteorder,
             wait_seconds=wait_seconds,
         )
 
-    def some_rows(self, layer: int, names: Sequence[str]) -> list[torch.Tensor]:
-        """Return some rows of streams of a layer, the same ones of each; fewer streams if not all were captured.
+    def take(self) -> messages.Descriptor:
+        """Describe the rows that have come since the last time, and go on in memory of its own.
 
-        They lie in the largest block, and may be read after `finish` as long as the block is held.
+        Raises:
+            TapError: What ended the capture early.
         """
-        if not self._blocks:
-            return []
-        number, start, num_rows = max(self._blocks, key=lambda block: block[2])
-        memory = self._pool.segment(self._chunks[number].segment_id).view
-        found = []
-        for stream, place in zip(self.streams, layout(start, num_rows, self.streams).streams, strict=True):
-            if stream.name in names and layer in stream.layers:
-                offset = place + stream.layers.index(layer) * num_rows * stream.row_bytes
-                shape = min(num_rows, SOME_ROWS), stream.width
-                dtype = getattr(torch, stream.dtype)
-                found.append(
-                    (
-                        stream.name,
-                        torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape),
-                    )
-                )
-        return [rows for _, rows in sorted(found, key=lambda pair: names.index(pair[0]))]
+        taken = self.finish()
+        self._first_request += len(self._table)
+        self._table, self._chunks, self._blocks = [], [], []
+        self._free_offset = self._free_end = 0
+        self._last = None
+        return taken
 
     @property
     def num_bytes(self) -> int:

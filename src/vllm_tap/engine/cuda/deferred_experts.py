@@ -1,4 +1,4 @@
-"""What experts made while a CUDA graph was captured, held for one kernel that takes many layers. Worker process."""
+"""Tensors of experts, held while a CUDA graph is captured for one kernel that takes many layers. Worker process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 
 
 class DeferredExperts:
-    """Where the tensors of a model's experts lie in its graphs.
+    """Places of the tensors of a model's experts in its graphs.
 
     Cost: 4 KiB of the device for each layer, as long as the model is there.
 

@@ -1,4 +1,4 @@
-"""Where the taps of a CUDA engine write: staging on the device, drained by a side stream into pinned segments.
+"""The sink of a CUDA engine: staging on the device, drained by a side stream into pinned segments.
 
 Runs in the worker process. Three ways lead from a tap into the block of the step, chosen per stream and step:
 

@@ -15,7 +15,7 @@ from vllm_tap.engine.capture.idle import Keeper
 from vllm_tap.engine.cuda import driver
 
 LINGER_SECONDS: Final = 10.0
-"""How long a slab that nobody uses stays."""
+"""Seconds that a slab stays which nobody uses."""
 
 PATIENCE_SECONDS: Final = 60.0
 """After this long it goes, whether the device is quiet or not."""

@@ -1,4 +1,4 @@
-"""What the taps' kernels of a CUDA engine read, and which taps are on. Runs in the worker process."""
+"""Tables that the taps' kernels of a CUDA engine read, and which taps are on. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ExpertHolder(Protocol):
 
 
 class DeviceRows(Rows):
-    """What the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is.
+    """Tables that the kernels read; see `kernel`. A few bytes per token of a step, held as long as the model is.
 
     Attributes:
         chosen: Where in `row_map` the tokens of the step's rows stand, and how many they are.

@@ -40,7 +40,7 @@ MOST_FORMS: Final = 4
 
 
 class Switch(Protocol):
-    """What says which taps are on."""
+    """The object that says which taps are on."""
 
     on: frozenset[int]
 
@@ -50,7 +50,7 @@ class Switch(Protocol):
 
 
 class TappedGraph:
-    """What stands in for PyTorch's graph in `replay`. One step replays many: nothing on the way that can be left out.
+    """A replayable graph in the place of PyTorch's. One step replays many: `replay` does as little as can be.
 
     Args:
         owner: PyTorch's graph, which lives at least as long.
@@ -103,7 +103,7 @@ class GraphPiece(TappedGraph):
 
     @property
     def is_complete(self) -> bool:
-        """Whether its taps are there."""
+        """True if its taps are there."""
         return self._enabled is not None
 
     def complete(self) -> None:

@@ -58,7 +58,7 @@ def _telling(function: Call) -> Call:
 
 
 class Taken:
-    """What has been taken of one stream, and since when.
+    """Rows that have been taken of one stream, and since when.
 
     Attributes:
         enabled: Whether rows are taken now.

@@ -12,7 +12,7 @@ import torch
 
 from vllm_tap.engine.model.residual import UNKNOWN, Norm, Verdict, decide
 from vllm_tap.engine.model.routers import Routers
-from vllm_tap.engine.model.stack import StackTaps
+from vllm_tap.engine.model.stack import StackTaps, tap_norms
 from vllm_tap.engine.model.tap import Rows, Tap
 from vllm_tap.frame.routing import Routing
 from vllm_tap.vllm import facts
@@ -35,6 +35,8 @@ class ModelTaps:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
         self._stacks = [StackTaps(stack, model, device, rows) for stack in model.stacks]
+        if model.is_last_stage:
+            tap_norms(self._stacks, rows, device)
         self._verdict: Verdict | None = None
         self._is_settled = self._is_wide = False
         self._keep_probes(self._stacks)

@@ -1,4 +1,4 @@
-"""What a decoder layer returns: the stream itself, or a part that must still be added. Decided by the model's own norm.
+"""The output of a decoder layer: the stream itself, or a part still to be added. Decided by the model's own norm.
 
 Runs in the worker process. vLLM's families differ: most layers return (delta, residual) whose sum is the residual
 stream; some return the whole stream in the first item beside something else; some return one tensor. The model's final

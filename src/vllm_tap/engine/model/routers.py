@@ -35,39 +35,43 @@ class Routers:
         self._experts, self._taps = experts, taps
         self._with_bias = {layer: bias for layer, one in experts.items() if (bias := bias_of(one)) is not None}
         self._known = torch.empty(0)  # biases that have been stated
-        self._begun: torch.Tensor | None = None
         self._routing: dict[int, Routing] = {}
         self.version = 0
 
     def read(self) -> dict[int, Routing]:
         """Return how the router of each layer chooses, as far as the rows seen so far tell."""
         if not self._routing:
-            self._known = self._biases().cpu()
+            self._known = self.biases().cpu()
         for layer, experts in self._experts.items():
             if layer not in self._routing or self._routing[layer].reason == NO_ROWS:
                 self._state(layer, self._by_probes(layer, experts))
         return self._routing
 
-    def begin(self) -> None:
-        """A capture begins with the step that is about to run: note the biases. No device sync."""
-        self._begun = self._biases() if self._with_bias else None
+    def biases(self) -> torch.Tensor:
+        """Return a copy of the biases of all layers behind one another, as they are now. No device sync."""
+        found = {layer: bias_of(self._experts[layer]) for layer in self._with_bias}
+        self._with_bias = {layer: bias for layer, bias in found.items() if bias is not None}
+        biases = [bias.detach().float().flatten() for bias in self._with_bias.values()]
+        return torch.cat(biases) if biases else torch.empty(0)
 
-    def end(self, rows_of: Callable[[int], Sequence[torch.Tensor]]) -> tuple[int, dict[int, Routing]]:
-        """Return the version and the statements that hold for a capture whose last step has run.
+    def check(
+        self, begun: torch.Tensor | None, rows_of: Callable[[int], Sequence[torch.Tensor]]
+    ) -> tuple[int, dict[int, Routing]]:
+        """Return the version and the statements that hold for a capture, whose rows have come.
 
         Biases that have changed are read again; what no rows have confirmed yet, rows of the capture may.
 
         Args:
+            begun: Biases when its first step ran; None if none did.
             rows_of: Returns logits, ids and weights of some rows of a layer, or nothing if it has not all of them.
         """
         self.read()
-        now = self._biases().cpu()
+        now = self.biases().cpu()
         for layer in self._differing(self._known, now):
             self._state(layer, read_routing(self._experts[layer]))
         self._known = now
         for layer in self._experts:
             self._confirm(layer, rows_of)
-        begun, self._begun = self._begun, None
         mixed = [] if begun is None else self._differing(begun.cpu(), now)
         if mixed:
             return MIXED, self._routing | dict.fromkeys(mixed, unknown(CHANGED))
@@ -77,13 +81,6 @@ class Routers:
         if self._routing.get(layer) != routing:
             self._routing[layer] = routing
             self.version += 1
-
-    def _biases(self) -> torch.Tensor:
-        """Return the biases of all layers behind one another, as they are now."""
-        found = {layer: bias_of(self._experts[layer]) for layer in self._with_bias}
-        self._with_bias = {layer: bias for layer, bias in found.items() if bias is not None}
-        biases = [bias.detach().float().flatten() for bias in self._with_bias.values()]
-        return torch.cat(biases) if biases else torch.empty(0)
 
     def _differing(self, before: torch.Tensor, now: torch.Tensor) -> list[int]:
         """Return the layers whose biases are not the same."""

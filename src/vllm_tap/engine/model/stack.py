@@ -24,7 +24,7 @@ class StackTaps:
     Attributes:
         by_place: All but those of norms, by stream and layer.
         layers: Those of hidden states, in order of the layers that this worker holds.
-        norms: What may be the norm behind the list, without its tap, and the tap of its output.
+        norms: Modules that may be the norm behind the list, without their taps, and the tap of what each returns.
         experts: Those of the layers that have some, by layer.
     """
 
@@ -39,19 +39,10 @@ class StackTaps:
             _tap_stream(layer, self._new("hidden_states", index))
             self._tap_experts(layer, index)
         self.layers = [place for (stream, _), place in self.by_place.items() if stream == "hidden_states"]
-        if model.is_last_stage:
-            self._tap_norms()
 
     def _new(self, stream: str, layer: int, dtype: torch.dtype | None = None) -> Tap:
         new = self.by_place[stream, layer] = Tap(stream, layer, self.rows, self._device, dtype)
         return new
-
-    def _tap_norms(self) -> None:
-        for norm in self.stack.norms:
-            place = Tap("final_hidden_states", self.stack.num_layers - 1, self.rows, self._device)
-            # The norm itself, not its tapped forward: a check must not go through the tap again.
-            self.norms.append((norm.forward, place))
-            _tap_norm(norm, place)
 
     def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
         experts = find_experts(layer)
@@ -72,6 +63,19 @@ class StackTaps:
         else:
             _tap_logits(experts, logits)
             _tap_choice(experts, ids, weights)
+
+
+def tap_norms(stacks: list[StackTaps], rows: Rows, device: torch.device) -> None:
+    """Tap what may be the norm behind lists of layers, each once: it may lie beside several of them."""
+    tapped: dict[torch.nn.Module, tuple[Norm, Tap]] = {}
+    for taps in stacks:
+        for norm in taps.stack.norms:
+            if norm not in tapped:
+                place = Tap("final_hidden_states", taps.stack.num_layers - 1, rows, device)
+                # The norm itself, not its tapped forward: a check must not go through the tap again.
+                tapped[norm] = norm.forward, place
+                _tap_norm(norm, place)
+            taps.norms.append(tapped[norm])
 
 
 def _tap_stream(layer: torch.nn.Module, place: Tap) -> None:

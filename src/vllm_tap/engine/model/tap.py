@@ -76,7 +76,7 @@ class Rows:
 
     @property
     def is_preparing(self) -> bool:
-        """Whether pauses of the engine are used to make ready what steps of captures would wait for."""
+        """True while pauses of the engine are used to make ready what steps of captures would wait for."""
         return False
 
     def clear(self) -> None:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.extents import FreeExtents
-from vllm_tap.transport.segment.memory import Segment, round_up
+from vllm_tap.transport.segment.memory import PAGE_BYTES, Segment, round_up
 
 logger = logging.getLogger("vllm_tap")
 
@@ -25,7 +26,8 @@ DEFAULT_SEGMENT_BYTES = 256 << 20
 SEGMENT_GRANULE_BYTES = 2 << 20
 FIRST_SEGMENT_BYTES = 16 << 20
 """A pool grows by no less than this, if the budget has as much: small captures need not wait for large segments."""
-BLOCK_ALIGN_BYTES = 4096
+BLOCK_ALIGN_BYTES = max(4096, PAGE_BYTES)
+"""No page has bytes of two blocks: a client that writes into its copy of a page touches one block alone."""
 MOST_AT_ONCE = 2
 """Segments that are made at the same time: the pages of one file are listed under one lock, by whatever many threads.
 14 GiB took 3.8 s one after the other with 16 threads, 2.0 s two at a time with 4 each, 1.5 s four at a time; beside an
@@ -35,7 +37,7 @@ _CLOSED = "the worker's pool of segments is closed: start another capture."
 
 
 class Block(NamedTuple):
-    """Where a run of rows lies.
+    """Place of a run of rows.
 
     Attributes:
         segment_id: number of the segment.
@@ -51,7 +53,7 @@ class Block(NamedTuple):
 
 
 class PoolStats(NamedTuple):
-    """What a pool holds: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
+    """Contents of a pool: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
 
     segments: int
     capacity_bytes: int
@@ -226,7 +228,7 @@ class SegmentPool:
         num_cores = len(os.sched_getaffinity(0))
         for started in range(min(len(plans), MOST_AT_ONCE, max(num_cores // 4, 1))):
             try:
-                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+                threads.start("vllm-tap-grow", self._grow_all, plans, stop=plans.clear)
             except RuntimeError as error:  # no more threads here
                 logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
                 if not started:

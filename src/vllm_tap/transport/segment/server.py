@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.memory import Segment
 from vllm_tap.transport.segment.pool import SegmentPool
 
@@ -69,8 +69,8 @@ class SegmentServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakened, selectors.EVENT_READ)
         pool.add_close_listener(self._segment_closed)
-        self._thread = threading.Thread(target=self._run, name="vllm-tap-segments", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # until it runs
+        self._thread = threads.start("vllm-tap-segments", self._run, stop=self._stop)
 
     def publish(self, client: int, block_ids: Sequence[int]) -> None:
         """Give blocks to a client, from now on the only one that can free them.
@@ -100,13 +100,18 @@ class SegmentServer:
 
         Blocks of clients stay taken: clients may go on reading them, so nothing may be written there.
         """
+        thread = self._thread
+        if self._stop() and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _stop(self) -> bool:
+        """Have the thread end all connections and itself; return whether nobody had done so."""
         if self._closing:
-            return
+            return False
         self._closing = True
         self._pool.remove_close_listener(self._segment_closed)
         self._wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        return True
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,127 @@
+"""Ctrl-C while a command has an engine: its processes never see it, and twice ends all at once. User's process.
+
+A terminal sends SIGINT to every process in its foreground, and vLLM's answer it with pages of tracebacks. They start
+with the signal blocked, which they inherit and do not undo, and are ended by this process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Final
+
+from vllm_tap.client.interruption import Interruption
+
+EXIT_CODE: Final = 130
+
+REPEAT_SECONDS: Final = 0.3
+"""A second signal this soon is the same Ctrl-C: what started the command may pass on what the terminal sends, too."""
+
+
+class Interrupts(Interruption):
+    """Takes SIGINT in a block of the main thread. The first raises KeyboardInterrupt there, a second ends the process.
+
+    Args:
+        keeps: There is something to keep. Else the first ends the process.
+
+    Attributes:
+        at_end: Called before the process ends at once.
+        came: The first has been raised.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.at_end: list[Callable[[], object]] = []
+        self.came = False
+        self._keeps, self._starting = keeps, False
+        self._first = -math.inf
+
+    def __enter__(self) -> Interrupts:
+        super().__enter__()
+        # The signal's number is written here in whichever thread it arrives, also while the main one is in C code.
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="vllm-tap-interrupts", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        self._write.close()  # and the thread ends
+        super().__exit__()
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Shield processes that start in the block. Ctrl-C ends them and this one at once: there is nothing to keep."""
+        resource_tracker.ensure_running()  # now: it would unblock the signal
+        self._starting = True
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            self._starting = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def hold(self) -> None:
+        """Raise no more: all that was to be done is done, and is kept."""
+        self._allowed = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._keeps and not self._starting and not self.came:  # else it is for `_watch`
+            super()._handle(number, frame)
+
+    def _raise(self) -> None:
+        self.came = True
+        super()._raise()
+
+    def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with self._read:
+            while number := self._read.recv(1):
+                if number[0] != signal.SIGINT:
+                    continue
+                now = time.monotonic()
+                self._first = now if self._first == -math.inf else self._first
+                if self._starting:
+                    self._end("interrupted while the engine started")
+                if not self._keeps:
+                    self._end("interrupted")
+                if now > self._first + REPEAT_SECONDS:
+                    self._end("interrupted twice: ended at once")
+
+    def _end(self, what: str) -> None:
+        """End this process and all that it has started."""
+        end_children()
+        for call in self.at_end:
+            call()
+        say(what)
+        os._exit(EXIT_CODE)
+
+
+def say(what: str) -> None:
+    """Print a line about an interrupt, under what the terminal shows of it."""
+    newline = "\n" if sys.stderr.isatty() else ""
+    os.write(sys.stderr.fileno(), f"{newline}vllm-tap: {what}\n".encode())
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started, and theirs; but what cleans up behind them may do so."""
+    import psutil  # comes with vLLM, and nothing has started without it
+
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    children = [child for child in psutil.Process().children(recursive=True) if child.pid != tracker]
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(children, timeout=1)

@@ -1,0 +1,56 @@
+"""How many rows a capture will have, as far as its requests tell. Client process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_tap.vllm import frontend
+
+
+class ExpectedRows:
+    """A function that says how many rows there will be: fewer when a request ends before it has all its tokens.
+
+    Args:
+        llm: A `vllm.LLM` whose requests are all of this capture.
+        positions: Which rows are asked for.
+        num_requests: Requests that there will be; those that were not queued yet count like the others.
+    """
+
+    def __init__(self, llm: Any, positions: str | tuple[int, ...], num_requests: int) -> None:
+        self._llm, self._positions, self._num_requests = llm, positions, num_requests
+        self._running: dict[str, Any] = {}
+        self._num_known = self._num_rows = 0
+
+    def __call__(self) -> int:
+        """Return the number. Cost: some microseconds for each request."""
+        now = frontend.progress(self._llm)
+        for name in now.keys() - self._running.keys():
+            self._running[name] = now[name]
+            self._num_known += 1
+            self._num_rows += self._most(now[name])
+        for name in self._running.keys() - now.keys():
+            state = self._running.pop(name)
+            self._num_rows += self._of(state) - self._most(state)
+        return self._num_rows * self._num_requests // max(self._num_known, 1)
+
+    def _most(self, state: Any) -> int:
+        progress = frontend.progress_of(state)
+        return num_rows(self._positions, progress.num_prompt, progress.num_most)
+
+    def _of(self, state: Any) -> int:
+        progress = frontend.progress_of(state)
+        return num_rows(self._positions, progress.num_prompt, progress.num_generated)
+
+
+def num_rows(positions: Any, num_prompt: int, num_generated: int) -> int:
+    """Return how many rows of a sequence are asked for, or of what is not understood, how many there may be.
+
+    The last token of a sequence never enters the model.
+    """
+    behind = max(num_generated - 1, 0)
+    counts = {"all": num_prompt + behind, "prompt": num_prompt, "generated": behind}
+    if isinstance(positions, str):
+        return counts.get(positions, 1)
+    if isinstance(positions, tuple):
+        return len({position % num_prompt for position in positions if -num_prompt <= position < num_prompt})
+    return counts["all"]
