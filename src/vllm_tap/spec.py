@@ -29,7 +29,7 @@ GENERATED: Final = ("generated", "last_generated")
 """Positions of which a completion of one token has none: the last generated token never enters the model."""
 
 AS_SHIPPED: Final = {"last_prompt": "last", "last_generated": "generated"}
-"""What workers take for positions of another name. They do not know which step is a request's last."""
+"""Names that workers take for positions of another name. They do not know which step is a request's last."""
 
 MISSING: Final = ("error", "skip")
 

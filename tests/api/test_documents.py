@@ -36,6 +36,7 @@ def test_the_readme_shows_the_quickstart() -> None:
     found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert found is not None
     assert found[1] == QUICKSTART
+    assert "\nOUTPUT\n" not in README, "paste what examples/quickstart.py prints"
     assert len([line for line in QUICKSTART.splitlines() if line.strip()]) <= 10
 
 

@@ -89,7 +89,7 @@ def test_a_position_that_a_prompt_lacks_is_refused_before_it_runs(engine):
         with pytest.raises(PositionError, match="max_tokens=1"), watched(engine, ran):
             engine.capture(prompts([6]), Spec(hidden_states=[1], positions=positions), max_tokens=1)
     assert ran == []
-    assert engine.status()[0]["capture_id"] == ""
+    assert engine.status()[0]["captures"] == []
 
 
 class watched:  # noqa: N801
@@ -130,7 +130,7 @@ def test_a_completion_that_stops_at_once_leaves_the_others(engine, known):
     assert (caught.value.sample, caught.value.completion) == (1, 0)
     compare(caught.value.result, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
     assert [len(sample) for sample in caught.value.result] == [7, 0]
-    assert engine.status()[0]["capture_id"] == ""
+    assert engine.status()[0]["captures"] == []
 
 
 @pytest.mark.parametrize("transport", ["segment", "inline"])

@@ -285,7 +285,7 @@ def test_what_cannot_be_asked_for_is_refused(engine):
             engine.capture(prompts(), HIDDEN, sampling_params=params)
     with pytest.raises(SpecError, match="prompt 0 is a bool"):
         engine.capture([True, 1], HIDDEN)
-    assert [state["capture_id"] for state in engine.status()] == [""]
+    assert [state["captures"] for state in engine.status()] == [[]]
 
 
 def test_token_ids_are_prompts(engine, known):

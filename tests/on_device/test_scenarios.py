@@ -15,11 +15,16 @@ from unit.engine.test_device import (  # noqa: F401  # these run here, on the de
     test_only_rows_that_are_asked_for_are_written,
 )
 from unit.engine.test_device_experts import test_experts_that_are_tapped_one_by_one  # noqa: F401
+from unit.engine.test_device_groups import (  # noqa: F401
+    test_a_capture_beyond_its_budget_ends_alone,
+    test_any_captures_come_and_go,
+    test_captures_of_other_layers_positions_and_ways_overlap,
+)
 from unit.engine.test_device_pieces import (  # noqa: F401
     test_a_capture_without_the_last_taps_of_the_one_before_gets_its_own_rows_alone,
 )
+from vllm_tap.engine.cuda import group as device_group
 from vllm_tap.engine.cuda import sink as device_sink
-from vllm_tap.engine.cuda import tables as device_tables
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +40,7 @@ def test_rows_are_what_the_model_made(
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
     if way == "step by step":
         monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
-        monkeypatch.setattr(device_tables, "SMALL_BYTES", 0)
+        monkeypatch.setattr(device_group, "SMALL_BYTES", 0)
     engine = Engine(cuda, places, in_pieces)
     for steps in (STEPS, STEPS[:2], STEPS * 4):
         session = engine.start("direct" if way == "direct" else "staged")

@@ -67,7 +67,7 @@ def run_worker(connection: socket.socket, cases: list[Case]) -> None:
     channel = Channel(connection)
     size = round_up(max(case.nbytes for case in cases), SEGMENT_GRANULE_BYTES)
     pool = SegmentPool(size, segment_bytes=size)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     channel.send(server.address.encode())
     worker = Worker(channel, pool, server, client=int(channel.receive().tobytes()))
     stacks = {case.name: case.make() for case in cases}

@@ -27,7 +27,7 @@ from vllm_tap.labels import NUM_LABELS
 
 
 class Part:
-    """What one rank handed over at one time.
+    """Part that one rank handed over at one time.
 
     Attributes:
         num_pending: Rows of it that have not been copied out or dropped.
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
 
 
 class Rank:
-    """What one rank has handed over and nobody has read yet."""
+    """Parts that one rank has handed over and nobody has read yet."""
 
     def __init__(self) -> None:
         self.last: Descriptor | None = None

@@ -1,4 +1,4 @@
-"""What to pass next time, for a stream or a layer that a capture lacks. Client process.
+"""Hints of what to pass next time, for a stream or a layer that a capture lacks. Client process.
 
 A hint is a call that works, or says why none would.
 """
@@ -13,7 +13,7 @@ from vllm_tap.streams import ROUTER_STREAMS, SINGLE_STREAMS, STREAMS, field_of
 
 
 class Captured(Protocol):
-    """What hints go by of a capture."""
+    """Part of a capture that hints go by."""
 
     layers: dict[str, list[int]]
     routing: dict[int, Routing]
@@ -23,7 +23,7 @@ class Captured(Protocol):
 
 
 CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kind.field}=True" for kind in STREAMS}
-"""What has `Spec` ask for each stream of a result."""
+"""Argument by which `Spec` asks for each stream of a result."""
 
 NO_EXPERTS: Final = "No layer of this model has experts."
 

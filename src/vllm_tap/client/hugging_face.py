@@ -33,7 +33,7 @@ class Sample(Protocol):
 
 
 class Capture(Protocol):
-    """What is read of the capture that a sample belongs to."""
+    """Attributes of its capture that are read here."""
 
     spec: Spec
     layers: dict[str, list[int]]

@@ -38,7 +38,7 @@ else:
 
 @dataclasses.dataclass
 class HuggingFaceOutput(Base):
-    """What a Hugging Face model returns beside its logits, for a batch of one sequence.
+    """Outputs of a Hugging Face model beside its logits, for a batch of one sequence.
 
     Like any of transformers' outputs it is read as `out.hidden_states`, `out["hidden_states"]`, `out[0]` or
     `out.to_tuple()`; what is None is no item.

@@ -13,7 +13,7 @@ Place = tuple[str, int]
 
 
 class RowSource(Protocol):
-    """What a capture reads rows from."""
+    """Source that a capture reads rows from."""
 
     @property
     def places(self) -> Collection[Place]:

@@ -37,7 +37,7 @@ STAGINGS: Final = ("auto", "staged", "direct")
 
 
 class Recording:
-    """A capture under way in an engine; an engine runs one at a time.
+    """A capture under way in an engine, beside any others.
 
     As a context manager it stops at the end of the block, unless it was finished there. One that nobody holds any more
     is stopped when the next begins.
@@ -59,7 +59,7 @@ class Recording:
         SpecError: An argument or a layer that cannot be; or requests wait in the engine, the first Recording of which
             has to send a prompt of its own.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
-        CaptureError: Another capture is under way.
+        CaptureError: A GPU engine runs as many captures as it has room for.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Recording:
 
     def counts(self) -> tuple[int, int]:
         """Return rows and bytes taken so far, or in all after the end; costs the engine about a millisecond."""
-        states = self._connection.status()
+        states = self._connection.status(self._start.capture_id)
         return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
 
     @property
@@ -199,7 +199,7 @@ class Recording:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was finished or stopped."""
+        """True if it was finished or stopped."""
         return self._has_ended
 
     @property

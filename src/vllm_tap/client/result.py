@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RowLabels(NamedTuple):
-    """What each row is: tensors [R], CPU, the same for all streams and layers of a capture.
+    """Labels of each row: tensors [R], CPU, the same for all streams and layers of a capture.
 
     Attributes:
         samples: Number of the prompt, int64.

@@ -175,7 +175,7 @@ class Tap:
 
 
 class Plan(NamedTuple):
-    """How prompts are run: sampling parameters, what `LLM.chat` takes beside them, and an adapter."""
+    """Terms on which prompts are run: sampling parameters, what `LLM.chat` takes beside them, and an adapter."""
 
     params: Any
     chat: dict[str, Any]

@@ -1,7 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or
-`Failure`.
+A call is one of `Greet`, `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`,
+`Stopped` or `Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -59,8 +59,12 @@ class StreamInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     convention: str
 
 
+class Greet(Message, frozen=True, tag=True, kw_only=True):
+    """Call of a process that has a worker's address and no engine object; the reply is `Hello`."""
+
+
 class Hello(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `vllm_tap_open`: what this worker can capture, or why it cannot.
+    """Reply to `vllm_tap_open` and to `Greet`: what this worker can capture, or why it cannot.
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
@@ -81,9 +85,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     residual: str
     reasons: dict[str, str]
     routing: dict[int, Routing]
-    routing_version: int
+    routing_version: int = 0
     wants_rows: int
-    may_change: bool
+    may_change: bool = False
     address: str
     calls: str
     refusal: str
@@ -240,7 +244,7 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Start | Finish | Take | Stop
+Call = Greet | Start | Finish | Take | Stop
 
 Reply = Hello | Started | Descriptor | Stopped | Failure
 

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 10.0
-"""How long the end of the interpreter waits for all threads together: those that let go of memory take 0.1 s a GiB."""
+"""Seconds that the interpreter's end waits for all threads together: those that let go of memory take 0.1 s a GiB."""
 
 _THE_END: Final = "the interpreter is about to end: no more threads are started"
 

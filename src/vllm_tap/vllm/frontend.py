@@ -418,7 +418,7 @@ def _number(request_id: str) -> int:
 
 
 class Progress(NamedTuple):
-    """How far a request is. `num_most` counts the tokens that it may generate, if it generates."""
+    """Progress of a request. `num_most` counts the tokens that it may generate, if it generates."""
 
     num_prompt: int
     num_generated: int

@@ -12,7 +12,7 @@ from vllm_tap import Spec
 from vllm_tap.client.recording import _resolve
 from vllm_tap.engine.capture.selection import Run
 from vllm_tap.engine.model.install import ModelTaps
-from vllm_tap.engine.model.tap import Rows, Tap
+from vllm_tap.engine.model.tap import ADD, Group, Plane, Rows, Tap
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError, SpecError
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm.decoder import Stack
@@ -160,15 +160,17 @@ def test_a_model_without_experts() -> None:
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> None:
     """A single row would be copied to all places, fewer would be an error in the model's forward pass."""
-    rows = Rows()
-    tap = Tap("hidden_states", 0, rows, CPU)
-    tap.plane = torch.zeros(3, 4)
-    rows.runs, rows.num_tokens = (Run(0, 0, 3),), 3
+    tap = Tap("hidden_states", 0, Rows(), CPU)
+    whole, few, planes = Group(), Group(), torch.zeros(2, 3, 4)
+    tap.planes = {whole: Plane(planes[0], ADD), few: Plane(planes[1, :1], ADD)}
+    whole.runs, whole.num_tokens = (Run(0, 0, 3),), 3
+    few.runs, few.num_tokens = (Run(0, 0, 1),), 1
     torch.ops.vllm_tap.tap(torch.ones(num_rows, 4), None, tap.control)
-    assert isinstance(rows.failure, CaptureError)
-    assert f"hidden_states[0] passed {num_rows} rows in a step of at least 3" in str(rows.failure)
-    assert not rows.runs
-    assert not tap.plane.any()
+    assert isinstance(whole.failure, CaptureError)
+    assert f"hidden_states[0] passed {num_rows} rows in a step of at least 3" in str(whole.failure)
+    assert not whole.runs
+    assert not planes[0].any()
+    assert (few.failure, planes[1, 0].tolist()) == (None, [1.0] * 4), "another capture goes on"
 
 
 @pytest.mark.parametrize(
@@ -178,12 +180,12 @@ def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> N
 )
 def test_rows_of_another_kind_than_before_end_the_capture_alone(changed: torch.Tensor) -> None:
     """They would be rounded, or copied to all columns, without a word."""
-    rows = Rows()
-    tap = Tap("hidden_states", 0, rows, CPU)
+    tap = Tap("hidden_states", 0, Rows(), CPU)
     torch.ops.vllm_tap.tap(torch.ones(3, 4), None, tap.control)
-    tap.plane = torch.zeros(3, 4)
-    rows.runs, rows.num_tokens = (Run(0, 0, 3),), 3
+    group, rows = Group(), torch.zeros(3, 4)
+    tap.planes = {group: Plane(rows, ADD)}
+    group.runs, group.num_tokens = (Run(0, 0, 3),), 3
     torch.ops.vllm_tap.tap(changed, None, tap.control)
-    assert isinstance(rows.failure, CaptureError)
-    assert "the model has changed since it was loaded" in str(rows.failure)
-    assert not tap.plane.any()
+    assert isinstance(group.failure, CaptureError)
+    assert "the model has changed since it was loaded" in str(group.failure)
+    assert not rows.any()

@@ -154,7 +154,7 @@ from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.segment.server import SegmentServer
 
 pool = SegmentPool(32 << 20, segment_bytes=2 << 20)
-server, calls = SegmentServer(pool), CallServer(lambda request: request)
+server, calls = SegmentServer(lambda _: pool), CallServer(lambda request: request)
 reader, caller = SegmentReader(server.address), Caller(calls.address)
 assert caller.receive(caller.send(b"call")) == b"call"
 block = pool.reserve(1 << 20)

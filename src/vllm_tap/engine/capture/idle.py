@@ -30,18 +30,23 @@ class Keeper(ABC):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._num_users = 0
         self._idle_since: float | None = None
         self._has_thread = False
         self._ending = threading.Event()
 
     def keep(self) -> None:
-        """A capture begins: nothing goes until `linger`."""
+        """A capture begins: nothing goes until its `linger`, and those of all others."""
         with self._lock:
+            self._num_users += 1
             self._idle_since = None
 
     def linger(self) -> None:
-        """A capture ends: what it used goes after a while."""
+        """A capture ends: if it was the last one, what it used goes after a while."""
         with self._lock:
+            self._num_users = max(self._num_users - 1, 0)
+            if self._num_users:
+                return
             self._idle_since = time.monotonic()
             starts, self._has_thread = not self._has_thread, True
         if starts:
@@ -96,10 +101,10 @@ class Keeper(ABC):
 
 
 class PoolKeeper(Keeper):
-    """Keeps the segments of a worker's pools; of those that clients hold rows in, until they let go of these.
+    """Keeps the segments of pools; of those that clients hold rows in, until they let go of these.
 
     Args:
-        pools: The pools, which may become more.
+        pools: The pools.
         is_quiet: Whether the device has nothing to do. The driver waits for all queued work before memory of the host
             is no longer pinned, and the engine may wait with it; so segments go in a pause of the engine.
     """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.capture.selection import Selection
@@ -28,6 +28,9 @@ class Sink(Protocol):
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
 
+    def clear(self) -> None:
+        """Let no row through until the next `begin` or `repeat`."""
+
     def send(self, generates: bool) -> None:
         """The step's tokens are on their way: send off what is worth it by now.
 
@@ -48,8 +51,8 @@ class Backend(Protocol):
     """The way of rows from the taps of a worker into segments."""
 
     @property
-    def rows(self) -> Rows:
-        """The rows of the current step, shared by all taps."""
+    def rows(self) -> Rows[Any]:
+        """The rows of the current step, for all taps."""
         ...
 
     @property
@@ -57,11 +60,14 @@ class Backend(Protocol):
         """Why rows cannot be taken, as far as the forward passes until now have shown; an empty string if they can."""
         ...
 
-    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
-        """Return where the rows of one capture go.
+    def new_sink(
+        self, streams: Sequence[Stream], taps: Taps, modes: Mapping[str, int], pool: SegmentPool, staging: str
+    ) -> Sink:
+        """Return where the rows of one capture go; `modes` says of a stream what its rows are, by default `ADD`.
 
         Raises:
             BudgetError: There is no room for staging, and `staging` insists on it.
+            CaptureError: As many captures are under way as there is room for.
             EngineUnsupportedError: Rows cannot be taken, see `refusal`.
         """
         ...

@@ -18,12 +18,11 @@ import torch
 
 from vllm_tap.engine.capture.interfaces import Sink
 from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
-from vllm_tap.engine.model.tap import Rows
 from vllm_tap.errors import BudgetError, CaptureError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
 from vllm_tap.labels import Mark
-from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.pool import Account, Block
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
 
@@ -38,7 +37,7 @@ class Session:
     """A capture under way."""
 
     def __init__(
-        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, pool: SegmentPool, rows: Rows
+        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, account: Account
     ) -> None:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
@@ -46,7 +45,8 @@ class Session:
         self.is_new = True  # no step has run since it began
         self.biases: torch.Tensor | None = None  # of routers, when its first step ran
         self.error: TapError | None = None
-        self._sink, self._pool, self._rows = sink, pool, rows
+        self.account = account
+        self._sink = sink
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
         self._form = functools.lru_cache(self._new_form)
         self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
@@ -64,6 +64,9 @@ class Session:
         self._is_open = False  # has met requests, ships rows of them, and has not failed
         self._armed = False
         self._generates = False  # the last generated token never enters the model
+
+    def scheduled(self, request_id: str) -> None:
+        """A request of anybody is scheduled for the first time; a capture meets its own."""
 
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool = True) -> None:
         """Take a request that the engine schedules for the first time; `generates` says whether more than one token.
@@ -89,7 +92,7 @@ class Session:
                 self._key = key if self._selector.takes_all else None
             selection = self._selection
             if selection is None:
-                self._rows.clear()
+                self._sink.clear()
                 return
             start, end = self._free_offset, self._free_offset + self._stride
             if selection is self._last and end <= self._free_end and self._sink.repeat(start):
@@ -107,7 +110,6 @@ class Session:
     def _begin(self, batch: Batch, selection: Selection) -> int:
         """Begin a step in a block of its own form; return where the block starts."""
         start, form = self._place(selection.num_rows)
-        self._rows.step += 1
         self._sink.begin(self._chunks[-1], start, form, selection, batch)
         self._stride = self._free_offset - start
         # Blocks that are so far apart lie alike.
@@ -125,7 +127,7 @@ class Session:
         if start + form.end > self._free_end:
             chunk = self._reserve(num_rows)
             if self._chunks and self.num_rows >= self.start.expected_rows:
-                self._pool.grow_more()
+                self.account.pool.grow_more()
             self._chunk_number = len(self._chunks)
             self._chunks.append(chunk)
             start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
@@ -146,12 +148,12 @@ class Session:
             num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
         roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES, self.start.budget_bytes // MOST_CHUNKS)
         if roomy <= nbytes:
-            return self._pool.reserve(nbytes)
+            return self.account.reserve(nbytes)
         try:
-            return self._pool.reserve(roomy)
+            return self.account.reserve(roomy)
         except BudgetError:
             # Near the end of the budget, room for this step alone may still be there.
-            return self._pool.reserve(nbytes)
+            return self.account.reserve(nbytes)
 
     def drain(self) -> None:
         """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
@@ -190,7 +192,7 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """End the capture early; the first error is the one that the client gets."""
-        self._rows.clear()
+        self._sink.clear()
         self._is_open = self._armed = False
         if self.error is None:
             if not isinstance(error, TapError):
@@ -249,7 +251,13 @@ class Session:
         """The reservations that this capture holds."""
         return [chunk.block_id for chunk in self._chunks]
 
+    def release(self) -> None:
+        """Free the blocks that this capture holds."""
+        for block_id in self.block_ids:
+            self.account.pool.release(block_id)
+
     def close(self) -> None:
-        """Let go of the taps; blocks are kept or freed by the caller."""
-        self._rows.clear()
+        """Let go of the taps; blocks are kept until somebody releases them, and count against later captures."""
+        self._sink.clear()
         self._sink.close()
+        self.account.close()

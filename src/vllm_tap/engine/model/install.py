@@ -6,7 +6,7 @@ one: all of them are tapped, and what runs decides, in which order, with what ro
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -31,7 +31,7 @@ class ModelTaps:
         routers: What is said of the routers of the layers.
     """
 
-    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows) -> None:
+    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows[Any]) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
         self._stacks = [StackTaps(stack, model, device, rows) for stack in model.stacks]

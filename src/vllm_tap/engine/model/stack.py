@@ -28,7 +28,7 @@ class StackTaps:
         experts: Those of the layers that have some, by layer.
     """
 
-    def __init__(self, stack: Stack, model: vllm_model.Model, device: torch.device, rows: Rows) -> None:
+    def __init__(self, stack: Stack, model: vllm_model.Model, device: torch.device, rows: Rows[Any]) -> None:
         self.stack, self.rows, self._device = stack, rows, device
         self.by_place: dict[tuple[str, int], Tap] = {}
         self.experts: dict[int, Experts] = {}
@@ -65,7 +65,7 @@ class StackTaps:
             _tap_choice(experts, ids, weights)
 
 
-def tap_norms(stacks: list[StackTaps], rows: Rows, device: torch.device) -> None:
+def tap_norms(stacks: list[StackTaps], rows: Rows[Any], device: torch.device) -> None:
     """Tap what may be the norm behind lists of layers, each once: it may lie beside several of them."""
     tapped: dict[torch.nn.Module, tuple[Norm, Tap]] = {}
     for taps in stacks:

@@ -18,7 +18,7 @@ from vllm_tap.errors import TransportError
 from vllm_tap.transport import threads, wire
 
 _LOOK_MS = 100
-"""How often a thread that waits for the worker looks whether the interpreter is about to end."""
+"""Milliseconds after which a thread that waits for the worker looks whether the interpreter is about to end."""
 
 
 class Link:

@@ -33,7 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 NEEDED_SEALS: Final = SEAL_SHRINK | SEAL_GROW
 
 PAGEMAP: Final = "/proc/self/pagemap"
-"""What the kernel says of each page of this process, in 64 bits: see admin-guide/mm/pagemap.rst."""
+"""Word of the kernel on each page of this process, in 64 bits: see admin-guide/mm/pagemap.rst."""
 
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
