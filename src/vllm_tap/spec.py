@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.errors import LayerError, SpecError
-from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS
+from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS
 
 Layers = Literal["all"] | tuple[int, ...] | None
 
@@ -199,6 +199,8 @@ def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: 
             )
         if layer not in available:
             kind = "has no experts" if available else "belongs to a model without experts"
+            if name not in ROUTER_STREAMS:
+                kind = "has not run in any forward pass that was seen: the model leaves before it, or does not use it"
             raise LayerError(f"{name}: layer {given} {kind}. Layers with {name}: {available}.", layer=given)
     return sorted(numbers)
 

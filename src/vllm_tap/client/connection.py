@@ -9,7 +9,7 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory
@@ -23,7 +23,6 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import IntArray, Layout
-from vllm_tap.frame.routing import Routing
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.vllm import frontend
@@ -40,7 +39,11 @@ T = TypeVar("T", bound=messages.Message)
 
 
 class Connection:
-    """All workers of an engine, greeted once.
+    """All workers of an engine, greeted once, and again while forward passes may let them say more.
+
+    Attributes:
+        routing: How the routers choose, by layer, as of the last capture; empty for a model without experts.
+        routing_versions: Of what each rank said of it.
 
     Raises:
         PluginNotLoadedError: The workers do not know this package.
@@ -116,6 +119,20 @@ class Connection:
         except PluginNotLoadedError as error:
             raise _not_loaded(str(error)) from error.__cause__
         self.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
+        self.routing = {layer: found for hello in self.hellos for layer, found in hello.routing.items()}
+        self.routing_versions = {hello.rank.rank: hello.routing_version for hello in self.hellos}
+
+    @property
+    def may_change(self) -> bool:
+        """Whether forward passes since the greeting may let the workers say more."""
+        return any(hello.may_change for hello in self.hellos)
+
+    def _learn(self, descriptors: Iterable[messages.Descriptor]) -> None:
+        """Take over what the workers of a capture say of the routers, where it is not what they said before."""
+        for descriptor in descriptors:
+            if descriptor.routing is not None:
+                self.routing |= descriptor.routing
+                self.routing_versions[descriptor.rank] = descriptor.routing_version
 
     @property
     def wants_rows(self) -> int:
@@ -131,11 +148,6 @@ class Connection:
     def residual(self) -> str:
         """The convention of the decoder layers, from the stage that holds the final norm."""
         return next((hello.residual for hello in self.hellos if hello.residual), "")
-
-    @property
-    def routing(self) -> dict[int, Routing]:
-        """Statements of how the routers choose, by layer; empty for a model without experts."""
-        return dict(sorted(pair for hello in self.hellos for pair in hello.routing.items()))
 
     def available(self, stream: str) -> list[int]:
         """Return the layers in which the model has a stream."""
@@ -219,6 +231,7 @@ class Connection:
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
             _expect(messages.Descriptor, replies, type(call).__name__)
+            self._learn(descriptors)
             return held
 
         return take
@@ -379,7 +392,7 @@ def connect(llm: Any) -> Connection:
         connection = _connections.get(llm)
         if connection is None:
             connection = _connections[llm] = Connection(llm)
-        elif connection.wants_rows:
+        elif connection.may_change:
             connection.greet()
     return connection
 

@@ -100,6 +100,7 @@ class Recording:
             budget_bytes=budget // len(connection.hellos),
             staging=staging,
             expected_rows=expected_rows if spec.positions == "all" else 0,
+            routing_versions=connection.routing_versions,
         )
         self._starting: Callable[[], object] | None = None
         connection.expect_end(self, self._start)
@@ -304,7 +305,7 @@ class Recording:
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual
-        routing = self._connection.routing
+        routing = dict(sorted(self._connection.routing.items()))
         for name in ROUTER_STREAMS:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"

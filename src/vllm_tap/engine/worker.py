@@ -14,21 +14,26 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, TypeVar
 
+import torch
+from msgspec import structs
+
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.interfaces import Backend, Sink
+from vllm_tap.engine.capture.look import some_rows
 from vllm_tap.engine.capture.memory import Pools
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
-from vllm_tap.engine.model.install import ModelTaps, by_shape
+from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.model.stack import by_shape
 from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
-from vllm_tap.streams import SOURCES
+from vllm_tap.streams import ROUTER_STREAMS, SOURCES
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
@@ -114,6 +119,11 @@ class TapWorker(vllm_runner.Recorder):
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
         return self
 
+    @property
+    def taps(self) -> ModelTaps | None:
+        """The taps of the model; None if they do not fit."""
+        return self._taps
+
     # ------------------------------------------------------------------------------------------ the runner's reports
 
     def expect(self, marks: Sequence[Mark]) -> None:
@@ -136,11 +146,15 @@ class TapWorker(vllm_runner.Recorder):
 
     def arm(self, batch: Batch) -> None:
         for session in self._sessions.values():
+            if session.is_new:
+                self._note_routers(session)
             session.arm(batch)
 
     def drain(self) -> None:
         for session in self._sessions.values():
             session.drain()
+        if self._taps is not None:
+            self._taps.end_pass()
 
     def sampled(self) -> None:
         for session in self._sessions.values():
@@ -153,6 +167,16 @@ class TapWorker(vllm_runner.Recorder):
     def disarm(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
+            self._taps.end_pass()
+
+    def _note_routers(self, session: Session) -> None:
+        """Before the first step of a capture, when the weights are those that it runs with."""
+        session.is_new = False
+        try:
+            assert self._taps is not None
+            session.biases = self._taps.routers.biases()
+        except Exception as error:
+            session.fail(error)
 
     # ----------------------------------------------------------------------------------------------- what clients call
 
@@ -175,19 +199,21 @@ class TapWorker(vllm_runner.Recorder):
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
         rank = vllm_runner.read_rank(worker)
-        unclear = {verdict.reason, *(found.reason for found in routing.values())}
+        wants_rows = verdict.wants_rows or any(found.reason == NO_ROWS for found in routing.values())
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
             engine=facts.vllm_version(),
             runner=vllm_runner.runner_name(worker.model_runner),
             device=worker.device.type,
-            num_layers=taps.model.num_layers if taps else 0,
+            num_layers=taps.num_layers if taps else 0,
             streams=streams,
             residual=verdict.convention,
             reasons=reasons,
-            routing={} if rank.tp_rank else routing,
-            wants_rows=self._eager_rows() if NO_ROWS in unclear else 0,
+            routing=self._share_of(routing),
+            routing_version=taps.routers.version if taps else 0,
+            wants_rows=self._eager_rows() if wants_rows else 0,
+            may_change=taps is not None and not refusal and (wants_rows or taps.may_change),
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,
             refusal=refusal,
@@ -332,7 +358,7 @@ class TapWorker(vllm_runner.Recorder):
         """End a capture and hand its blocks over."""
         session = self._require(finish.capture_id)
         try:
-            descriptor = session.finish()
+            descriptor = self._with_routing(session, session.finish())
             if session.start.shared:
                 self._shared_server().publish(session.client, session.block_ids)
         except Exception:
@@ -346,13 +372,31 @@ class TapWorker(vllm_runner.Recorder):
         session = self._require(take.capture_id)
         try:
             block_ids = session.block_ids
-            descriptor = session.take()
+            descriptor = self._with_routing(session, session.take())
             if session.start.shared:
                 self._shared_server().publish(session.client, block_ids)
         except Exception:
             self._abandon(session)
             raise
         return descriptor
+
+    def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:
+        """Add how routers choose, as it holds for the rows of a capture, unless the client knows it."""
+        assert self._taps is not None
+        pool = session.account.pool
+
+        def rows_of(layer: int) -> list[torch.Tensor]:
+            return some_rows(descriptor, lambda number: pool.segment(number).view, layer, ROUTER_STREAMS)
+
+        version, routing = self._taps.routers.check(session.biases, rows_of)
+        if version == session.start.routing_versions.get(self.rank):
+            return descriptor
+        return structs.replace(descriptor, routing_version=version, routing=self._share_of(routing))
+
+    def _share_of(self, routing: dict[int, Routing]) -> dict[int, Routing]:
+        """Return what this rank says: tensor-parallel ranks share the layers out as they do their rows."""
+        rank = vllm_runner.read_rank(self._worker)
+        return {layer: found for layer, found in routing.items() if layer % rank.tp_size == rank.tp_rank}
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:
         """Abandon a capture, if it is under way, and let go of what it sends through calls."""

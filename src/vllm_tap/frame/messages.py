@@ -69,7 +69,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
     of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention.
-    `routing` says how the router of each layer of this stage chooses; of tensor-parallel ranks, the first one says it.
+    `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
+    of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
+    `routing_version` rises whenever it changes.
     `address` is the socket that hands out segments, `calls` the one that takes calls.
     """
 
@@ -83,7 +85,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     residual: str
     reasons: dict[str, str]
     routing: dict[int, Routing]
+    routing_version: int = 0
     wants_rows: int
+    may_change: bool = False
     address: str
     calls: str
     refusal: str
@@ -93,7 +97,8 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     """Call that begins a capture, the same for every worker; the reply is `Started`.
 
     `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
-    the worker prepare memory ahead; 0 if unknown.
+    the worker prepare memory ahead; 0 if unknown. `routing_versions` gives each rank the version of its `routing` that
+    the client knows.
     """
 
     capture_id: str
@@ -105,6 +110,7 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     budget_bytes: int
     staging: str
     expected_rows: int
+    routing_versions: dict[int, int] = {}
 
 
 class Finish(Message, frozen=True, tag=True, kw_only=True):
@@ -157,7 +163,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     """Reply to `Finish` and `Take`: everything a client needs to find its rows in the segments of one rank.
 
     `requests` are those met since the last `Take`, of which the first has the number `first_request`. `blocks` is an
-    int64 array [B, 3], one row per step in the order of the steps, little-endian.
+    int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what `Hello` says, as it
+    holds for the rows of this capture; None if the client knows its version.
     """
 
     rank: int
@@ -169,6 +176,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     blocks: bytes
     byte_order: str
     wait_seconds: float
+    routing_version: int = 0
+    routing: dict[int, Routing] | None = None
 
     def table(self) -> IntArray:
         """Return `blocks` as an array [B, 3].

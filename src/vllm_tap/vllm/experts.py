@@ -88,6 +88,12 @@ def keeps_tensors(experts: Experts) -> bool:
     )
 
 
+def bias_of(experts: Experts) -> torch.Tensor | None:
+    """Return the tensor by which a router chooses beside its scores, as it is now; None without one."""
+    bias = getattr(experts.router, "e_score_correction_bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
 def read_routing(experts: Experts) -> Routing:
     """Return what a router states about how it chooses; `routing.confirm` finds out whether it is so."""
     name = type(experts.router).__name__

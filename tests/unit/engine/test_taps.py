@@ -15,6 +15,7 @@ from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.tap import ADD, Group, Plane, Rows, Tap
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError, SpecError
 from vllm_tap.vllm import model as vllm_model
+from vllm_tap.vllm.decoder import Stack
 
 NUM_EXPERTS = 4
 CPU = torch.device("cpu")
@@ -71,7 +72,8 @@ class Layer(torch.nn.Module):
 
 def tapped(*layers: torch.nn.Module) -> ModelTaps:
     """Return the taps of a model of these layers, after a forward pass over a few rows."""
-    taps = ModelTaps(vllm_model.Model(dict(enumerate(layers)), len(layers), None, True, True), CPU, Rows())
+    stack = Stack("layers", dict(enumerate(layers)), len(layers), ())
+    taps = ModelTaps(vllm_model.Model((stack,), 16, True, True), CPU, Rows())
     hidden = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     for layer in layers:
         hidden = layer(hidden)
@@ -83,7 +85,7 @@ def connection_of(taps: ModelTaps) -> Any:
     reasons = taps.reasons()
     places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
     return SimpleNamespace(
-        num_layers=taps.model.num_layers,
+        num_layers=taps.num_layers,
         available=lambda stream: sorted(layer for name, layer in places if name == stream),
         why_not=lambda stream: reasons.get(stream, ""),
     )
@@ -169,3 +171,21 @@ def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> N
     assert not whole.runs
     assert not planes[0].any()
     assert (few.failure, planes[1, 0].tolist()) == (None, [1.0] * 4), "another capture goes on"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [torch.ones(3, 5), torch.ones(3, 1), torch.ones(3, 4, dtype=torch.float64)],
+    ids=["wider", "one", "dtype"],
+)
+def test_rows_of_another_kind_than_before_end_the_capture_alone(changed: torch.Tensor) -> None:
+    """They would be rounded, or copied to all columns, without a word."""
+    tap = Tap("hidden_states", 0, Rows(), CPU)
+    torch.ops.vllm_tap.tap(torch.ones(3, 4), None, tap.control)
+    group, rows = Group(), torch.zeros(3, 4)
+    tap.planes = {group: Plane(rows, ADD)}
+    group.runs, group.num_tokens = (Run(0, 0, 3),), 3
+    torch.ops.vllm_tap.tap(changed, None, tap.control)
+    assert isinstance(group.failure, CaptureError)
+    assert "the model has changed since it was loaded" in str(group.failure)
+    assert not rows.any()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
+import torch
 
 from vllm_tap.engine.capture.interfaces import Sink
 from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
@@ -41,6 +42,8 @@ class Session:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
         self.num_rows = 0
+        self.is_new = True  # no step has run since it began
+        self.biases: torch.Tensor | None = None  # of routers, when its first step ran
         self.error: TapError | None = None
         self.account = account
         self._sink = sink

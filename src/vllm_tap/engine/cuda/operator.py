@@ -69,7 +69,7 @@ def _take(
     """Launch the kernel for the rows that a capture takes of a tap."""
     if group.sink is None or not group.sink.wants(tap):
         return
-    require_rows(tap, group, hidden)
+    require_rows(tap, group, hidden, residual)
 
     def write(address: int) -> None:
         assert tap.dtype is not None

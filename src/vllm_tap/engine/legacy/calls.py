@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from vllm_tap.engine.legacy.rows import EverySession, Met, Ordered, Part, read_part
-from vllm_tap.engine.model.install import dtype_name
-from vllm_tap.engine.model.residual import NO_ROWS, SUM, WHOLE
+from vllm_tap.engine.model.residual import SUM, WHOLE
+from vllm_tap.engine.model.stack import dtype_name
 from vllm_tap.engine.worker import TapWorker
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
@@ -200,7 +200,7 @@ class LegacyCalls:
     def _check(self, stream: str) -> None:
         """Refuse hidden states where it is not known, or cannot be seen later, what a layer returns."""
         verdict = self._worker.ready_taps().residual()
-        if stream != HIDDEN or verdict.convention or verdict.reason == NO_ROWS:
+        if stream != HIDDEN or verdict.convention or verdict.wants_rows:
             return
         raise EngineUnsupportedError(
             f"hidden_states cannot be captured from this model: {verdict.reason}"
@@ -235,14 +235,15 @@ class LegacyCalls:
         if not self._worker.is_first_rank():
             return
         for name, taken in self._streams_taken.items():
-            held = [place for (stream, _), place in self._worker.ready_taps().by_place.items() if stream == name]
+            places = self._worker.ready_taps().by_place.items()
+            held = [tap for (stream, _), tap in places if stream == name and tap.width]
             if taken.enabled and held:
-                yield Stream(name, dtype_name(held[0]), held[0].width, tuple(place.layer for place in held))
+                yield Stream(name, dtype_name(held[0]), held[0].width, tuple(tap.layer for tap in held))
 
     def _convention(self) -> str:
         """Say what the layers return; where only padding has been seen, the next rows will show."""
         verdict = self._worker.ready_taps().residual()
-        self._is_guess = verdict.reason == NO_ROWS
+        self._is_guess = verdict.wants_rows
         return verdict.convention
 
     def _end_session(self) -> None:
@@ -271,10 +272,8 @@ class LegacyCalls:
             self._check_guess()
 
     def _check_guess(self) -> None:
-        taps = self._worker.ready_taps()
-        probe = taps.by_place[HIDDEN, taps.model.num_layers - 1].probe
-        verdict = taps.residual()
-        if verdict.convention == SUM or (verdict.convention == WHOLE and probe is not None and probe.residual is None):
+        verdict = self._worker.ready_taps().residual()
+        if verdict.convention == SUM or (verdict.convention == WHOLE and not verdict.has_residual):
             return
         self._streams_taken[HIDDEN].error = CaptureError(
             "it was not known yet what the layers of this model return: call vllm_tap.capture once, then enable again"

@@ -30,9 +30,13 @@ class Run(NamedTuple):
 
 
 class Probe:
-    """The first rows that went through a tap, kept to find out what the tensors mean."""
+    """The first rows that went through a tap, kept to find out what the tensors mean.
 
-    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    `number` is that of the forward pass, `order` that of the call among all that were observed.
+    """
+
+    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None, number: int = 0, order: int = 0) -> None:
+        self.number, self.order = number, order
         self.hidden = hidden[:PROBE_ROWS].clone()
         self.residual = None if residual is None else residual[:PROBE_ROWS].clone()
 
@@ -69,10 +73,13 @@ class Rows(Generic[G]):
 
     Attributes:
         groups: Of each capture under way what it takes.
+        num_passes: Forward passes that have ended, dummy ones among them.
+        num_observed: Calls of taps that were observed.
     """
 
     def __init__(self) -> None:
         self.groups: list[G] = []
+        self.num_passes = self.num_observed = 0
 
     @property
     def num_graph_nodes(self) -> int:
@@ -129,9 +136,10 @@ class Plane:
 class Tap:
     """One place in the model where rows can be taken.
 
-    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `planes` says on a CPU
-    engine where the rows of the current step go, for each capture that takes some here. `keeps_tensors`: what it sees
-    in a forward pass stays as it is for as long as somebody holds it.
+    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `seen` holds the dtypes
+    of the tensors that came first, which those after them must have. `planes` says on a CPU engine where the rows of
+    the current step go, for each capture that takes some here. `keeps_tensors`: what it sees in a forward pass stays as
+    it is for as long as somebody holds it.
     """
 
     def __init__(
@@ -140,6 +148,7 @@ class Tap:
         self.stream, self.layer, self.rows = stream, layer, rows
         self.width = 0
         self.dtype = dtype
+        self.seen: tuple[torch.dtype, torch.dtype | None] | None = None
         self.keep_probe = False
         self.keep_one_probe = False
         self.keeps_tensors = False
@@ -152,12 +161,14 @@ class Tap:
 
     def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Learn width and dtype, and keep a probe if asked to."""
-        self.width = hidden.shape[-1]
+        if not self.width:
+            self.width, self.seen = hidden.shape[-1], _dtypes(hidden, residual)
+        self.rows.num_observed += 1
         if self.dtype is None:
             self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
         if self.keep_probe:
             # The last call counts: a model may use its final norm on the embeddings too.
-            self.probe = Probe(hidden, residual)
+            self.probe = Probe(hidden, residual, self.rows.num_passes, self.rows.num_observed)
             self.keep_probe = not self.keep_one_probe
 
 
@@ -183,12 +194,23 @@ def expert_taps(first: Tap) -> list[Tap]:
     return REGISTRY[first.index : first.index + 3]
 
 
-def require_rows(tap: Tap, group: Group, hidden: torch.Tensor) -> None:
-    """Refuse a tensor that does not have all rows of the step.
+def _dtypes(hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return hidden.dtype, None if residual is None else residual.dtype
+
+
+def require_rows(tap: Tap, group: Group, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    """Refuse a tensor that does not have all rows of the step, or other rows than those that went through before.
 
     Raises:
-        CaptureError: It has fewer.
+        CaptureError: It has fewer, or they are of another width or dtype.
     """
+    seen = _dtypes(hidden, residual)
+    if hidden.shape[-1] != tap.width or (hidden.is_floating_point() and seen != tap.seen):
+        now, before = (*seen, hidden.shape[-1]), (*(tap.seen or ()), tap.width)
+        raise CaptureError(
+            f"{tap.stream}[{tap.layer}] passed rows of (dtype, that of a residual, width) {now}, and {before} before: "
+            "the model has changed since it was loaded. Start a new engine."
+        )
     if len(hidden) < group.num_tokens:
         raise CaptureError(
             f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {group.num_tokens}: this "
@@ -212,7 +234,7 @@ def _write(tap: Tap, group: Group, plane: Plane, hidden: torch.Tensor, residual:
     if not group.runs:
         return
     try:
-        require_rows(tap, group, hidden)
+        require_rows(tap, group, hidden, residual)
         plane.write(group, hidden, residual)
     except Exception as error:
         group.fail(error)
