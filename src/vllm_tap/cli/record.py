@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 from vllm_tap.cli import arguments, capture
+from vllm_tap.cli.engine import engine
 from vllm_tap.cli.inspect import print_facts
+from vllm_tap.cli.interrupts import EXIT_CODE, Interrupts, say
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError, SpecError, TapError
@@ -31,7 +33,6 @@ def add_command(commands: Any) -> None:
     group.add_argument(
         "--batch", type=arguments.positive, default=256, metavar="N", help="prompts of a part (default 256)"
     )
-    parser.add_argument("--json", action="store_true", help="print facts of the dataset as a JSON object")
     arguments.add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -42,13 +43,15 @@ def run(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompts)
     _require_free(options.dataset, options.resume)
     capture.require_plugin()
-    from vllm_tap.vllm import launch
-
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
-        dataset = _record(llm, prompts, spec, options)
-    finally:
-        launch.stop(llm)
+    capture.check_layers(spec, options)
+    with Interrupts(keeps=True) as interrupts:
+        try:
+            with engine(options, interrupts) as llm:
+                dataset = _record(llm, prompts, spec, options)
+                interrupts.hold()
+        except KeyboardInterrupt:
+            say(f"interrupted: what is sealed in {options.dataset} stays; add --resume to go on")
+            return EXIT_CODE
     print_facts(dataset, options.json)
     return 0
 

@@ -235,11 +235,18 @@ class Dataset(Sequence[Sample]):
         Raises:
             RowsMissingError: There is no such sequence.
         """
+        for row in self.completions(sample):
+            if row.completion == completion:
+                return row
+        raise RowsMissingError(f"there is no completion {completion} of sample {sample}", sample=sample)
+
+    def completions(self, sample: int) -> list[IndexRow]:
+        """Return what the index says of all sequences of a sample, which is named by its number."""
         number = bisect_right(self._firsts, sample) - 1
-        found = self._find(self._parts[number], sample, completion) if number >= 0 else None
-        if found is None:
-            raise RowsMissingError(f"there is no completion {completion} of sample {sample}", sample=sample)
-        return rows_of(self._table(number).slice(found, 1))[0]
+        if number < 0:
+            return []
+        first, stop = np.searchsorted(self._parts[number].labels.samples, [sample, sample + 1]).tolist()
+        return rows_of(self._table(number).slice(first, stop - first))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the index of all parts as one table: a row for each sequence; see docs/format.md for the columns.
