@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _require_free(path: str, resume: bool) -> None:
-    from vllm_tap.store.place import place_of
+    from vllm_tap.store.places import place_of
 
     if not resume and place_of(path).parts():
         raise DatasetError(f"{path} holds a dataset already: add --resume to go on with it, or name another folder.")

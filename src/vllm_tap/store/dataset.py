@@ -17,7 +17,8 @@ from vllm_tap.spec import Spec
 from vllm_tap.store.facts import Facts, require_same
 from vllm_tap.store.index import IndexRow, rows_of
 from vllm_tap.store.part import Part, sealed_parts
-from vllm_tap.store.place import Place, place_of
+from vllm_tap.store.place import Place
+from vllm_tap.store.places import place_of
 from vllm_tap.store.rows import Rows
 from vllm_tap.store.sample import Sample
 

@@ -56,7 +56,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RecordedCompletion:
-    """What is kept of a completion."""
+    """A completion, as far as it is kept."""
 
     index: int
     text: str | None
@@ -66,7 +66,7 @@ class RecordedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class RecordedOutput:
-    """What is kept of an output."""
+    """An output, as far as it is kept."""
 
     request_id: str
     prompt: str | None
@@ -200,7 +200,7 @@ class Sample:
 
     @property
     def output(self) -> RecordedOutput:
-        """What is kept of vLLM's output of the prompt, with all its completions, by the names that vLLM uses."""
+        """The prompt's output with all its completions, as far as it is kept, by the names that vLLM uses."""
         rows = self._source.completions(self.index)
         completions = [
             RecordedCompletion(row.completion, row.text, row.generated_token_ids, row.finish_reason) for row in rows
