@@ -1,4 +1,4 @@
-"""What a layer returns, told by a norm: of rows that we know, without a model."""
+"""Conventions of layers, told by a norm: of rows that we know, without a model."""
 
 from __future__ import annotations
 

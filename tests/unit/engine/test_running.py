@@ -1,4 +1,4 @@
-"""What runs decides which layers and which norm a model has: models of a few small modules, without vLLM.
+"""Modules that run decide which layers and which norm a model has: models of a few small modules, without vLLM.
 
 Nothing in them is called as vLLM's own files call it.
 """
