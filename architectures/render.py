@@ -21,9 +21,10 @@ tokens: every row of every layer is compared.
 - **returns**: what a decoder layer returns, as decided by the engine from the model's final norm. `sum`: the stream is
   hidden + residual; `whole`: the first item is the stream.
 - **checked by**: *Hugging Face*: hidden states after every decoder layer, embeddings, final hidden states and router
-  logits against hooks on the modules of transformers. *The engine's norms*: no other implementation agrees or exists;
-  the rows of layer i under the norm that layer i + 1 begins with are what that norm returned, the rows of the last
-  layer under the final norm are the final hidden states, router logits are what the gate makes of its block's input.
+  logits against hooks on the modules of transformers. *The engine's norms*: no other implementation agrees or exists.
+  Then the rows of layer i, under the norm that layer i + 1 begins with, are what that norm returned. The rows of
+  the last layer under the final norm are the final hidden states. Router logits are what the gate makes of its
+  block's input.
 - **error**: the largest difference over the root mean square of the layer. Up to 1e-4 passes: both sides compute in
   float32 and add in other orders (0.05 where a remark says bfloat16). Rows of another token, layer or convention are
   off by 0.1 or more.

@@ -9,7 +9,8 @@ without the plugin (VLLM_TAP=0), the other one idle and capturing; every round r
 Plans `least`, `decode`, `prefill`, `short`, `full` and `router` measure ratios, `brief` what short captures take beyond
 an idle engine; `parts` says where a capture's time goes, with one engine and no ratios; `tp2` measures two
 tensor-parallel ranks, on two GPUs; `memory` what an engine holds while nobody captures; `host` what steps that read
-prompts ask of the host; `bad` what a capture does when budgets, memory or clients fail.
+prompts ask of the host; `bad` what a capture does when budgets, memory or clients fail; `document` the example of the
+old interface over one rank and more.
 `--eager` compares rows with those of an eager engine, `--parts` adds where a capture's time goes, `--forwards` when its
 forward passes run, `--timeline` where the device's time goes in a step, `--extract` vLLM's own extraction.
 """
@@ -26,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_bad import run_bad
+from gpu_document import EXAMPLE, run_document
 from gpu_eager import check_against_eager
 from gpu_extract import measure_extract
 from gpu_forwards import measure_forwards, show_forwards
@@ -145,7 +147,7 @@ def memory_of_each(args: argparse.Namespace) -> float:
     side_by_side = args.plan in PLANS and not args.apart
     num_engines = args.pairs * (1 if args.no_plain else 2) if side_by_side else 1
     if args.memory is None:
-        return min(0.4, 0.84 / num_engines)
+        return 0.88 if args.plan == "document" else min(0.4, 0.84 / num_engines)
     if num_engines * args.memory > 1:
         raise ValueError(
             f"--memory {args.memory} is too much for {num_engines} engines side by side: give each at most "
@@ -167,9 +169,9 @@ def workloads(begin: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--models", type=Path, default=Path(os.environ.get("MODELS", "models")))
     parser.add_argument("--shape", default="llama-8b", choices=list(FAMILIES))
-    parser.add_argument("--plan", default="full", choices=[*PLANS, "bad", "memory", "host"])
+    parser.add_argument("--plan", default="full", choices=[*PLANS, "bad", "memory", "host", "document"])
     parser.add_argument(
         "--only", type=workloads, nargs="+", metavar="WORKLOAD", help="measure these of the plan's workloads"
     )
@@ -210,6 +212,8 @@ def main() -> None:
         type=float,
         help="share of the device for each engine; by default 0.4, or less where more than two run",
     )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="document: tensor parallel ranks")
+    parser.add_argument("--seconds", type=float, default=530, help="document: for all of it")
     parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as JSON")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -217,6 +221,8 @@ def main() -> None:
         args.parts = args.parts or ""
     if args.smoke or args.plan == "parts":
         args.no_plain = True
+    if args.plan == "document":
+        args.shape = EXAMPLE
     try:
         plan = planned(args)
         memory = memory_of_each(args)
@@ -237,6 +243,8 @@ def main() -> None:
         fine = run_memory(setting, report)
     elif args.plan == "host":
         fine = run_host(setting, report)
+    elif args.plan == "document":
+        fine = run_document(setting, report, args.ranks, args.seconds)
     else:
         fine = run_ratios(setting, report, args, plan)
     sys.exit(0 if fine else 1)

@@ -117,7 +117,7 @@ def _load(setting: Setting, llm: Any, cases: Cases) -> None:
     )
     cases.check("load: rows came", len(once[1]) > 0, f"{len(once[1])} tensors")
     state = status(llm)[0]
-    cases.check("load: no capture is left under way", state["capture_id"] == "", state)
+    cases.check("load: no capture is left under way", state["captures"] == [], state)
 
 
 def _traffic(

@@ -44,7 +44,7 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
         for label, times in worker.items()
         if label not in STEP
     }
-    row["step_us"] = {label: _usual(worker[label]) * 1e6 for label in STEP}
+    row["step_us"] = {label: usual(worker[label]) * 1e6 for label in STEP}
     row["step_us"]["sum"] = sum(row["step_us"].values())
     for _ in range(rounds):
         once()
@@ -52,7 +52,7 @@ def _parts(setting: Setting, llm: Any, name: str, d2h: float, rounds: int) -> di
     return row
 
 
-def _usual(times: list[float]) -> float:
+def usual(times: list[float]) -> float:
     """Return the mean without the longest twentieth: prefill steps and the first of a shape are few, and cost more."""
     return statistics.mean(sorted(times)[: len(times) - len(times) // 20])
 

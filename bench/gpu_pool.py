@@ -44,7 +44,8 @@ def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
     rates = [rate for call in calls for rate in call.get("rates_of_calls", [call["rates_gb_per_s"]])]
     return {
         **{key: calls[0][key] for key in SAME},
-        "command": BETWEEN.join(dict.fromkeys(one for call in calls for one in call["command"].split(BETWEEN))),
+        "command": _each_once(calls, "command"),
+        "commit": _each_once(calls, "commit"),
         "num_calls": sum(call.get("num_calls", 1) for call in calls),
         "rates_gb_per_s": {key: statistics.median(rate[key] for rate in rates) for key in rates[0]},
         "rates_of_calls": rates,
@@ -52,6 +53,11 @@ def pool(calls: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": _rows([call["rows"] for call in calls]),
         "parts": [part for call in calls for part in call.get("parts", [])],
     }
+
+
+def _each_once(calls: list[dict[str, Any]], key: str) -> str:
+    """Return the words that calls have under a key, each once."""
+    return BETWEEN.join(dict.fromkeys(one for call in calls for one in call.get(key, "unknown").split(BETWEEN)))
 
 
 def _as_list(checks: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "last position, embeddings": {"embeddings": True, "positions": "last"},
     "router logits and experts": {"router_logits": "all", "routed_experts": "all"},
 }
-FAMILIES = {"llama-8b": "llama", "qwen3-30b-a3b": "qwen3_moe"}
+FAMILIES = {"llama-8b": "llama", "qwen3-30b-a3b": "qwen3_moe", "qwen3-vl-30b-a3b": "qwen3_moe"}
 """The tiny model of tests/models.py that stands in for a shape with --smoke."""
 
 Workload = tuple[int, int, int]
@@ -68,7 +68,7 @@ class Setting:
     @property
     def has_experts(self) -> bool:
         """Whether the model is a mixture of experts."""
-        return self.shape == "qwen3-30b-a3b"
+        return self.shape != "llama-8b"
 
     @property
     def cuda(self) -> bool:
@@ -147,8 +147,9 @@ def start_engine(setting: Setting, tapped: bool, **more: Any) -> Any:
 
     os.environ["VLLM_TAP"] = "1" if tapped else "0"
     if setting.smoke:  # two CPU ranks want to be told their cores
+        num_ranks = more.get("tensor_parallel_size", 1) * more.get("pipeline_parallel_size", 1)
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[: more.get("tensor_parallel_size", 1)])
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores[:num_ranks])
     begin = time.perf_counter()
     llm = LLM(**setting.arguments(**more))
     print(f"# {'tapped' if tapped else 'plain'} engine: {time.perf_counter() - begin:.0f} s", flush=True)
@@ -169,13 +170,24 @@ def sampling(max_tokens: int) -> dict[str, Any]:
 
 
 def generate(llm: Any, prompts: list[Any], max_tokens: int) -> tuple[float, list[list[int]]]:
-    """Time plain generation."""
+    """Time plain generation, whose prompts are paced as those of a capture are."""
     from vllm import SamplingParams
 
     params = SamplingParams(**sampling(max_tokens))
+    paced = pacing()(llm)
     begin = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    with paced:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - begin, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def pacing() -> Any:
+    """Return what lets a first step fill up before more requests come; captures do so, and so does plain generation."""
+    try:
+        from vllm_tap.vllm import frontend
+    except ImportError:  # a tree of before, see gpu_table.py
+        from vllm_tap.client import engine as frontend
+    return frontend._first_step_first
 
 
 def capture(
@@ -253,6 +265,8 @@ class Report:
         import torch
         import vllm
 
+        from vllm_tap.bench.machine import describe_commit
+
         self._out = setting.out
         self.content: dict[str, Any] = {
             "machine": {
@@ -263,6 +277,7 @@ class Report:
                 "vllm": vllm.__version__,
             },
             "command": command(sys.argv),
+            "commit": describe_commit(),
             "shape": setting.shape,
             "plan": arguments.plan,
         }

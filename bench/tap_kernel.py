@@ -28,6 +28,8 @@ import triton.language as tl
 from vllm_tap.engine.cuda import driver, kernel
 from vllm_tap.engine.cuda.expert_kernel import launch_gather_experts, launch_tap_experts
 from vllm_tap.engine.cuda.graphs import GraphSwitch
+from vllm_tap.engine.cuda.tables import new_tables
+from vllm_tap.engine.cuda.tapped_graph import NOTHING, Wanted
 
 LAYERS, WIDTH, INNER = 8, 4096, 14336
 
@@ -96,11 +98,12 @@ def write_words(header, a, b, c, d):
 class State:
     def __init__(self, rows: int) -> None:
         self.staging = torch.zeros(LAYERS, rows, WIDTH, dtype=torch.bfloat16, device="cuda")
-        self.header = torch.zeros(16, dtype=torch.int64, device="cuda")
+        tables = new_tables(rows, LAYERS, torch.device("cuda"))[0]  # other groups are idle
+        self.header, self.table, self.row_map, self.counts = tables.header, tables.table, tables.row_map, tables.counts
+        self.group_words = tables.group_words
         self.header[:4] = torch.tensor([rows, 0, self.staging.data_ptr(), rows * WIDTH * 2])
-        self.table = torch.tensor([[i, 0] for i in range(LAYERS)], dtype=torch.int32, device="cuda")
-        self.row_map = torch.arange(rows, dtype=torch.int32, device="cuda")
-        self.counts = torch.zeros(LAYERS, dtype=torch.int32, device="cuda")
+        self.table.copy_(torch.tensor([[i, 0] for i in range(LAYERS)]))
+        self.row_map[:rows] = torch.arange(rows)
         self.start = torch.empty(64, dtype=torch.bfloat16, device="cuda")
         self.switch = GraphSwitch(print, lambda held: lambda: None, contextlib.nullcontext())
         self.inputs: list[torch.Tensor] = []
@@ -112,7 +115,8 @@ class State:
 
 def launch(state: State, hidden: torch.Tensor, residual: torch.Tensor, index: int, options: dict[str, Any]) -> None:
     if options.get("package"):
-        kernel.launch_tap(state, hidden, residual, index, 0, hidden.dtype, ahead=True)
+        num_groups = options.get("captured_for", 1)
+        kernel.launch_tap(state, hidden, residual, index, 0, hidden.dtype, ahead=True, num_groups=num_groups)
         if torch.cuda.is_current_stream_capturing():
             state.switch.note((index,), torch.cuda.current_stream().cuda_stream, len(hidden))
         return
@@ -187,7 +191,7 @@ def build(rows: int, weights: list[Any], options: dict[str, Any] | None) -> Any:
     torch.cuda.synchronize()
     with state.switch.keeping():
         graph = torch.cuda.CUDAGraph()
-    state.switch.on = frozenset(range(LAYERS))
+    state.switch.on = Wanted(frozenset(range(LAYERS)), (options or {}).get("groups", 1))
     with torch.cuda.graph(graph):
         state.result = layers(rows, weights, options, state)
     return graph, state
@@ -209,6 +213,9 @@ def time_us(replay: Any, replays: int, repeats: int = 9) -> float:
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "the package's own": {"package": True},
+    "captured for 8 captures, of 1": {"package": True, "captured_for": kernel.MAX_GROUPS, "groups": 1},
+    "captured for 8 captures, of 2": {"package": True, "captured_for": kernel.MAX_GROUPS, "groups": 2},
+    "captured for 8 captures, of 8": {"package": True, "captured_for": kernel.MAX_GROUPS, "groups": 8},
     "tap": {},
     "reverse": {"reverse": True},
     "streaming": {"streaming": True},
@@ -226,8 +233,8 @@ def switching(weights: list[Any]) -> None:
     """Print what a graph costs whose taps are off, on, or on in part, and what it costs to change that."""
     none, plain = build(8, weights, None)
     graph, state = build(8, weights, {"package": True})
-    every, one = frozenset(range(LAYERS)), frozenset([LAYERS // 2])
-    arms: dict[str, Any] = {"no taps": none, "taps off": frozenset(), "one tap on": one, "taps on": every}
+    every, one = Wanted(frozenset(range(LAYERS)), 1), Wanted(frozenset([LAYERS // 2]), 1)
+    arms: dict[str, Any] = {"no taps": none, "taps off": NOTHING, "one tap on": one, "taps on": every}
     times: dict[str, list[float]] = {name: [] for name in arms}
     calls: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(25):
@@ -323,6 +330,7 @@ class Routers:
     """Chains of short kernels that make logits, ids and weights, and taps of all three behind each."""
 
     streams = (3, 4, 5)
+    group_words = 0  # there is one
 
     def __init__(self, rows: int) -> None:
         torch.manual_seed(0)

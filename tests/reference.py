@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import device
+
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -45,10 +47,11 @@ class _Seen:
 
 
 class ReferenceModel:
-    """A Hugging Face model in float32, whatever dtype it was saved in."""
+    """A Hugging Face model on the device of the tests: in float32, whatever dtype it was saved in, or as told."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.model = self.load(folder).eval()
+    def __init__(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.model = self.load(folder).eval().to(device.NAME)
         self.layers = decoder_layers(self.model)
         self.routers = {i: gate for i, layer in enumerate(self.layers) if (gate := router(layer, self.model.config))}
 
@@ -56,7 +59,13 @@ class ReferenceModel:
         """Return the model."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        # Experts one by one: faster ways of some versions round otherwise on a GPU, or take bfloat16 alone.
+        ways = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if device.ON_CUDA else {})}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, **ways)
+
+    def tensor(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return token ids as the model takes them."""
+        return torch.tensor(token_ids, device=device.NAME)
 
     def run(self, token_ids: Sequence[int], **inputs: Any) -> Reference:
         """Run one sequence from its beginning, without a cache; `inputs` are what the model takes beside tokens.
@@ -68,12 +77,12 @@ class ReferenceModel:
             Forward hooks on the decoder layers, the routers and the language head.
         """
         with torch.inference_mode(), self._watch() as seen:
-            output = self.model(torch.tensor([list(token_ids)]), use_cache=False, **inputs)
+            output = self.model(self.tensor([list(token_ids)]), use_cache=False, **inputs)
         return Reference(
             hidden_states=torch.stack([seen.layers[i] for i in range(len(self.layers))]),
             embedding=seen.embedding[0],
             final_normed=seen.head_input[0],
-            logits=output.logits[0].float().clone(),
+            logits=output.logits[0].float().cpu().clone(),
             router_logits=seen.routers,
         )
 
@@ -87,9 +96,9 @@ class ReferenceModel:
             See `run`.
         """
         longest = max(map(len, sequences))
-        padded = torch.tensor([[*token_ids, *[0] * (longest - len(token_ids))] for token_ids in sequences])
+        padded = self.tensor([[*token_ids, *[0] * (longest - len(token_ids))] for token_ids in sequences])
         with torch.inference_mode(), self._watch() as seen:
-            logits = self.model(padded, use_cache=False).logits.float()
+            logits = self.model(padded, use_cache=False).logits.float().cpu()
         hidden_states = torch.stack([seen.layers[i] for i in range(len(self.layers))])
         return [
             Reference(
@@ -107,7 +116,7 @@ class ReferenceModel:
         known = list(token_ids)
         with torch.inference_mode():
             for _ in range(max_tokens):
-                logits = self.model(torch.tensor([known]), use_cache=False).logits
+                logits = self.model(self.tensor([known]), use_cache=False).logits
                 known.append(int(logits[0, -1].argmax()))
         return known[len(token_ids) :]
 
@@ -169,4 +178,4 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _rows(states: Tensor) -> Tensor:
-    return states.detach().reshape(-1, states.shape[-1]).float().clone()
+    return states.detach().reshape(-1, states.shape[-1]).float().to("cpu", copy=True)

@@ -62,25 +62,29 @@ class Nodes:
     """
 
     def __init__(self) -> None:
-        self.work: dict[int, Callable[[], object]] = {}
+        self.work: dict[int, Callable[..., object]] = {}
+        self.depths: dict[int, int] = {}  # programs of a tap along the last axis of its grid
         self.taps: set[int] = set()
         self.touched: dict[int, set[int]] = {}  # storages that a node reads, if it is a tap, or writes
         self.edges: dict[tuple[int, int], int] = {}
         self.originals: dict[int, int] = {}
 
-    def record(self, node: int, work: Callable[[], object], is_tap: bool, tensors: Iterable[torch.Tensor]) -> None:
+    def record(self, node: int, work: Callable[..., object], depth: int, tensors: Iterable[torch.Tensor]) -> None:
+        is_tap = bool(depth)
         for last in list(self.work)[-1:]:
             self.edges[last, node] = EARLY if is_tap else FULL
         self.work[node] = work
         self.touched[node] = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         if is_tap:
             self.taps.add(node)
+            self.depths[node] = depth
 
     def copy(self, handles: Iterator[int]) -> Nodes:
         copy = Nodes()
         new = copy.originals = {node: next(handles) for node in self.work}
         copy.work = {new[node]: work for node, work in self.work.items()}
         copy.taps = {new[node] for node in self.taps}
+        copy.depths = {new[node]: depth for node, depth in self.depths.items()}
         copy.touched = {new[node]: touched for node, touched in self.touched.items()}
         copy.edges = {(new[first], new[second]): kind for (first, second), kind in self.edges.items()}
         return copy
@@ -111,6 +115,7 @@ class Executable:
     def __init__(self, nodes: Nodes) -> None:
         nodes.check()
         self.work = dict(nodes.work)
+        self.depths = dict(nodes.depths)
         self.disabled: set[int] = set()
         self.num_early = sum(kind == EARLY and node not in nodes.taps for (_, node), kind in nodes.edges.items())
         self.num_taps = len(nodes.taps & nodes.work.keys())
@@ -118,7 +123,7 @@ class Executable:
     def launch(self) -> None:
         for node, run in self.work.items():
             if node not in self.disabled:
-                run()
+                run(*([self.depths[node]] if node in self.depths else []))
 
 
 class Graph:
@@ -163,6 +168,7 @@ class SimulatedCuda:
     """
 
     def __init__(self, capacity: int) -> None:
+        self.device = torch.device("cpu")
         self.free_bytes = self.capacity = capacity
         self.handles: Iterator[int] = itertools.count(1)
         self.clocks: dict[str, dict[str, int]] = {HOST: {HOST: 0}}
@@ -236,12 +242,26 @@ class SimulatedCuda:
         self.clocks[HOST][HOST] += 1
         self.access(HOST, begin, nbytes, writes, what)
 
-    def run(self, work: Callable[[], object], is_tap: bool = False, tensors: Iterable[torch.Tensor] = ()) -> None:
-        """Do work on the main stream, or record it, with the tensors that a tap reads or anything else writes."""
+    def run(self, work: Callable[..., object], depth: int = 0, tensors: Iterable[torch.Tensor] = ()) -> None:
+        """Do work on the main stream, or record it, with the tensors that a tap reads or anything else writes.
+
+        A tap has a grid of some depth, with which it is called.
+        """
         if self.recording is not None:
-            self.recording.nodes.record(next(self.handles), work, is_tap, tensors)
+            self.recording.nodes.record(next(self.handles), work, depth, tensors)
+        elif depth:
+            work(depth)
         else:
             work()
+
+    def captured(self, switch: Any, run: Callable[[], None]) -> Any:
+        """Record a graph, of which a switch keeps the taps out."""
+        with switch.keeping():
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            run()
+            graph.capture_end()
+            return graph
 
     def bind(self) -> None:
         """Give the calling thread the context, as every call of the runtime does that needs one."""
@@ -436,6 +456,19 @@ class SimulatedCuda:
         (disabled.discard if enabled else disabled.add)(node)
         return SUCCESS
 
+    def cuGraphKernelNodeGetParams_v2(self, node: Any, params: Any) -> int:  # noqa: N802
+        params._obj.grid_z = self._graph_of(node.value).depths[node.value]
+        return SUCCESS
+
+    def cuGraphKernelNodeSetParams_v2(self, node: Any, params: Any) -> int:  # noqa: N802
+        self._graph_of(node.value).depths[node.value] = params._obj.grid_z
+        return SUCCESS
+
+    def cuGraphExecKernelNodeSetParams_v2(self, executable: Any, node: Any, params: Any) -> int:  # noqa: N802
+        assert node.value in self.executables[executable.value].work
+        self.executables[executable.value].depths[node.value] = params._obj.grid_z
+        return SUCCESS
+
     def cuGraphExecDestroy(self, executable: Any) -> int:  # noqa: N802
         del self.executables[executable.value]
         return SUCCESS
@@ -510,7 +543,9 @@ class _Launcher:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            self._device.run(lambda: self._device.launch(self._function, grid, args, options), True, tensors)
+            self._device.run(
+                lambda depth: self._device.launch(self._function, (*grid[:2], depth), args, options), grid[2], tensors
+            )
 
         return launch
 

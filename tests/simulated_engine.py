@@ -15,7 +15,7 @@ from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.cuda import backend, operator
 from vllm_tap.engine.cuda import sink as device_sink
 from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
-from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.cuda.tapped_graph import GraphCopy
 from vllm_tap.engine.model.tap import Tap
 from vllm_tap.errors import TransportError
@@ -25,12 +25,13 @@ from vllm_tap.labels import NUM_LABELS, Mark
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.vllm.runner import Batch
 
-CPU = torch.device("cpu")
 MAX_TOKENS = 20
 GRAPH_TOKENS = 4
 EXPERTS = ("router_logits", "expert_ids", "expert_weights")
 REQUESTS = {"a": 11, "b": 5, "c": 7, "other": 6}
 """Prompt lengths; "other" is not captured."""
+
+CAPTURED = ("a", "b", "c")
 
 DECODE = {"a": 1, "b": 1, "c": 1}
 STEPS = [
@@ -98,10 +99,11 @@ class Model:
     ) -> None:
         self.cuda, self.places, self.joins_experts, self.keeps_tensors = cuda, places, joins_experts, keeps_tensors
         self.step_lock = StepLock()
-        self.rows = DeviceRows(MAX_TOKENS + 8, 64, CPU, lambda: 0, self.step_lock)
+        self.rows = DeviceRows(MAX_TOKENS + 8, 64, cuda.device, lambda: 0, self.step_lock)
         self.rows.experts = DeferredExperts(self.rows, 2 * GRAPH_TOKENS)
         self.taps = {
-            (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, CPU, place.dtype) for place in places
+            (place.stream, place.layer): Tap(place.stream, place.layer, self.rows, cuda.device, place.dtype)
+            for place in places
         }
         self.made: dict[tuple[str, int], torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(0)
@@ -138,7 +140,7 @@ class Model:
         spare = self._buffers.setdefault((place.width, place.dtype, number), [])
         free = next((pair for pair in spare if not self.is_held(pair[0])), None)
         if free is None:
-            free = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype) for _ in range(2)]
+            free = [torch.zeros(MAX_TOKENS, place.width, dtype=place.dtype, device=self.cuda.device) for _ in range(2)]
             spare.append(free)
         hidden, residual = (buffer[:num_tokens] for buffer in free)
 
@@ -160,15 +162,9 @@ class Model:
         """Record for each small number of tokens that is a power of two a graph, or one for each layer."""
         for num_tokens in (1, 2, GRAPH_TOKENS):
             runs = self.parts() if in_pieces else [self.forward]
-            self._graphs[num_tokens] = [self._captured(run, num_tokens) for run in runs]
-
-    def _captured(self, run: Callable[[int], None], num_tokens: int) -> Any:
-        with self.rows.switch.keeping():
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            run(num_tokens)
-            graph.capture_end()
-            return graph
+            self._graphs[num_tokens] = [
+                self.cuda.captured(self.rows.switch, functools.partial(run, num_tokens)) for run in runs
+            ]
 
     def run(self, num_tokens: int) -> None:
         """Run a step as vLLM does: a padded graph if it is small, else the layers one by one."""
@@ -208,10 +204,11 @@ class Engine:
             on_create=backend.register_segment,
             on_close=backend.unregister_segment,
         )
-        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
-        self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32)
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=cuda.device)
+        self.token_ids = torch.zeros(MAX_TOKENS, dtype=torch.int32, device=cuda.device)
         self.random = np.random.default_rng(0)
-        self.expected: list[Expected] = []
+        self.expected: list[Expected] = []  # of the capture that began last
+        self._expected: dict[Session, list[Expected]] = {}
 
     def start(
         self,
@@ -221,8 +218,10 @@ class Engine:
         leave_out_last: int = 0,
         generates: bool = True,
         num_drafts: int = 0,
+        budget_bytes: int = 8 << 20,
+        requests: Sequence[str] = CAPTURED,
     ) -> Session:
-        """Start a capture of all layers, or of all but the first some and the last some."""
+        """Start a capture of all layers, or of all but the first some and the last some, beside those under way."""
         places = self.model.places[leave_out : len(self.model.places) - leave_out_last]
         names = dict.fromkeys(place.stream for place in places)
         streams = []
@@ -237,24 +236,31 @@ class Engine:
             residual="",
             shared=False,
             clients={},
-            budget_bytes=8 << 20,
+            budget_bytes=budget_bytes,
             staging=staging,
             expected_rows=0,
         )
-        rows = self.model.rows
         sizes = device_sink.Sizes(MAX_TOKENS, GRAPH_TOKENS, 1 + num_drafts)
-        sink = device_sink.DeviceSink(streams, self.model.taps, rows, self.pool, sizes, staging)
-        session = Session(start, 0, streams, sink, self.pool, rows)
+        sink = device_sink.DeviceSink(streams, self.model.taps, {}, self.model.rows, self.pool, sizes, staging)
+        session = Session(start, 0, streams, sink, self.pool.open_account(budget_bytes))
         for sample, (request_id, prompt_len) in enumerate(REQUESTS.items()):
-            if request_id != "other":
+            if request_id in requests:
                 session.meet(request_id, Mark("x", sample, 1), prompt_len, generates)
-        self.expected = []
+        self.expected = self._expected[session] = []
         return session
 
     def step(
-        self, session: Session, requests: dict[str, int], sends: bool = True, computed: Sequence[int] | None = None
+        self,
+        session: Session | Sequence[Session],
+        requests: dict[str, int],
+        sends: bool = True,
+        computed: Sequence[int] | None = None,
     ) -> None:
-        """Run a step of so many tokens of each request, at random positions or behind `computed` ones of each."""
+        """Run a step of so many tokens of each request, at random positions or behind `computed` ones of each.
+
+        Under one capture, or several.
+        """
+        sessions = [session] if isinstance(session, Session) else session
         lengths = np.array(list(requests.values()))
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         before = np.array(self.random.integers(0, 12, len(requests)) if computed is None else computed, np.int32)
@@ -263,15 +269,23 @@ class Engine:
         self.positions[: len(positions)] = torch.from_numpy(positions)
         self.token_ids[: len(positions)] = torch.from_numpy(token_ids)
         waits = self.cuda.num_host_waits
-        session.arm(Batch(list(requests), starts, before, self.positions, self.token_ids))
+        for each in sessions:
+            each.arm(Batch(list(requests), starts, before, self.positions, self.token_ids))
         self.model.run(len(positions))
-        session.drain()
-        if sends:
-            session.send()
+        for each in sessions:
+            each.drain()
+        for each in sessions if sends else ():
+            each.send()
         assert self.cuda.num_host_waits == waits, "the host waited in a step"
-        numbers = np.repeat([list(REQUESTS).index(request_id) for request_id in requests], lengths)
+        for each in sessions:
+            self._expect(each, requests, lengths, positions, token_ids)
+
+    def _expect(self, session: Session, requests: dict[str, int], lengths: Any, positions: Any, token_ids: Any) -> None:
+        """Keep what has to come out of a step for a capture."""
+        met = [request.request_id for request in session._table]
+        numbers = np.repeat([met.index(r) if r in met else -1 for r in requests], lengths)
         prompt_lens = np.repeat([REQUESTS[request_id] for request_id in requests], lengths)
-        taken = np.repeat([request_id != "other" for request_id in requests], lengths)
+        taken = np.repeat([request_id in met for request_id in requests], lengths)
         if session.start.positions == "last":
             taken &= positions == prompt_lens - 1
         if session.start.positions == "generated":
@@ -279,14 +293,14 @@ class Engine:
         if taken.any():
             labels = np.stack([numbers, positions, token_ids])[:, taken]
             rows = {place: made[: len(taken)][torch.from_numpy(taken)] for place, made in self.model.made.items()}
-            self.expected.append(Expected(labels, rows))
+            self._expected[session].append(Expected(labels, rows))
 
     def finish(self, session: Session) -> None:
         """End the capture, and compare what came with what was made."""
         descriptor = session.finish()
         table = descriptor.table()
-        assert len(table) == len(self.expected)
-        for (chunk, labels, num_rows), expected in zip(table.tolist(), self.expected, strict=True):
+        assert len(table) == len(self._expected[session])
+        for (chunk, labels, num_rows), expected in zip(table.tolist(), self._expected[session], strict=True):
             segment = self.pool.segment(descriptor.chunks[chunk].segment_id)
             placed = blocks.layout(labels, num_rows, session.streams)
             self.cuda.host_access(segment.address + labels, placed.end - labels, False, "client")
@@ -298,7 +312,7 @@ class Engine:
                     segment.view, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=begin
                 ).view(shape)
                 for layer, plane in zip(stream.layers, rows, strict=True):
-                    assert torch.equal(plane, expected.rows[stream.name, layer]), (stream.name, layer)
+                    assert torch.equal(plane, expected.rows[stream.name, layer].cpu()), (stream.name, layer)
         self.abandon(session)
 
     def has_failed(self, session: Session, match: str) -> None:
@@ -322,8 +336,7 @@ class Engine:
     def abandon(self, session: Session) -> None:
         """Close a session, and free what it filled."""
         session.close()
-        for block_id in session.block_ids:
-            self.pool.release(block_id)
+        session.release()
 
 
 def copies_of(engine: Engine) -> list[GraphCopy]:

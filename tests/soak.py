@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import device
 from runners import asynchronous_scheduling, simulated_environment, v2_environment
 from traffic import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN, Traffic
 
@@ -81,16 +82,18 @@ def start(model: Path, kind: Kind, num_blocks: int) -> Any:
     """Start one of the small engines."""
     from vllm import LLM
 
+    arguments = device.engine_arguments(
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        enforce_eager=True,
+        disable_log_stats=False,
+        num_gpu_blocks_override=num_blocks,
+        **kind,
+    )
+    if device.ON_CUDA:
+        return LLM(str(model), async_scheduling=kind.asynchronous, **arguments)
     with asynchronous_scheduling() if kind.asynchronous else nullcontext():
-        return LLM(
-            str(model),
-            dtype="float32",
-            max_model_len=MAX_MODEL_LEN,
-            enforce_eager=True,
-            disable_log_stats=False,
-            num_gpu_blocks_override=num_blocks,
-            **kind,
-        )
+        return LLM(str(model), **arguments)
 
 
 def runner(llm: Any) -> str:
@@ -156,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     args = parser.parse_args()
-    if (args.simulated_cuda or args.runner == "v2") and IS_PREPARED not in os.environ:
+    if (args.simulated_cuda or args.runner == "v2") and IS_PREPARED not in os.environ and not device.ON_CUDA:
         environment = simulated_environment(args.runner.upper()) if args.simulated_cuda else v2_environment()
         os.execve(sys.executable, [sys.executable, *sys.argv], environment | {IS_PREPARED: "1"})
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if args.runner == "v2" else "0"

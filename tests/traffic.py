@@ -120,7 +120,8 @@ class Traffic:
             hidden_states=layers,
             embeddings=self.chance(0.5),
             final_hidden_states=self.chance(0.5),
-            positions=self.random.choice(["all", "all", "prompt", "generated", "last", some]),
+            positions=self.random.choice(["all", "all", "prompt", "generated", "last", "last_generated", some]),
+            missing="skip",
         )
 
     # ------------------------------------------------------------------------------------------------------ one round

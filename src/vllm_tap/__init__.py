@@ -10,21 +10,82 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
-    from vllm_tap.client.result import Capture, Sample
-    from vllm_tap.errors import TapError
+    from vllm_tap.client.result import Capture, LayerMap, RowLabels, Sample
+    from vllm_tap.client.tap import RowBlock, Stream, Tap
+    from vllm_tap.errors import (
+        BudgetError,
+        CaptureError,
+        DatasetDamagedError,
+        DatasetError,
+        DescriptorError,
+        EngineDiedError,
+        EngineUnsupportedError,
+        LayerError,
+        PluginNotLoadedError,
+        PositionError,
+        RowsMissingError,
+        SpecError,
+        TapError,
+        TransportError,
+    )
+    from vllm_tap.positions import Positions
     from vllm_tap.spec import Spec
+    from vllm_tap.store.dataset import Dataset, open_dataset
+    from vllm_tap.vllm.frontend import shutdown
+
+__all__ = [
+    "BudgetError",
+    "Capture",
+    "CaptureError",
+    "Dataset",
+    "DatasetDamagedError",
+    "DatasetError",
+    "DescriptorError",
+    "EngineDiedError",
+    "EngineUnsupportedError",
+    "LayerError",
+    "LayerMap",
+    "PluginNotLoadedError",
+    "PositionError",
+    "Positions",
+    "Recording",
+    "RowBlock",
+    "RowLabels",
+    "RowsMissingError",
+    "Sample",
+    "Spec",
+    "SpecError",
+    "Stream",
+    "Tap",
+    "TapError",
+    "TransportError",
+    "__version__",
+    "capture",
+    "open_dataset",
+    "record",
+    "shutdown",
+]
 
 _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
+    "Dataset": "vllm_tap.store.dataset",
+    "LayerMap": "vllm_tap.client.result",
+    "Positions": "vllm_tap.positions",
     "Recording": "vllm_tap.client.recording",
+    "RowBlock": "vllm_tap.client.tap",
+    "RowLabels": "vllm_tap.client.result",
     "Sample": "vllm_tap.client.result",
     "Spec": "vllm_tap.spec",
-    "TapError": "vllm_tap.errors",
+    "Stream": "vllm_tap.client.tap",
+    "Tap": "vllm_tap.client.tap",
+    "open_dataset": "vllm_tap.store.dataset",
+    "record": "vllm_tap.client.record",
+    "shutdown": "vllm_tap.vllm.frontend",
+    **{name: "vllm_tap.errors" for name in __all__ if name.endswith("Error")},
 }
-
-__all__ = ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
 
 
 offer_vllm_hidden_states()

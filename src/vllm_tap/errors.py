@@ -3,6 +3,7 @@
 TapError
  +-- SpecError                 a Spec, a layer or a prompt list that cannot be
  |    +-- LayerError           a layer that the model or the capture does not have
+ |    +-- PositionError        a position that a prompt or a completion does not have
  +-- EngineUnsupportedError    this engine, model or setting cannot be tapped
  |    +-- PluginNotLoadedError the workers did not load the plugin
  +-- CaptureError              a capture that started and could not be completed
@@ -10,7 +11,9 @@ TapError
  |    +-- BudgetError          the memory for rows is full
  |    +-- EngineDiedError      the engine process ended
  +-- TransportError            memory or sockets between worker and client refused
-      +-- DescriptorError      bytes from the other process that do not validate
+ |    +-- DescriptorError      bytes from the other process that do not validate
+ +-- DatasetError              a dataset that cannot be written or read
+      +-- DatasetDamagedError  bytes of a dataset that do not validate
 """
 
 from __future__ import annotations
@@ -41,6 +44,14 @@ class SpecError(TapError, ValueError):
 
 class LayerError(SpecError, LookupError):
     """A layer that the model, or this capture, does not have."""
+
+
+class PositionError(SpecError, LookupError):
+    """A position that a prompt, or one of its completions, does not have.
+
+    `sample`, `completion` and `prompt_len` say which is the first. Where the engine has computed already, `result` is
+    the capture without the rows that cannot be, as `missing="skip"` returns it.
+    """
 
 
 class EngineUnsupportedError(TapError):
@@ -75,12 +86,21 @@ class DescriptorError(TransportError, ValueError):
     """Bytes from the other process that do not validate."""
 
 
+class DatasetError(TapError):
+    """A dataset that cannot be written or read; what is sealed in it stays readable."""
+
+
+class DatasetDamagedError(DatasetError, ValueError):
+    """Bytes of a dataset that do not validate."""
+
+
 BY_NAME: dict[str, type[TapError]] = {
     kind.__name__: kind
     for kind in (
         TapError,
         SpecError,
         LayerError,
+        PositionError,
         EngineUnsupportedError,
         PluginNotLoadedError,
         CaptureError,
@@ -89,6 +109,8 @@ BY_NAME: dict[str, type[TapError]] = {
         EngineDiedError,
         TransportError,
         DescriptorError,
+        DatasetError,
+        DatasetDamagedError,
     )
 }
 """Error classes by name, for turning a worker's reply back into the exception it stands for."""

@@ -13,7 +13,7 @@ KEY: Final = "vllm_tap"
 """The entry of a request's extra arguments that marks it as captured, and of an engine's configuration with taps."""
 
 NO_TAPS: Final = "this engine has no taps"
-"""What a worker without taps says to every call."""
+"""Reply of a worker without taps to every call."""
 
 LABELS: Final = ("request", "position", "token_id")
 """Order of the int32 label arrays at the head of a block."""
@@ -22,7 +22,7 @@ NUM_LABELS: Final = len(LABELS)
 
 
 class Mark(NamedTuple):
-    """What a captured request carries through the engine."""
+    """Mark that a captured request carries through the engine."""
 
     capture_id: str
     sample: int

@@ -1,4 +1,4 @@
-"""What a user asks for: which streams, layers and positions. Checked in the client process, sent to the workers.
+"""The wish of a user: which streams, layers and positions. Checked in the client process, sent to the workers.
 
 A `Spec` knows nothing of a model; `resolve_layers` turns it into layer numbers once the model is known.
 """
@@ -16,14 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.errors import LayerError, SpecError
-from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS
+from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS
 
 Layers = Literal["all"] | tuple[int, ...] | None
 
 MAX_NUMBER: Final = 2**31 - 1
 """Layers and positions are not numbered beyond."""
 
-NAMED_POSITIONS: Final = ("all", "prompt", "generated", "last")
+NAMED_POSITIONS: Final = ("all", "prompt", "generated", "last", "last_prompt", "last_generated")
+
+GENERATED: Final = ("generated", "last_generated")
+"""Positions of which a completion of one token has none: the last generated token never enters the model."""
+
+AS_SHIPPED: Final = {"last_prompt": "last", "last_generated": "generated"}
+"""Names that workers take for positions of another name. They do not know which step is a request's last."""
+
+MISSING: Final = ("error", "skip")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -35,7 +43,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, init=False)
 class Spec:
-    """What to capture. Immutable, comparable, and the same after a trip through JSON.
+    """A choice of rows to capture. Immutable, comparable, and the same after a trip through JSON.
 
     Args:
         hidden_states: `"all"`, or decoder layers (0-based; negative numbers count from the end). The residual stream
@@ -44,8 +52,16 @@ class Spec:
         routed_experts: `"all"`, or layers with experts. Expert ids and weights as the router chose them.
         embeddings: The input of decoder layer 0.
         final_hidden_states: The output of the final norm.
-        positions: `"all"`, `"prompt"`, `"generated"`, `"last"` (the last position of the prompt), or prompt positions
-            (negative numbers count from the end of the prompt).
+        positions: `"all"`, `"prompt"`, `"generated"` (the generated tokens but the last, which never enters the model),
+            `"last_prompt"` or `"last"` (the last token of the prompt), `"last_generated"` (the last generated one that
+            entered the model), or prompt positions (negative numbers count from the end of the prompt).
+        missing: For positions that a prompt does not have, generated rows of a completion of one token, and router
+            streams of a model without experts: `"error"`, or `"skip"`, which leaves out what cannot be.
+
+    Cost:
+        Rows of positions that are not asked for are never written, with one exception: for `"last_generated"` workers
+        write what they write for `"generated"`, since none knows which step will be the last, and the result keeps all
+        of it in memory.
 
     Raises:
         SpecError: A field that does not exist, a value of the wrong kind, or nothing to capture.
@@ -57,6 +73,7 @@ class Spec:
     embeddings: bool
     final_hidden_states: bool
     positions: str | tuple[int, ...]
+    missing: str
 
     def __init__(
         self,
@@ -67,6 +84,7 @@ class Spec:
         embeddings: bool = False,
         final_hidden_states: bool = False,
         positions: str | Iterable[int] = "all",
+        missing: str = "error",
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -79,6 +97,9 @@ class Spec:
                 raise SpecError(f"Spec({name}=...) is True or False, got {flag!r}.")
             object.__setattr__(self, name, flag)
         object.__setattr__(self, "positions", _checked_positions(positions))
+        if missing not in MISSING:
+            raise SpecError(f'Spec(missing=...) is "error" or "skip", got {missing!r}.')
+        object.__setattr__(self, "missing", missing)
         if not self.streams:
             raise SpecError('This Spec captures nothing: choose a stream, for example Spec(hidden_states="all").')
 
@@ -86,6 +107,18 @@ class Spec:
     def streams(self) -> tuple[str, ...]:
         """The streams that this specification asks for."""
         return tuple(name for name in LAYERED_FIELDS + SINGLE_FIELDS if getattr(self, name) not in (None, False))
+
+    @property
+    def shipped_positions(self) -> str | tuple[int, ...]:
+        """The positions of which workers write rows; `positions`, or more."""
+        return AS_SHIPPED.get(self.positions, self.positions) if isinstance(self.positions, str) else self.positions
+
+    @property
+    def least_prompt_len(self) -> int:
+        """Tokens that a prompt needs to have all positions that are asked for."""
+        if isinstance(self.positions, str):
+            return 0
+        return max(max(self.positions) + 1, -min(self.positions))
 
     def to_json(self) -> str:
         """Return this specification as a JSON object; `from_json` gives an equal one back."""
@@ -166,6 +199,8 @@ def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: 
             )
         if layer not in available:
             kind = "has no experts" if available else "belongs to a model without experts"
+            if name not in ROUTER_STREAMS:
+                kind = "has not run in any forward pass that was seen: the model leaves before it, or does not use it"
             raise LayerError(f"{name}: layer {given} {kind}. Layers with {name}: {available}.", layer=given)
     return sorted(numbers)
 
@@ -179,7 +214,8 @@ def wanted_tokens(
     """Return which tokens are asked for, of pieces of sequences that lie behind one another.
 
     Args:
-        positions: The field of a specification.
+        positions: The field of a specification. "last_generated" is for whole sequences: of a piece it is the last
+            generated token of that piece.
         prompt_lens: Length of the prompt of each sequence, [S].
         starts: Where the piece of each sequence starts among all tokens, and where the last one ends, [S + 1].
         begins: Position in its sequence at which each piece begins, [S].
@@ -194,13 +230,15 @@ def wanted_tokens(
         return np.arange(starts[-1])
     offsets = starts[:-1] - begins  # where position 0 would be
     ends = starts[1:] - offsets
-    if positions == "generated":
+    if positions in GENERATED:
         first = np.maximum(begins, prompt_lens)
+        if positions == "last_generated":
+            first = np.maximum(first, ends - 1)
         return _ranges(offsets + first, np.maximum(ends - first, 0))
     ends = np.minimum(ends, prompt_lens)
     if positions == "prompt":
         return _ranges(starts[:-1], np.maximum(ends - begins, 0))
-    numbers = np.array([-1] if positions == "last" else sorted(positions), np.int64)
+    numbers = np.array([-1] if isinstance(positions, str) else sorted(positions), np.int64)
     num_negative = int(np.searchsorted(numbers, 0))
     found = []
     for some, zero in ((numbers[:num_negative], prompt_lens), (numbers[num_negative:], np.zeros_like(prompt_lens))):

@@ -78,9 +78,9 @@ def test_select_fields_streams_and_keys() -> None:
 
 def test_worker_calls_are_those_of_the_record() -> None:
     """Every recorded call is a method of the worker's tap that takes no argument, and an entry has the old keys."""
-    from vllm_tap.engine.legacy.calls import LegacyTapWorker
+    from vllm_tap.engine.legacy.calls import LegacyCalls
 
     assert list(plugin.LEGACY_METHODS) == RECORDED["worker_calls"]
     for name in plugin.LEGACY_METHODS:
-        assert described(getattr(LegacyTapWorker, name)) == {"parameters": []}
+        assert described(getattr(LegacyCalls, name)) == {"parameters": []}
     assert set(RECORDED["payload_entry_keys"]) <= set(raw_entry(0, "torch.float32", (0,), b""))

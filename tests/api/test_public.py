@@ -1,12 +1,10 @@
-"""What users import, and what importing it loads; and that the documents say what the code does."""
+"""What users import, and what importing it loads."""
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import inspect
 import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -15,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import vllm_tap
-from vllm_tap.bench.render import render
+import vllm_tap.errors
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
 
 
 def fresh(code: str) -> str:
@@ -28,9 +25,19 @@ def fresh(code: str) -> str:
     return done.stdout
 
 
+def errors_of_this_package() -> list[str]:
+    """Return the names of all exceptions that are raised on purpose."""
+    return [name for name, kind in vars(vllm_tap.errors).items() if isinstance(kind, type) and name.endswith("Error")]
+
+
 def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
-    assert vllm_tap.__all__ == ["Capture", "Recording", "Sample", "Spec", "TapError", "__version__", "capture"]
+    errors = sorted(errors_of_this_package())
+    others = [
+        *("Capture", "Dataset", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels", "Sample", "Spec"),
+        *("Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
+    ]
+    assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__
     for name in vllm_tap.__all__:
         assert getattr(vllm_tap, name) is not None
@@ -58,9 +65,12 @@ def test_capture_takes_these_arguments() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        ("Capture", "conventions layers num_bytes num_rows outputs routing rows sample seconds spec"),
+        ("Capture", "conventions first_sample has_experts has_final_norm layers model num_bytes num_rows outputs "
+                    "routing row_labels rows sample save seconds spec"),
         ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
                    "router_logits token_ids"),
+        ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences "
+                    "spec table where"),
     ],
 )  # fmt: skip
 def test_public_attributes(owner: str, names: str) -> None:
@@ -71,6 +81,25 @@ def test_public_attributes(owner: str, names: str) -> None:
     assert missing == []
 
 
+def test_samples_of_datasets_have_what_captured_ones_have() -> None:
+    """A program that reads samples of a capture reads those of a dataset."""
+    from vllm_tap.store.sample import Sample
+
+    captured = {name for name in vars(vllm_tap.Sample) if not name.startswith("_")}
+    assert captured <= {name for name in vars(Sample) if not name.startswith("_")}
+
+
+def test_record_takes_these_arguments() -> None:
+    """The signature of `record` is public: names, order and defaults."""
+    parameters = inspect.signature(vllm_tap.record).parameters.values()
+    required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert required == ["llm", "prompts", "spec", "path"]
+    mine = {"resume": False, "batch": 256, "metadata": None, "share": (0, 1), "on_part": None}
+    given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    theirs = inspect.signature(vllm_tap.capture).parameters.values()
+    assert given == {**mine, **{p.name: p.default for p in theirs if p.kind is p.KEYWORD_ONLY}}
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """A wrong name fails as in any module, so that `hasattr` and import hints work."""
     with pytest.raises(AttributeError, match="no attribute 'capturee'"):
@@ -78,7 +107,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import vllm_tap", "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
+    "code", ["import vllm_tap", "from vllm_tap import Dataset, open_dataset",
+             "from vllm_tap import Spec, TapError; Spec(hidden_states='all')", "import vllm_tap.cli",
              "import vllm_tap.engine.plugin", "import vllm_tap.legacy.install"]
 )  # fmt: skip
 def test_importing_is_light(code: str) -> None:
@@ -113,51 +143,3 @@ def test_the_plugin_is_registered() -> None:
     (entry,) = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "vllm_tap"]
     assert entry.value == "vllm_tap.engine.plugin:register"
     assert callable(entry.load())
-
-
-def readme_example() -> ast.Module:
-    """Return the first Python block of the README."""
-    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return ast.parse(found[1])
-
-
-def test_the_readme_example_uses_what_exists() -> None:
-    """The README's example compiles, is guarded, and names only attributes and fields that there are."""
-    tree = readme_example()
-    compile(tree, "README.md", "exec")
-    assert "__main__" in ast.dump(tree.body[-1])
-    (spec,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Spec"]
-    vllm_tap.Spec(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in spec.keywords if keyword.arg})
-    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "sample"}
-    assert used
-    assert all(hasattr(vllm_tap.Sample, name) for name in used)
-
-
-def test_the_readme_is_short_enough_to_read() -> None:
-    """The example has at most ten lines, as the README's opening promises to be brief."""
-    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    assert len(found[1].strip().splitlines()) <= 10
-
-
-def test_the_readme_tables_are_up_to_date() -> None:
-    """Every figure of the README is rendered from a results file."""
-    assert render(README, ROOT / "bench" / "results") == README
-
-
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/design.md", "docs/format.md", "docs/vllm-support.md", "CHANGELOG.md"]
-)
-def test_links_lead_somewhere(document: str) -> None:
-    """Relative links of the documents name files that exist."""
-    path = ROOT / document
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
-    assert [target for target in targets if not (path.parent / target).exists()] == []
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_are_guarded(path: Path) -> None:
-    """vLLM starts processes by spawn, so an example without the guard would start itself again."""
-    tree = ast.parse(path.read_text())
-    assert "__main__" in ast.dump(tree.body[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.engines import References
+from engine.engines import References, largest
 
 # A worker that has been told to end waits this long for something to happen; nothing does.
 os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
@@ -25,3 +25,10 @@ def references(tiny_model: Callable[..., Path]) -> Callable[[str], References]:
         return known[family]
 
     return get
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how far rows were off, at most: of what the tolerance is."""
+    if largest:
+        errors = ", ".join(f"{stream} {error:.2g}" for stream, error in sorted(largest.items()))
+        terminalreporter.write_line(f"largest errors, of the scale of a stream: {errors}")

@@ -20,7 +20,9 @@ import psutil
 import pytest
 import torch
 
+import device
 import vllm_tap
+from device import TOLERANCE
 from reference import Reference, ReferenceModel
 
 FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
@@ -39,11 +41,6 @@ ARGUMENTS = {
     "max_num_batched_tokens": 64,
     "max_num_seqs": 16,
 }
-
-# Both sides compute in float32 (eps 1.2e-7) and add up a few hundred products per element in different orders, layer
-# after layer; 1e-6 of the stream's scale was the most seen over all families. Ten times that is allowed. A row of
-# another token, layer or convention is off by the scale itself.
-TOLERANCE = 1e-5
 
 
 def prompts(lengths: Sequence[int] = PROMPT_LENGTHS, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -89,7 +86,7 @@ class Engine:
         from vllm import LLM
 
         before = _children()
-        self.llm: Any = LLM(str(folder), **{**ARGUMENTS, **arguments})
+        self.llm: Any = LLM(str(folder), **device.engine_arguments(**{**ARGUMENTS, **arguments}))
         self.processes = [Process(pid) for pid in sorted(_children() - before)]
 
     def generate(self, given: Sequence[Any], **sampling: Any) -> list[list[int]]:
@@ -196,7 +193,7 @@ class References:
         model = self._model.model.base_model
         with torch.inference_mode():
             return model(
-                torch.tensor([list(token_ids)]),
+                self._model.tensor([list(token_ids)]),
                 use_cache=False,
                 output_hidden_states=True,
                 **({"output_router_logits": True} if self._model.routers else {}),
@@ -219,7 +216,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = DEAD
 def error(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
     """Return the largest difference, relative to a scale."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    return float((actual - expected).abs().max() / scale) if actual.numel() else 0.0
+    return float((actual - expected.to(actual.device)).abs().max() / scale) if actual.numel() else 0.0
 
 
 def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
@@ -238,6 +235,9 @@ def expected_rows(reference: Reference, stream: str, layer: int) -> torch.Tensor
     }[stream]
 
 
+largest: dict[str, float] = {}
+"""The largest error of each stream that `compare` has seen in this process."""
+
 Positions = Callable[[int, int], list[int]]
 """(length of the prompt, rows of the sequence) to the positions that are to be there."""
 
@@ -255,6 +255,7 @@ def compare(result: Any, references: References, positions: Positions | None = N
                 whole = expected_rows(references.of(tokens), stream, layer)
                 # The scale is that of the whole sequence: a single row may be small.
                 off = error(rows_of(sample, stream, layer), whole[at], whole.square().mean().sqrt())
+                largest[stream] = max(largest.get(stream, 0.0), off)
                 assert off < TOLERANCE, f"sample {index}: {stream}[{layer}] is off by {off:.2g} of its scale"
 
 
@@ -264,7 +265,7 @@ def compare_with_outputs(result: Any, references: References) -> None:
         theirs, ours = references.outputs_of(sequence(output)), sample.as_hf()
         if ours.router_logits and getattr(theirs, "router_logits", None) is None:
             pytest.skip(f"the installed transformers gives no router logits as {type(theirs).__name__}")
-        for name, found in ours._asdict().items():
-            for index, (one, other) in enumerate(zip(found or (), getattr(theirs, name, None) or (), strict=True)):
+        for name, found in ours.items():
+            for index, (one, other) in enumerate(zip(found, theirs[name], strict=True)):
                 off = error(one, other, other.square().mean().sqrt())
                 assert off < TOLERANCE, f"{name}[{index}] is off by {off:.2g} of its scale"

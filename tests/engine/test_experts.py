@@ -33,7 +33,7 @@ from vllm_tap.errors import LayerError
 from vllm_tap.frame.routing import Routing
 from vllm_tap.vllm.facts import vllm_version
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 COVERING = ("qwen3_moe", "glm4_moe")
 """Families that `make test` starts."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 PROGRAM = """
 import gc, os, sys, threading, weakref

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import easysteer.hidden_states as hs
+from device import num_ranks
 from engine.engines import TOLERANCE, Engine, References, error, prompts, sequence, surroundings
 from vllm_tap import Spec
 from vllm_tap.errors import CaptureError, LayerError, SpecError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
+NUM_RANKS = num_ranks()
 STREAMS = {"hidden_states": "hidden_states", "router_logits": "moe_router_logits"}
 TEXTS = ["Bees dance", {"prompt": "The sea is"}, "a", {"prompt_token_ids": list(range(150))}]
 SAMPLING = {"max_tokens": 6, "ignore_eos": True}
@@ -26,9 +28,9 @@ SAMPLING = {"max_tokens": 6, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
-    """Qwen3-MoE, compiled as by default, on two ranks."""
+    """Qwen3-MoE, compiled as by default, on two ranks; on one where there is a single GPU."""
     with surroundings({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}):
-        engine = Engine(tiny_model("qwen3_moe"), tensor_parallel_size=2)
+        engine = Engine(tiny_model("qwen3_moe"), tensor_parallel_size=NUM_RANKS)
     yield engine
     engine.close()
 
@@ -190,21 +192,21 @@ def calls(engine: Engine) -> Iterator[Callable[[str], list[Any]]]:
 
 
 def get(calls: Callable[[str], list[Any]], stream: str) -> dict[int, torch.Tensor]:
-    """Return the rows of the first worker; the second has no others."""
+    """Return the rows of the first worker; the others have none."""
     from vllm.hidden_states import deserialize_hidden_states, deserialize_moe_router_logits
 
     reader, name = {
         "hidden_states": (deserialize_hidden_states, "get_captured_hidden_states"),
         "router_logits": (deserialize_moe_router_logits, "get_moe_router_logits"),
     }[stream]
-    first, second = calls(name)
-    assert second == {}
+    first, *others = calls(name)
+    assert not any(others)
     return reader(first)
 
 
 def test_worker_calls_take_all_requests_in_order(engine, known, calls):
     """While enabled every request's rows are taken, whatever shares a step; they come request after request."""
-    assert calls("enable_hidden_states_capture") == calls("enable_moe_router_logits_capture") == [None, None]
+    assert calls("enable_hidden_states_capture") == calls("enable_moe_router_logits_capture") == [None] * NUM_RANKS
     given = prompts()
     made = engine.generate(given)
     info = calls("get_hidden_states_debug_info")[0]
@@ -230,7 +232,7 @@ def test_worker_calls_keep_what_was_taken_until_it_is_cleared(engine, known, cal
     for part, ids in ((slice(0, len(first)), first), (slice(len(first), None), second)):
         check({layer: rows[part] for layer, rows in logits.items()}, known, "router_logits", ids)
     calls("clear_moe_router_logits")
-    assert calls("get_moe_router_logits") == [{}, {}]
+    assert calls("get_moe_router_logits") == [{}] * NUM_RANKS
     assert len(get(calls, "hidden_states")[0]) > len(second)
     assert calls("get_moe_debug_info")[0]["num_rows"] == 0
 

@@ -15,7 +15,7 @@ from engine.engines import PROMPT_LENGTHS, TOLERANCE, Engine, References, error,
 from vllm_tap import Spec
 from vllm_tap.errors import SpecError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
 

@@ -13,7 +13,7 @@ import pytest
 from engine.engines import Engine, References, compare, prompts
 from vllm_tap import Spec
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 STREAMS = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
 

@@ -6,6 +6,7 @@ Runs in the test process, beside the engine.
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 BLOCK_SIZE = 32  # the granule of the prefix cache
 HIDDEN = Spec(hidden_states="all")
@@ -54,6 +55,20 @@ def engine(shelf: Shelf) -> Engine:
 def known(references: Callable[[str], References]) -> References:
     """Hugging Face's forward passes of the engine's model."""
     return references("llama")
+
+
+def test_the_quickstart_runs(engine, monkeypatch, capsys):
+    """examples/quickstart.py, which the README shows, but for its model; its first prompt tokens get their rows."""
+    asked = []
+    monkeypatch.setattr("vllm.LLM", lambda model: asked.append(model) or engine.llm)
+    path = Path(__file__).parents[2] / "examples" / "quickstart.py"
+    ran = runpy.run_path(str(path), run_name="__main__")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    sample, (output,) = ran["sample"], ran["result"].outputs
+    assert sample.token_ids.tolist() == [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    printed = capsys.readouterr().out
+    assert f"{sample.positions}\n{sample.token_ids}\n" in printed
+    assert f"{len(sample.hidden_states)} {sample.hidden_states[-1].shape} {engine.llm.model_config.dtype}" in printed
 
 
 @pytest.mark.parametrize(
@@ -85,6 +100,11 @@ def last_position(prompt_len: int, num_rows: int) -> list[int]:
     return [prompt_len - 1]
 
 
+def last_generated_position(prompt_len: int, num_rows: int) -> list[int]:
+    """The last generated token that entered the model."""
+    return [num_rows - 1]
+
+
 def listed_positions(prompt_len: int, num_rows: int) -> list[int]:
     """Positions 0, 5, 70 and the last two, where the prompt has them."""
     return sorted({p for p in (0, 5, 70, prompt_len - 1, prompt_len - 2) if 0 <= p < prompt_len})
@@ -96,14 +116,17 @@ def listed_positions(prompt_len: int, num_rows: int) -> list[int]:
         ("prompt", prompt_positions),
         ("generated", generated_positions),
         ("last", last_position),
+        ("last_prompt", last_position),
+        ("last_generated", last_generated_position),
         ([-1, 0, 5, 70, -2], listed_positions),
     ],
 )
 def test_positions_are_those_that_were_named(engine, known, positions, expected):
     """Rows of the named positions arrive, and of no others, whichever step and chunk they fall into."""
-    result = engine.capture(prompts(), Spec(hidden_states=[0, 3], embeddings=True, positions=positions))
+    spec = Spec(hidden_states=[0, 3], embeddings=True, positions=positions, missing="skip")
+    result = engine.capture(prompts(), spec)
     compare(result, known, expected)
-    if positions == "last":
+    if isinstance(positions, str) and positions.startswith("last"):
         assert [len(sample) for sample in result] == [1] * len(PROMPT_LENGTHS)
 
 
@@ -152,7 +175,8 @@ def test_a_single_new_token_leaves_the_rows_of_the_prompt(engine, known):
     result = engine.capture(prompts(), HIDDEN, max_tokens=1)
     compare(result, known)
     assert [len(sample) for sample in result] == list(PROMPT_LENGTHS)
-    nothing = engine.capture(prompts([4, 6]), Spec(hidden_states="all", positions="generated"), max_tokens=1)
+    spec = Spec(hidden_states="all", positions="generated", missing="skip")
+    nothing = engine.capture(prompts([4, 6]), spec, max_tokens=1)
     assert [tuple(sample.hidden_states[1].shape) for sample in nothing] == [(0, 128)] * 2
 
 
@@ -261,7 +285,7 @@ def test_what_cannot_be_asked_for_is_refused(engine):
             engine.capture(prompts(), HIDDEN, sampling_params=params)
     with pytest.raises(SpecError, match="prompt 0 is a bool"):
         engine.capture([True, 1], HIDDEN)
-    assert [state["capture_id"] for state in engine.status()] == [""]
+    assert [state["captures"] for state in engine.status()] == [[]]
 
 
 def test_token_ids_are_prompts(engine, known):

@@ -229,7 +229,7 @@ def connected_pair() -> tuple[SegmentReader, SegmentServer, SegmentPool]:
     """Return a reader and a server with one small segment."""
     pool = SegmentPool(4 * MIB, segment_bytes=2 * MIB)
     pool.reserve(1)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     return SegmentReader(server.address, timeout_s=5), server, pool
 
 
@@ -398,7 +398,7 @@ def test_memory_that_is_not_shared_is_not_handed_over():
     """A pool of private memory gives no descriptor to anybody."""
     pool = SegmentPool(4 * MIB, shared=False, segment_bytes=2 * MIB)
     block = pool.reserve(10)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     reader = SegmentReader(server.address)
     with pytest.raises(DescriptorError, match="does not share it"):
         reader.lease(block)
@@ -416,7 +416,7 @@ def test_a_server_without_descriptors_accepts_again_later(others, caplog, monkey
         return real(self)
 
     pool = SegmentPool(4 * MIB, segment_bytes=2 * MIB)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     earlier = [SegmentReader(server.address) for _ in range(others)]
     monkeypatch.setattr(segment_server, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(socket.socket, "accept", accept)

@@ -380,7 +380,7 @@ def test_a_server_closes_without_freeing_what_clients_read():
     """After close the client sees the end of the connection, and its rows stay as they are."""
     pool = SegmentPool(BUDGET, segment_bytes=2 * MIB)
     threads_before = num_fds("self")
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     reader = SegmentReader(server.address)
     block = pool.reserve(1000)
     pool.view(block)[:] = content(1, 1000).tobytes()
@@ -417,14 +417,18 @@ def named_shared_memory(process: int | str) -> list[str]:
 def run_worker() -> None:
     """Be the worker."""
     pool = SegmentPool(BUDGET, segment_bytes=2 * MIB)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     gone: list[int] = []
     server.on_disconnect = gone.append
 
     def put(client: int, nbytes: int, seed: int) -> dict:
         block = pool.reserve(nbytes)
         np.frombuffer(pool.view(block), np.uint8)[:] = content(seed, nbytes)
-        server.publish(client, [block.block_id])
+        try:
+            server.publish(client, [block.block_id])
+        except TransportError:
+            pool.release(block.block_id)
+            raise
         return {"block": block}
 
     answer_requests(

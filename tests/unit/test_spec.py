@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import LayerError, SpecError
-from vllm_tap.spec import NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
-from vllm_tap.streams import LAYERED_FIELDS
+from vllm_tap.spec import MISSING, NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
+from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS
 
 LAYERS = st.none() | st.just("all") | st.lists(st.integers(-200, 200), min_size=1, max_size=8)
 POSITIONS = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-300, 300), min_size=1, max_size=8)
@@ -25,8 +25,9 @@ FIELDS = st.fixed_dictionaries(
         "embeddings": st.booleans(),
         "final_hidden_states": st.booleans(),
         "positions": POSITIONS,
+        "missing": st.sampled_from(MISSING),
     }
-).filter(lambda fields: any(value not in (None, False) for name, value in fields.items() if name != "positions"))
+).filter(lambda fields: any(fields[name] not in (None, False) for name in LAYERED_FIELDS + SINGLE_FIELDS))
 
 
 @given(FIELDS)
@@ -47,6 +48,7 @@ def test_json_has_every_field_by_its_name() -> None:
         "embeddings": False,
         "final_hidden_states": False,
         "positions": "last",
+        "missing": "error",
     }
 
 
@@ -83,6 +85,8 @@ def test_a_spec_cannot_be_changed() -> None:
         ({"hidden_states": "all", "positions": []}, "chooses no position"),
         ({"hidden_states": "all", "positions": 3}, "a name or a list"),
         ({"hidden_states": "all", "positions": [None]}, "whole numbers"),
+        ({"hidden_states": "all", "missing": "drop"}, '"error" or "skip"'),
+        ({"hidden_states": "all", "missing": None}, '"error" or "skip"'),
     ],
 )
 def test_what_cannot_be_is_refused_with_advice(fields: dict[str, Any], says: str) -> None:
@@ -159,7 +163,7 @@ def naive(positions: str | tuple[int, ...], prompt_len: int, position: int) -> b
         return position < prompt_len
     if positions == "generated":
         return position >= prompt_len
-    if positions == "last":
+    if positions in ("last", "last_prompt"):
         return position == prompt_len - 1
     return position < prompt_len and any(
         position == (given if given >= 0 else prompt_len + given) for given in positions
@@ -170,7 +174,10 @@ PIECES = st.tuples(st.integers(1, 6) | st.integers(1, 200), st.just(0) | st.inte
 """(length of the prompt, position at which the piece begins, tokens)"""
 
 
-@given(POSITIONS | st.lists(st.integers(-6, 6), min_size=1), st.lists(PIECES, max_size=40))
+@given(
+    POSITIONS.filter(lambda name: name != "last_generated") | st.lists(st.integers(-6, 6), min_size=1),
+    st.lists(PIECES, max_size=40),
+)
 def test_wanted_tokens_follow_the_documented_rule(
     positions: str | list[int], pieces: list[tuple[int, int, int]]
 ) -> None:
@@ -181,3 +188,28 @@ def test_wanted_tokens_follow_the_documented_rule(
     expected = [token for token, place in enumerate(every) if naive(spec.positions, *place)]
     starts = np.concatenate(([0], np.cumsum(lengths)))
     assert wanted_tokens(spec.positions, prompt_lens, starts, begins).tolist() == expected
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=20))
+def test_the_last_generated_token_is_the_last_of_its_sequence(sequences: list[tuple[int, int]]) -> None:
+    """Of whole sequences (tokens of the prompt, generated ones), one token each that generated any."""
+    prompt_lens, generated = np.array(sequences, np.int64).reshape(-1, 2).T
+    starts = np.concatenate(([0], np.cumsum(prompt_lens + generated)))
+    expected = [int(end) - 1 for end, count in zip(starts[1:], generated, strict=True) if count]
+    assert wanted_tokens("last_generated", prompt_lens, starts, np.zeros_like(prompt_lens)).tolist() == expected
+
+
+def test_workers_write_what_the_last_generated_token_is_among() -> None:
+    """They do not know which step is the last; all else they are told as it is asked for."""
+    shipped = {name: Spec(hidden_states="all", positions=name).shipped_positions for name in NAMED_POSITIONS}
+    assert shipped.pop("last_generated") == "generated"
+    assert shipped.pop("last_prompt") == "last"
+    assert all(name == positions for name, positions in shipped.items())
+    assert Spec(hidden_states="all", positions=[3, -1]).shipped_positions == (-1, 3)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=5), st.integers(1, 10))
+def test_a_prompt_is_long_enough_if_it_has_every_position(positions: list[int], prompt_len: int) -> None:
+    """The least length is that of the shortest list in which all of them are indices."""
+    has_all = all(-prompt_len <= position < prompt_len for position in positions)
+    assert (prompt_len >= Spec(hidden_states="all", positions=positions).least_prompt_len) == has_all

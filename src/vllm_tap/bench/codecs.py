@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from vllm_tap import codec
-from vllm_tap.bench.machine import describe_machine
+from vllm_tap.bench.machine import describe_commit, describe_machine
 
 ITEMSIZES: Final = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
 PACKAGES: Final = ("lz4", "zstandard")
@@ -124,6 +124,7 @@ def main() -> None:
             "dtypes": sorted({tensor.dtype for tensor in tensors}),
             "metadata": metadata,
         },
+        "commit": describe_commit(),
         "machine": describe_machine() | {name: importlib.metadata.version(name) for name in PACKAGES},
         "results": results,
     }

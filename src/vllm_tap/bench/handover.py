@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from vllm_tap.bench.channel import Channel
-from vllm_tap.bench.machine import describe_machine
+from vllm_tap.bench.machine import describe_commit, describe_machine
 from vllm_tap.bench.methods import METHODS, Client, Layers, Worker, as_bytes
 from vllm_tap.transport.segment.memory import round_up
 from vllm_tap.transport.segment.pool import SEGMENT_GRANULE_BYTES, SegmentPool
@@ -67,7 +67,7 @@ def run_worker(connection: socket.socket, cases: list[Case]) -> None:
     channel = Channel(connection)
     size = round_up(max(case.nbytes for case in cases), SEGMENT_GRANULE_BYTES)
     pool = SegmentPool(size, segment_bytes=size)
-    server = SegmentServer(pool)
+    server = SegmentServer(lambda _: pool)
     channel.send(server.address.encode())
     worker = Worker(channel, pool, server, client=int(channel.receive().tobytes()))
     stacks = {case.name: case.make() for case in cases}
@@ -185,6 +185,7 @@ def main() -> None:
         results = {
             "benchmark": "handover",
             "command": "python -m vllm_tap.bench.handover" + (" --quick" if arguments.quick else ""),
+            "commit": describe_commit(),
             "machine": describe_machine(),
             "notes": [
                 "Time from the client's word until it holds bfloat16 tensors of all layers; one thread a process.",

@@ -1,9 +1,10 @@
-"""What a figure depends on: processor, kernel and versions. Runs in any process of a benchmark."""
+"""The facts that a figure depends on: commit, processor, kernel, versions. Runs in any process of a benchmark."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ def describe_machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "torch": torch.__version__,
     }
+
+
+def describe_commit() -> str:
+    """Return the commit that is measured, with `-dirty` behind it where files differ from it.
+
+    `VLLM_TAP_COMMIT` names it where the tree is a copy without its history; "unknown" where nothing does.
+    """
+    if named := os.environ.get("VLLM_TAP_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -22,7 +22,7 @@ Layers = list[torch.Tensor]
 
 
 class Descriptor(msgspec.Struct, frozen=True, array_like=True):
-    """Where a stack of bfloat16 tensors lies."""
+    """Place of a stack of bfloat16 tensors."""
 
     block: tuple[int, int, int, int]
     shape: tuple[int, int, int]
@@ -43,7 +43,7 @@ _decode_lists = msgspec.msgpack.Decoder(list[list[float]]).decode
 
 
 class Worker:
-    """What the sending half works with."""
+    """Parts that the sending half works with."""
 
     def __init__(self, channel: Channel, pool: SegmentPool, server: SegmentServer, client: int) -> None:
         self.channel = channel
@@ -53,7 +53,7 @@ class Worker:
 
 
 class Client:
-    """What the receiving half works with."""
+    """Parts that the receiving half works with."""
 
     def __init__(self, channel: Channel, reader: SegmentReader) -> None:
         self.channel = channel

@@ -15,7 +15,7 @@ import torch
 
 from vllm_tap.bench import handover
 from vllm_tap.bench.handover import Case
-from vllm_tap.bench.machine import describe_machine
+from vllm_tap.bench.machine import describe_commit, describe_machine
 from vllm_tap.bench.seed_engine import run_engine
 from vllm_tap.bench.seed_paths import convert
 
@@ -102,6 +102,7 @@ def main() -> None:
     results = {
         "benchmark": "seed",
         "command": "python -m vllm_tap.bench.seed" + (" --quick" if arguments.quick else ""),
+        "commit": describe_commit(),
         "machine": describe_machine(),
         "notes": [
             "conversion: both halves in one process, one layer at a time, no transport; what the document estimates.",

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from vllm_tap import __version__
-from vllm_tap.cli import capture, doctor, verify
+from vllm_tap.cli import capture, doctor, inspect, plot, record, verify, view
 from vllm_tap.cli.arguments import join_negative
 from vllm_tap.cli.interrupts import EXIT_CODE, say
 from vllm_tap.errors import TapError
 
 ENGINE_LOG = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-"""What vLLM logs unless the user says otherwise: by default it would mix with the tables on standard output."""
+"""Settings of vLLM's log unless the user sets them: by default it would mix with the tables on standard output."""
 
 COMPLETES = "_ARGCOMPLETE"
 """Set by a shell that asks for completions, which has the package of that name; see docs/cli.md."""
@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-tap {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     capture.add_command(commands)
+    record.add_command(commands)
+    inspect.add_command(commands)
+    plot.add_command(commands)
+    view.add_command(commands)
     doctor.add_command(commands)
     verify.add_command(commands)
     return parser

@@ -1,4 +1,4 @@
-"""What the commands take: values of options, and the options that start an engine. Runs in the user's process."""
+"""Options of the commands: their values, and those that start an engine. Runs in the user's process."""
 
 from __future__ import annotations
 

@@ -26,6 +26,17 @@ def add_command(commands: Any) -> None:
         "logits or routed experts. Prints how much came and how long it took; --save keeps the rows.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    add_prompts_option(parser)
+    add_spec_options(parser)
+    group = add_run_options(parser)
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
+    group.add_argument("--force", action="store_true", help="replace the file if it exists")
+    arguments.add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a file of prompts."""
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -34,13 +45,10 @@ def add_command(commands: Any) -> None:
         help='.txt: a prompt a line; .jsonl: objects with "prompt", "messages" or "token_ids", '
         "other keys are ignored; empty lines too",
     )
-    _add_spec_options(parser)
-    _add_run_options(parser)
-    arguments.add_engine_options(parser)
-    parser.set_defaults(run=run)
 
 
-def _add_spec_options(parser: argparse.ArgumentParser) -> None:
+def add_spec_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `spec_of` reads."""
     group = parser.add_argument_group("what to capture", "LAYERS is all, or numbers and ranges such as 0-8,-1.")
     layers: dict[str, Any] = {"type": arguments.layers, "metavar": "LAYERS"}
     group.add_argument(
@@ -59,7 +67,8 @@ def _add_spec_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> Any:
+    """Add options of a run; return their group."""
     arguments.add_json_option(parser)
     group = parser.add_argument_group("how")
     group.add_argument(
@@ -69,8 +78,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate for each prompt, greedily (default 1: rows of the prompt only)",
     )
-    group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
-    group.add_argument("--force", action="store_true", help="replace the file if it exists")
     group.add_argument(
         "--transport",
         choices=("auto", "segment", "inline"),
@@ -89,6 +96,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory for rows, such as 4GiB (default: a quarter of RAM, at most 8 GiB)",
     )
+    return group
 
 
 def spec_of(options: argparse.Namespace) -> Spec:

@@ -1,4 +1,4 @@
-"""What a capture needs, looked at without an engine: one finding per need. Runs in the user's process."""
+"""Needs of a capture, looked at without an engine: one finding per need. Runs in the user's process."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _trip() -> None:
     try:
         block = pool.reserve(4096)
         pool.view(block)[:] = bytes(range(256)) * 16
-        server = SegmentServer(pool)
+        server = SegmentServer(lambda _: pool)
         try:
             reader = SegmentReader(server.address, timeout_s=5)
             server.publish(reader.client, [block.block_id])

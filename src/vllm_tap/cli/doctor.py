@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Report:
-    """What was found: shown as it comes, or as one JSON object at the end."""
+    """Findings: shown as they come, or as one JSON object at the end."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def works(self) -> bool:
-        """Whether nothing that was found keeps captures from working."""
+        """True if no finding keeps captures from working."""
         return all(finding.level != NO for finding in self._findings)
 
     def add(self, finding: Finding) -> None:

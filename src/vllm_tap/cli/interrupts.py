@@ -6,12 +6,12 @@ with the signal blocked, which they inherit and do not undo, and are ended by th
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Final
 
 from vllm_tap.client.interruption import Interruption
+from vllm_tap.transport import threads
 
 EXIT_CODE: Final = 130
 
@@ -51,7 +52,8 @@ class Interrupts(Interruption):
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="vllm-tap-interrupts", daemon=True).start()
+        stop = functools.partial(self._read.shutdown, socket.SHUT_RDWR)
+        threads.start("vllm-tap-interrupts", self._watch, stop=stop)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from vllm_tap.errors import SpecError
 from vllm_tap.spec import MAX_NUMBER
 
 KEYS: Final = ("prompt", "messages", "token_ids", "prompt_token_ids")
-"""What an object of a line has one of; the last two are the same."""
+"""Keys of which the object of a line has one; the last two are the same."""
 
 Prompt = str | dict[str, Any] | list[dict[str, Any]]
 """A text, token ids, or a conversation, as `capture` takes them."""

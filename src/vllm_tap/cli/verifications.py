@@ -1,4 +1,4 @@
-"""What must hold of captures of the same prompts, whatever the model: one check per statement.
+"""Statements that must hold of captures of the same prompts, whatever the model: one check each.
 
 Runs in the user's process. Nothing here asks the engine: it is the engine's word that is checked.
 """
@@ -42,7 +42,7 @@ class Check(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How far two captures are apart: the largest relative difference and where it is; 0 when their bytes are equal."""
+    """Distance of two captures: the largest relative difference and its place; 0 when their bytes are equal."""
 
     error: float
     place: str

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from vllm_tap.cli import arguments, verifications
+from vllm_tap.cli import arguments, dataset_verify, verifications
 from vllm_tap.cli.capture import require_plugin
 from vllm_tap.cli.engine import engine
 from vllm_tap.cli.interrupts import Interrupts
@@ -34,7 +34,8 @@ def add_command(commands: Any) -> None:
         "labels, tokens with and without capture, repetition, ways of transport, embeddings, the final norm. "
         "Exit code 1 when anything differs.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    parser.add_argument("model", metavar="MODEL", help="folder or name of a model, or a dataset: then its checksums")
+    parser.add_argument("--json", action="store_true", help="print a JSON object, of a dataset")
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",
@@ -56,6 +57,8 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    if dataset_verify.is_dataset(options.model):
+        return dataset_verify.run(options)
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()

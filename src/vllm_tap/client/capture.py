@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_tap.client import missing
 from vllm_tap.client.connection import connect
 from vllm_tap.client.expected_rows import ExpectedRows
 from vllm_tap.client.interruption import current
@@ -64,6 +65,7 @@ def capture(
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
+        PositionError: A prompt lacks a position that was asked for, or a completion generated rows; see `Spec.missing`.
         EngineDiedError: The engine ended.
 
     Source:
@@ -76,7 +78,7 @@ def capture(
     frontend.require_llm(llm)
     _require_no_others(llm)
     read = read_prompts(prompts)
-    chat = {name: sampling.pop(name) for name in CHAT_OPTIONS if name in sampling}
+    chat = take_chat_options(sampling)
     if chat and not read.are_chats:
         raise SpecError(f"{', '.join(chat)}: for conversations alone, and these prompts are none.")
     if read.are_chats:
@@ -93,6 +95,7 @@ def capture(
         wait=False,
     )
     try:
+        missing.check_prompts(spec, prompts)
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
         with _shown(llm, recording, params, progress) as bar:
@@ -116,6 +119,11 @@ def capture(
         raise
     result.seconds.update(start=started - begin, generate=generated - started)
     return result
+
+
+def take_chat_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take what `LLM.chat` takes out of fields of sampling parameters, and return it."""
+    return {name: fields.pop(name) for name in CHAT_OPTIONS if name in fields}
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import itertools
 import os
 import secrets
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory
@@ -22,7 +23,6 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import IntArray, Layout
-from vllm_tap.frame.routing import Routing
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.vllm import frontend
@@ -39,7 +39,11 @@ T = TypeVar("T", bound=messages.Message)
 
 
 class Connection:
-    """All workers of an engine, greeted once.
+    """All workers of an engine, greeted once, and again while forward passes may let them say more.
+
+    Attributes:
+        routing: How the routers choose, by layer, as of the last capture; empty for a model without experts.
+        routing_versions: Of what each rank said of it.
 
     Raises:
         PluginNotLoadedError: The workers do not know this package.
@@ -48,17 +52,52 @@ class Connection:
     """
 
     def __init__(self, llm: Any) -> None:
-        self._llm = weakref.ref(llm)
-        self._readers: dict[int, SegmentReader] = {}
-        self._callers: list[Caller] = []
-        self._under_way: dict[str, tuple[weakref.ref[Any], bool]] = {}
+        self._prepare(weakref.ref(llm))
         self.greet()
         if self.wants_rows:
             self._pass_rows(llm, self.wants_rows)
             self.greet()
+        self._require_able()
+
+    @classmethod
+    def at(cls, addresses: Sequence[str]) -> Connection:
+        """Return a connection for a process without the engine object, which has `addresses` of one that has it.
+
+        Its captures begin, end and hand rows over through sockets alone. Whoever sends requests to the engine marks
+        those that are to be captured.
+
+        Raises:
+            TransportError: Nothing answers there, or something of another user.
+            EngineUnsupportedError: The workers cannot capture.
+        """
+        self = cls.__new__(cls)
+        self._prepare(None)
+        self._callers = dict(enumerate(Caller(address) for address in addresses))
+        replies = self._send(messages.Greet(), shared=True)()
+        self.hellos = _expect(messages.Hello, replies, "Greet")
+        self._callers = {
+            hello.rank.rank: caller for hello, caller in zip(self.hellos, self._callers.values(), strict=True)
+        }
+        self.hellos.sort(key=lambda hello: hello.rank.rank)
+        self._require_able()
+        return self
+
+    def _prepare(self, llm: weakref.ref[Any] | None) -> None:
+        self._llm = llm
+        self._connecting = threading.Lock()
+        self._readers: dict[int, SegmentReader] = {}
+        self._callers: dict[int, Caller] = {}
+        self._under_way: dict[str, tuple[weakref.ref[Any], bool]] = {}
+
+    def _require_able(self) -> None:
         for hello in self.hellos:
             if hello.refusal:
                 raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")
+
+    @property
+    def addresses(self) -> list[str]:
+        """The sockets of the workers, for `at` in another process of this host and user."""
+        return [hello.calls for hello in self.hellos]
 
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
@@ -80,6 +119,20 @@ class Connection:
         except PluginNotLoadedError as error:
             raise _not_loaded(str(error)) from error.__cause__
         self.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
+        self.routing = {layer: found for hello in self.hellos for layer, found in hello.routing.items()}
+        self.routing_versions = {hello.rank.rank: hello.routing_version for hello in self.hellos}
+
+    @property
+    def may_change(self) -> bool:
+        """Whether forward passes since the greeting may let the workers say more."""
+        return any(hello.may_change for hello in self.hellos)
+
+    def _learn(self, descriptors: Iterable[messages.Descriptor]) -> None:
+        """Take over what the workers of a capture say of the routers, where it is not what they said before."""
+        for descriptor in descriptors:
+            if descriptor.routing is not None:
+                self.routing |= descriptor.routing
+                self.routing_versions[descriptor.rank] = descriptor.routing_version
 
     @property
     def wants_rows(self) -> int:
@@ -95,11 +148,6 @@ class Connection:
     def residual(self) -> str:
         """The convention of the decoder layers, from the stage that holds the final norm."""
         return next((hello.residual for hello in self.hellos if hello.residual), "")
-
-    @property
-    def routing(self) -> dict[int, Routing]:
-        """How the routers choose, by layer; empty for a model without experts."""
-        return dict(sorted(pair for hello in self.hellos for pair in hello.routing.items()))
 
     def available(self, stream: str) -> list[int]:
         """Return the layers in which the model has a stream."""
@@ -151,27 +199,27 @@ class Connection:
             return lambda: self._replies("call", data)
         self._require_alive()
         with _engine_is_gone():
-            numbers = [caller.send(data) for caller in self._callers]
+            sent = [(caller, caller.send(data)) for caller in self._callers.values()]
 
         received: list[bytes] = []  # kept when the wait is interrupted and taken up again
 
         def replies() -> list[messages.Reply]:
             with _engine_is_gone():
-                for caller, number in list(zip(self._callers, numbers, strict=True))[len(received) :]:
+                for caller, number in sent[len(received) :]:
                     received.append(caller.receive(number))
             return [messages.decode_reply(reply) for reply in received]
 
         return replies
 
-    def finish(self, capture_id: str, shared: bool) -> Callable[[], HandedOver]:
-        """Have all workers end a capture; return a function that takes hold of what they hand over.
+    def hand_over(self, call: messages.Finish | messages.Take, shared: bool) -> Callable[[], HandedOver]:
+        """Have all workers hand over what a capture has; return a function that takes hold of it.
 
         It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
 
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        wait = self._send(messages.Finish(capture_id=capture_id), shared)
+        wait, capture_id = self._send(call, shared), call.capture_id
 
         def take() -> HandedOver:
             replies = wait()
@@ -182,7 +230,8 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, shared))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, "Finish")
+            _expect(messages.Descriptor, replies, type(call).__name__)
+            self._learn(descriptors)
             return held
 
         return take
@@ -196,21 +245,25 @@ class Connection:
         self._under_way.pop(capture_id, None)
 
     def stop_lost(self) -> None:
-        """Stop captures that nobody can end any more: no other could begin."""
+        """Stop captures that nobody can end any more: they would hold memory for ever."""
         for capture_id, (recording, shared) in list(self._under_way.items()):
             if recording() is None:
                 self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), shared)()
                 self.ended(capture_id)
 
-    def status(self) -> list[dict[str, Any]]:
-        """Return what every worker says it holds, in plain values."""
-        return self._rpc("status")
+    def status(self, capture_id: str = "") -> list[dict[str, Any]]:
+        """Return what every worker says it holds, in plain values; its rows are those of a capture if one is named."""
+        return self._rpc("status", capture_id)
 
     def _replies(self, name: str, *args: Any) -> list[messages.Reply]:
         return [messages.decode_reply(data) for data in self._rpc(name, *args)]
 
     def _rpc(self, name: str, *args: Any) -> list[Any]:
         llm = self._require_alive()
+        if llm is None:
+            raise EngineUnsupportedError(
+                f"vllm_tap_{name} goes through the engine object, which this process does not have."
+            )
         try:
             return frontend.call(llm, f"vllm_tap_{name}", args)
         except EngineDiedError:
@@ -219,8 +272,10 @@ class Connection:
             raise _explain(error) from error
 
     def _require_alive(self) -> Any:
-        llm = self._llm()
-        if llm is None or any(not reader.alive for reader in self._readers.values()):
+        """Return the engine object, None in a process that has none."""
+        llm = self._llm() if self._llm is not None else None
+        is_gone = self._llm is not None and llm is None
+        if is_gone or any(not reader.alive for reader in list(self._readers.values())):
             raise EngineDiedError(GONE)
         return llm
 
@@ -230,11 +285,12 @@ class Connection:
         Raises:
             TransportError: Shared memory cannot be reached from here.
         """
-        for hello in self.hellos:
-            if hello.rank.rank not in self._readers:
-                reader, caller = SegmentReader(hello.address), Caller(hello.calls)
-                self._readers[hello.rank.rank] = reader
-                self._callers.append(caller)
+        with self._connecting:
+            for hello in self.hellos:
+                rank = hello.rank.rank
+                if rank not in self._readers:
+                    reader, caller = SegmentReader(hello.address), self._callers.get(rank) or Caller(hello.calls)
+                    self._readers[rank], self._callers[rank] = reader, caller
         return self._readers
 
     def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], shared: bool) -> RankMemory:
@@ -244,7 +300,7 @@ class Connection:
         rank = descriptor.rank
 
         def fetch(segment_id: int, offset: int, nbytes: int) -> bytes:
-            pieces: list[bytes] = self._rpc("fetch", rank, segment_id, offset, nbytes)
+            pieces: list[bytes] = self._rpc("fetch", rank, descriptor.capture_id, segment_id, offset, nbytes)
             piece = next(filter(None, pieces), b"")
             if len(piece) != nbytes:
                 raise CaptureError(
@@ -255,7 +311,8 @@ class Connection:
         try:
             return FetchedMemory(descriptor, placed, fetch)
         finally:
-            self.call(messages.Stopped, "release", rank, [chunk.block_id for chunk in descriptor.chunks])
+            block_ids = [chunk.block_id for chunk in descriptor.chunks]
+            self.call(messages.Stopped, "release", rank, descriptor.capture_id, block_ids)
 
     def choose_transport(self, transport: str) -> bool:
         """Return whether rows cross in shared memory.
@@ -266,12 +323,14 @@ class Connection:
         """
         if transport not in ("auto", "segment", "inline"):
             raise SpecError(f'transport is "auto", "segment" or "inline", got {transport!r}')
+        if self._llm is None and transport == "inline":
+            raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == "inline":
             return False
         try:
             self.readers()
         except TransportError:
-            if transport == "segment":
+            if transport == "segment" or self._llm is None:
                 raise
             return False
         return True
@@ -318,14 +377,23 @@ def _not_loaded(reason: str) -> PluginNotLoadedError:
 _connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictionary()
 
 
+_connecting = threading.Lock()
+
+
 def connect(llm: Any) -> Connection:
-    """Return the connection to an engine, made on first use and kept as long as the engine object lives."""
+    """Return the connection to an engine, made on first use and kept as long as the engine object lives.
+
+    A connection that was made by `Connection.at` stands for an engine object.
+    """
+    if isinstance(llm, Connection):
+        return llm
     frontend.require_llm(llm)
-    connection = _connections.get(llm)
-    if connection is None:
-        connection = _connections[llm] = Connection(llm)
-    elif connection.wants_rows:
-        connection.greet()
+    with _connecting:  # threads of one engine object share it
+        connection = _connections.get(llm)
+        if connection is None:
+            connection = _connections[llm] = Connection(llm)
+        elif connection.may_change:
+            connection.greet()
     return connection
 
 

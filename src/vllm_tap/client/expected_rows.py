@@ -1,4 +1,4 @@
-"""How many rows a capture will have, as far as its requests tell. Client process."""
+"""The number of rows that a capture will have, as far as its requests tell. Client process."""
 
 from __future__ import annotations
 

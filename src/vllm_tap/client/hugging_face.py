@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
 from vllm_tap.errors import SpecError
+from vllm_tap.spec import Spec
 from vllm_tap.streams import SINGLE_STREAMS
 
 if TYPE_CHECKING:
-    from vllm_tap.client.result import Capture, Sample
+    from vllm_tap.client.model_output import HuggingFaceOutput
 
 HIDDEN: Final = 'Spec(hidden_states="all", embeddings=True, final_hidden_states=True)'
 HIDDEN_WITHOUT_NORM: Final = 'Spec(hidden_states="all", embeddings=True)'
 ROUTER: Final = 'Spec(router_logits="all")'
 
 
-class HuggingFaceOutput(NamedTuple):
-    """What a Hugging Face model returns beside its logits, for a batch of one sequence.
+class Sample(Protocol):
+    """Attributes of a sample that are read here."""
 
-    Attributes:
-        hidden_states: L + 1 tensors [1, R, D]: the embeddings, the residual stream after each decoder layer but the
-            last, and the output of the final norm; of the last one itself where the model has no final norm, as an
-            encoder. None where hidden states were not captured.
-        router_logits: A tensor [R, E] for each layer with experts, in order. None where they were not captured, or
-            where the model has no experts.
-    """
+    @property
+    def hidden_states(self) -> Mapping[int, torch.Tensor]: ...
+    @property
+    def router_logits(self) -> Mapping[int, torch.Tensor]: ...
+    @property
+    def embeddings(self) -> torch.Tensor: ...
+    @property
+    def final_hidden_states(self) -> torch.Tensor: ...
 
-    hidden_states: tuple[torch.Tensor, ...] | None
-    router_logits: tuple[torch.Tensor, ...] | None
+
+class Capture(Protocol):
+    """Attributes of its capture that are read here."""
+
+    spec: Spec
+    layers: dict[str, list[int]]
+    num_layers: int
+    has_final_norm: bool
 
 
 def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
@@ -41,6 +50,8 @@ def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
         raise SpecError(
             f"as_hf needs every position, this capture has positions={capture.spec.positions!r}: leave positions out."
         )
+    from vllm_tap.client.model_output import HuggingFaceOutput
+
     return HuggingFaceOutput(
         _hidden_states(sample, capture) if has_hidden else None,
         _router_logits(sample, capture) if has_router else None,

@@ -25,10 +25,10 @@ FETCH_BYTES = 64 << 20
 
 
 class RankMemory(Protocol):
-    """What `RankRows` reads from."""
+    """Source that `RankRows` reads from."""
 
     placed: Layout[IntArray]
-    """Where the arrays of each block lie, in bytes from the start of the region that holds the block."""
+    """Places of the arrays of each block, in bytes from the start of the region that holds the block."""
 
     def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
         """Return the labels [3, R] of all blocks behind one another, given the rows of each."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 REFRESH_SECONDS: Final = 0.5
-"""How often the workers are asked; a call takes about a millisecond of the engine's time."""
+"""Seconds between two questions to the workers; a call takes about a millisecond of the engine's time."""
 
 NUM_REFRESHES: Final = 20
 """The rate, and the time left, are those of so many refreshes: prompts take rows faster than what they generate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,8 @@ SHOWN = 8
 """Positions that an error message lists."""
 
 
-class Place(NamedTuple):
-    """Where a stream lies in this rank's blocks."""
+class Plane(NamedTuple):
+    """Place of a layer of a stream in this rank's blocks."""
 
     stream: int
     layer: int
@@ -40,7 +41,7 @@ class RankRows:
         self._streams = descriptor.streams
         self._memory = memory
         self.places = {
-            (stream.name, layer): Place(s, i)
+            (stream.name, layer): Plane(s, i)
             for s, stream in enumerate(descriptor.streams)
             for i, layer in enumerate(stream.layers)
         }
@@ -94,11 +95,11 @@ class Choice:
         """
         requests = [(request.sample, request.completion) for request in descriptor.requests]
         if self._last is None or self._last[0] != requests or not np.array_equal(self._last[1], labels):
-            self._last = requests, labels, _choose(descriptor, labels, self._sequences)
+            self._last = requests, labels, choose_rows(descriptor, labels, self._sequences)
         return self._last[2]
 
 
-def _choose(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
+def choose_rows(descriptor: Descriptor, labels: npt.NDArray[np.int32], sequences: Sequences) -> IntArray:
     """Return for every wanted row the row that holds it: the last one written for its sequence and position.
 
     Rows past the end of a sequence (an asynchronous step after a stop, rejected drafts) have no place and fall away, as
@@ -164,14 +165,6 @@ def _raise_missing(descriptor: Descriptor, sequences: Sequences, flat: IntArray,
     sequence, position = sequences.position_of(flat)
     sample, completion = next(key for key, number in sequences.slots.items() if number == sequence[0])
     names = {(r.sample, r.completion): r.request_id for r in descriptor.requests}
-    others = [r.request_id for r in descriptor.requests if r.sample == sample and not _is_of(r, sequences)]
-    advice = "Capture again; if it stays so, run `vllm-tap doctor` and report it."
-    if others:
-        advice = (
-            f"Rows came for this sample from request {others[0]}, and its output is of request "
-            f"{sequences.request_ids[sample]}: give the outputs in the order of the samples, and every request "
-            "a sample number of its own."
-        )
     mine = position[sequence == sequence[0]]
     listed = ", ".join(map(str, mine[:SHOWN])) + (", ..." if len(mine) > SHOWN else "")
     request_id = names.get((sample, completion), "")
@@ -179,9 +172,29 @@ def _raise_missing(descriptor: Descriptor, sequences: Sequences, flat: IntArray,
     raise RowsMissingError(
         f"rank {descriptor.rank}: {len(flat)} of {len(sequences.wanted)} rows {what}; first sample {sample}, request "
         f"{request_id or 'never met by this rank'}, positions {listed}, in {layers}. Nothing of this capture is "
-        f"returned. {advice}",
+        f"returned. {_advice(descriptor, sequences, sample, completion)}",
         sample=sample,
         request_id=request_id,
         positions=mine.tolist(),
         rank=descriptor.rank,
     )
+
+
+def _advice(descriptor: Descriptor, sequences: Sequences, sample: int, completion: int) -> str:
+    """Return what to do about rows of a completion that are missing, by which requests came with which marks."""
+    mine = [request for request in descriptor.requests if (request.sample, request.completion) == (sample, completion)]
+    others = [request.request_id for request in mine if not _is_of(request, sequences)]
+    shared = [key for key, count in Counter((r.sample, r.completion) for r in descriptor.requests).items() if count > 1]
+    if others:
+        return (
+            f"Rows came for this sample from request {others[0]}, and its output is of request "
+            f"{sequences.request_ids[sample]}: give the outputs in the order of the samples, and every request "
+            "a mark of its own."
+        )
+    if mine:
+        return "Capture again; if it stays so, run `vllm-tap doctor` and report it."
+    advice = (
+        "No request came with the mark of this sample: its parameters had no mark, or that of an older Recording or of "
+        f"another sample. Pass what mark(params, {sample}) of this Recording returns, to one request."
+    )
+    return advice + (f" More than one request came with the mark of sample {shared[0][0]}." if shared else "")

@@ -11,19 +11,25 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from vllm_tap.client import marks, missing
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
+from vllm_tap.client.identity import model_facts
+from vllm_tap.client.owned import RowSource
 from vllm_tap.client.rank_rows import Choice, RankRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
+from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
-from vllm_tap.labels import mark
+from vllm_tap.labels import NUM_LABELS, mark
 from vllm_tap.spec import Layers, Spec, nearest, resolve_layers
-from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
+from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, streams_of
+from vllm_tap.vllm import frontend
 
 MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
 
@@ -31,7 +37,7 @@ STAGINGS: Final = ("auto", "staged", "direct")
 
 
 class Recording:
-    """A capture under way in an engine; an engine runs one at a time.
+    """A capture under way in an engine, beside any others.
 
     As a context manager it stops at the end of the block, unless it was finished there. One that nobody holds any more
     is stopped when the next begins.
@@ -40,7 +46,8 @@ class Recording:
     same objects: `finish` then takes some milliseconds less for 100,000 tokens.
 
     Args:
-        llm: A `vllm.LLM`, started without any special argument.
+        llm: A `vllm.LLM`, started without any special argument; or what `Connection.at` returns, in a process that has
+            no engine object.
         spec: What to capture.
         transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
@@ -53,7 +60,7 @@ class Recording:
         SpecError: An argument or a layer that cannot be; or requests wait in the engine, the first Recording of which
             has to send a prompt of its own.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
-        CaptureError: Another capture is under way.
+        CaptureError: A GPU engine runs as many captures as it has room for.
     """
 
     def __init__(
@@ -73,22 +80,27 @@ class Recording:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = spec
+        engine = None if isinstance(llm, Connection) else llm
+        self._model = model_facts(engine) if engine is not None else {}
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._has_ended = False
+        self._llm: Callable[[], Any] = weakref.ref(engine) if engine is not None else lambda: None
+        self._marked_samples: set[int] = set()
         self._connection = connection = connect(llm)
         connection.stop_lost()
         shared = connection.choose_transport(transport)
         self._start = messages.Start(
             capture_id=new_capture_id(),
             streams=_resolve(connection, spec),
-            positions=spec.positions,
+            positions=spec.shipped_positions,
             residual=connection.residual,
             shared=shared,
             clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},
             budget_bytes=budget // len(connection.hellos),
             staging=staging,
             expected_rows=expected_rows if spec.positions == "all" else 0,
+            routing_versions=connection.routing_versions,
         )
         self._starting: Callable[[], object] | None = None
         connection.expect_end(self, self._start)
@@ -122,7 +134,16 @@ class Recording:
 
         Rows that the prefix cache holds never go through the model, so captured requests do not read it; others still
         do.
+
+        Args:
+            params: The request's `vllm.SamplingParams`, or `PoolingParams` where the engine pools.
+            sample: The place of its output in the list that `finish` takes. Each request has a mark of its own.
+
+        Raises:
+            SpecError: An argument that cannot be, or this recording has ended.
+            PositionError: The request will have none of the generated rows that are asked for.
         """
+        sample = self._checked(params, sample)
         return self._marked(copy.deepcopy(params), sample)
 
     def mark_all(self, params: Sequence[Any], *, owned: bool = False) -> list[Any]:
@@ -132,14 +153,36 @@ class Recording:
             params: One for each sample.
             owned: Nobody else holds what these consist of: the engine may write into it.
 
+        Raises:
+            SpecError: As for `mark`.
+            PositionError: As for `mark`.
+
         Cost: unless they are owned, one deep copy for each object among them, however often it occurs (0.1 ms).
         """
+        marks.require_list(params)
+        for sample, given in enumerate(params):
+            self._checked(given, sample)
         copies = {id(given): given for given in params}
         if not owned:
             copies = {key: copy.deepcopy(given) for key, given in copies.items()}
         return [self._marked(copies[id(given)], sample) for sample, given in enumerate(params)]
 
+    def note_marked(self, samples: Iterable[int]) -> None:
+        """Take note of samples whose requests another process sends, marked by `labels.mark` with this `capture_id`."""
+        self._marked_samples.update(samples)
+
+    def _checked(self, params: Any, sample: int) -> int:
+        """Return the number of a sample that may be marked with these parameters."""
+        if self._has_ended:
+            raise SpecError("this Recording has ended: mark the parameters with the one that is under way.")
+        if (llm := self._llm()) is not None:
+            frontend.require_params(llm, params)
+        number = marks.sample_number(sample)
+        missing.check_params(self.spec, params, number)
+        return number
+
     def _marked(self, copied: Any, sample: int) -> Any:
+        self._marked_samples.add(sample)
         marked = copy.copy(copied)
         field = "extra_args" if hasattr(marked, "extra_args") else "extra_kwargs"
         label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1)
@@ -152,8 +195,40 @@ class Recording:
 
     def counts(self) -> tuple[int, int]:
         """Return rows and bytes taken so far, or in all after the end; costs the engine about a millisecond."""
-        states = self._connection.status()
+        states = self._connection.status(self._start.capture_id)
         return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
+
+    @property
+    def capture_id(self) -> str:
+        """Name of the capture in the engine."""
+        return self._start.capture_id
+
+    @property
+    def has_ended(self) -> bool:
+        """True if it was finished or stopped."""
+        return self._has_ended
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position over all streams and layers of this capture, with its labels."""
+        infos = [info for hello in self._connection.hellos for info in hello.streams]
+        layers = {
+            (info.name, layer): info.width * ITEMSIZE[info.dtype]
+            for info in infos
+            for layer in info.layers
+            if layer in self._start.streams.get(info.name, ())
+        }
+        return sum(layers.values()) + NUM_LABELS * LABEL_BYTES * len(self._connection.hellos)
+
+    def take(self) -> HandedOver:
+        """Take hold of the rows that have come since the last time; the capture goes on.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        self.started()
+        call = messages.Take(capture_id=self.capture_id)
+        return self._connection.hand_over(call, self._start.shared)()
 
     def end(self) -> None:
         """Have the workers end the capture, without a wait: `finish` is to follow, and takes what they hand over.
@@ -165,7 +240,9 @@ class Recording:
         """
         self.started()
         if self._finishing is None:
-            self._finishing = self._connection.finish(self._start.capture_id, self._start.shared)
+            self._finishing = self._connection.hand_over(
+                messages.Finish(capture_id=self.capture_id), self._start.shared
+            )
 
     def finish(self, outputs: Sequence[Any]) -> Capture:
         """End the capture and return its rows, checked against what the engine returned.
@@ -175,14 +252,16 @@ class Recording:
                 request, whose rows are dropped.
 
         Raises:
+            SpecError: Something that is no output.
             BudgetError: The rows did not fit the budget.
             RowsMissingError: A row did not arrive, or came for other tokens than the final ones, or from another
-                request than the one that its output names.
+                request than the one that its output names; as where a request had no mark, or that of another.
+            PositionError: A prompt or a completion lacks a position that was asked for.
             EngineDiedError: The engine ended.
         """
         begin = time.perf_counter()
-        outputs = list(outputs)
         try:
+            outputs = marks.checked_outputs(outputs, self._marked_samples)
             self.end()
             sequences = Sequences(outputs, self.spec.positions, self.tokens)  # while the workers finish
         except BaseException:
@@ -191,11 +270,13 @@ class Recording:
         handed_over = self._finished()
         handed = time.perf_counter()
         result = self._check(outputs, sequences, handed_over)
+        result.model = self._model
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
             check=time.perf_counter() - handed,
         )
+        missing.check_result(self.spec, sequences, result)
         return result
 
     def _finished(self) -> HandedOver:
@@ -217,10 +298,14 @@ class Recording:
     def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
         choice = Choice(sequences)
         ranks = [RankRows(descriptor, memory, choice) for descriptor, memory in handed_over if descriptor.streams]
+        return self.new_result(outputs, sequences, ranks)
+
+    def new_result(self, outputs: list[Any], sequences: Sequences, ranks: Sequence[RowSource]) -> Capture:
+        """Return rows as a result of this capture."""
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual
-        routing = self._connection.routing
+        routing = dict(sorted(self._connection.routing.items()))
         for name in ROUTER_STREAMS:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"
@@ -260,10 +345,15 @@ def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
         for stream in streams_of(field):
             available = connection.available(stream)
             reason = connection.why_not(stream)
-            if not available and not reason and (field in SINGLE_FIELDS or has_experts):
+            if not available and not reason and (stream not in ROUTER_STREAMS or has_experts):
                 reason = "no forward pass went through the place where it is taken"
             if reason:
                 raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
+            if not available and getattr(spec, field) == "all" and spec.missing == "error":
+                raise SpecError(
+                    f'{field}="all" chooses no layer: no layer with experts was found in this model. Leave {field} '
+                    'out, or pass Spec(..., missing="skip") to models of either kind.'
+                )
             layers: Layers = getattr(spec, field) if field in LAYERED_FIELDS else "all"
             streams[stream] = tuple(resolve_layers(stream, layers, available, connection.num_layers))
     return streams

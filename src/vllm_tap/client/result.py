@@ -1,34 +1,55 @@
-"""What a user holds after a capture: samples, layers, labelled tensors. Client process."""
+"""Results of a capture in the hands of a user: samples, layers, labelled tensors. Client process."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_tap.client.hugging_face import HuggingFaceOutput, output_of
-from vllm_tap.client.rank_rows import RankRows
+from vllm_tap.client import hints
+from vllm_tap.client.hugging_face import output_of
+from vllm_tap.client.owned import OwnedRows, Place, RowSource
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
 
+if TYPE_CHECKING:
+    from vllm_tap.client.model_output import HuggingFaceOutput
+
+
+class RowLabels(NamedTuple):
+    """Labels of each row: tensors [R], CPU, the same for all streams and layers of a capture.
+
+    Attributes:
+        samples: Number of the prompt, int64.
+        completions: Number of its completion, int64; 0 unless `n` is above 1.
+        positions: Position in the sequence, int32.
+        token_ids: Token at that position, int32.
+    """
+
+    samples: torch.Tensor
+    completions: torch.Tensor
+    positions: torch.Tensor
+    token_ids: torch.Tensor
+
 
 class LayerMap(Mapping[int, torch.Tensor]):
     """One stream of one sample: {layer: Tensor [R, D]}. Negative layers count from the end of the model."""
 
-    def __init__(self, capture: Capture, stream: str, start: int, stop: int) -> None:
-        self._capture, self._stream, self._range = capture, stream, (start, stop)
+    def __init__(self, sample: Sample, stream: str) -> None:
+        self._sample, self._capture, self._stream = sample, sample._capture, stream
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         """Return the rows of a layer.
 
         Returns:
-            Tensor [R, D] in the stream's dtype, CPU, rows in order of position. It may be a view of pages that the
-            engine's process shares read-only: writing into it ends this process; `clone()` gives a copy of your own.
+            Tensor [R, D] in the stream's dtype, CPU, rows in order of position. It may be a view of what this result
+            holds: what you write into it stays in this process, and shows when the same rows are read again. `clone()`
+            gives a copy of its own.
 
         Raises:
             LayerError: The layer is not in this capture.
@@ -37,9 +58,10 @@ class LayerMap(Mapping[int, torch.Tensor]):
             See `Capture.conventions`; the rank of the pipeline stage that holds the layer.
 
         Cost:
-            No copy when the rows lie in one block, else one gather each time. No device sync.
+            No copy when the rows lie in one block, else one gather each time. A page of a view is copied when it is
+            first written. No device sync.
         """
-        return self._capture.rows(self._stream, layer, *self._range)
+        return self._capture.rows(self._stream, layer, *self._sample._range)
 
     def __contains__(self, layer: object) -> bool:
         return self._capture._owner_of(self._stream, layer) is not None
@@ -55,7 +77,10 @@ class LayerMap(Mapping[int, torch.Tensor]):
         return len(self._capture.layers[self._stream])
 
     def __repr__(self) -> str:
-        return f"<{self._stream}: layers {list(self)}, {self._range[1] - self._range[0]} rows>"
+        return f"<{self._stream}: layers {list(self)}, {len(self._sample)} rows>"
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._sample._alone(self._stream), self._stream)
 
 
 class Sample:
@@ -88,6 +113,33 @@ class Sample:
     def token_ids(self) -> torch.Tensor:
         """Token ids at the rows' positions, equal to the final sequence's. Tensor int32 [R]."""
         return torch.from_numpy(self._capture.sequences.token_ids[self._wanted])
+
+    @property
+    def index(self) -> int:
+        """Place of the prompt among those of the call."""
+        return self._slot[0] + self._capture.first_sample
+
+    @property
+    def completion(self) -> int:
+        """Number of the completion of the prompt; 0 unless `n` is above 1."""
+        return self._slot[1]
+
+    @property
+    def output(self) -> Any:
+        """vLLM's output of the prompt, with all its completions."""
+        return self._capture.outputs[self._slot[0]]
+
+    @property
+    def _slot(self) -> tuple[int, int]:
+        return list(self._capture.sequences.slots)[self._number]
+
+    def _alone(self, *streams: str) -> Sample:
+        """Return this sample as that of a capture that holds nothing else; of all streams unless some are named."""
+        return Sample(self._capture._only(self._number, streams or tuple(self._capture.layers)), 0)
+
+    def __reduce__(self) -> Any:
+        alone = self._alone()
+        return Sample, (alone._capture, alone._number)
 
     @property
     def _wanted(self) -> Any:
@@ -127,8 +179,9 @@ class Sample:
         """Return the rows as a Hugging Face model returns them when asked for hidden states and router logits.
 
         Returns:
-            An object with `hidden_states`, L + 1 tensors [1, R, D], and `router_logits`, a tensor [R, E] for each layer
-            with experts; each is None where it was not captured. Model dtype, CPU; see `LayerMap` for their lifetime.
+            A `transformers.utils.ModelOutput` (without transformers, what reads like one) with `hidden_states`, L + 1
+            tensors [1, R, D], and `router_logits`, a tensor [R, E] for each layer with experts; each is None where it
+            was not captured. Model dtype, CPU; see `LayerMap` for their lifetime.
 
         Raises:
             SpecError: The capture lacks positions, layers, embeddings or final hidden states; the message names the
@@ -147,7 +200,7 @@ class Sample:
 
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)
-        return LayerMap(self._capture, stream, *self._range)
+        return LayerMap(self, stream)
 
     def __repr__(self) -> str:
         return f"<Sample: {len(self)} rows of {', '.join(self._capture.layers)}>"
@@ -156,23 +209,32 @@ class Sample:
 class Capture(Sequence[Sample]):
     """The result of a capture: one sample per prompt, in the order of the prompts.
 
+    It can be pickled and copied deeply, as can its samples and their streams: the copy owns its rows.
+
     Attributes:
         outputs: What vLLM returned, in the order of the prompts.
-        layers: {stream: layers captured, ascending}. Empty for router streams of a model without experts.
+        layers: {stream: layers captured, ascending}. Empty for router streams of a model without experts, which
+            only `Spec(missing="skip")` takes.
         conventions: {stream: where its rows come from}; of the router's streams also how it chooses.
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
         spec: What was asked for.
+        model: Name, revision and dtype of the model.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
     """
+
+    # As long as nothing else is known, which is what hints go by.
+    has_final_norm = has_experts = True
+    first_sample = 0
+    """Number of its first sample among the prompts of a stream, whose captures have one sample each."""
 
     def __init__(
         self,
         spec: Spec,
         outputs: list[Any],
         sequences: Sequences,
-        ranks: list[RankRows],
+        ranks: Sequence[RowSource],
         conventions: dict[str, str],
         routing: dict[int, Routing],
         streams: list[str],
@@ -181,12 +243,33 @@ class Capture(Sequence[Sample]):
     ) -> None:
         self.spec, self.outputs, self.sequences, self.conventions = spec, outputs, sequences, conventions
         self.routing, self.num_layers, self.has_final_norm = routing, num_layers, has_final_norm
+        self.has_experts = bool(routing)
         self.seconds: dict[str, float] = {}
-        self._owner: dict[tuple[str, int], RankRows] = {}
+        self.model: dict[str, str] = {}
+        self._owner: dict[Place, RowSource] = {}
         for rank in ranks:
             for place in rank.places:
                 self._owner[place] = rank
         self.layers = {name: sorted(layer for stream, layer in self._owner if stream == name) for name in streams}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": self._owned(0, self.num_rows, tuple(self.layers))}
+
+    def _owned(self, start: int, stop: int, streams: Sequence[str]) -> dict[Place, RowSource]:
+        """Return some rows of some streams as what owns them."""
+        tensors = {place: self.rows(*place, start, stop) for place in self._owner if place[0] in streams}
+        return dict.fromkeys(tensors, OwnedRows(tensors))
+
+    def _only(self, number: int, streams: Sequence[str]) -> Capture:
+        """Return a capture of one sequence of this one, and of some streams."""
+        only = Capture.__new__(Capture)
+        only.__dict__.update(self.__dict__)
+        sample, _ = list(self.sequences.slots)[number]
+        start, stop = (int(bound) for bound in self.sequences.wanted_starts[number : number + 2])
+        only._owner = self._owned(start, stop, streams)
+        only.outputs, only.sequences = [self.outputs[sample]], self.sequences.only(number)
+        only.layers = {name: self.layers[name] for name in streams}
+        return only
 
     def __len__(self) -> int:
         return len(self.outputs)
@@ -216,6 +299,8 @@ class Capture(Sequence[Sample]):
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a layer over all samples, sample after sample; `start` and `stop` are those of a slice.
 
+        `row_labels` says which sample, position and token each of them is of.
+
         Returns:
             Tensor [R, D] in the stream's dtype, CPU; see `LayerMap` for its lifetime.
 
@@ -233,13 +318,30 @@ class Capture(Sequence[Sample]):
         if owner is None:
             raise LayerError(
                 f"layer {layer} was not captured: {stream} of this result has layers {self.layers[stream]}. "
-                f"Capture again with Spec({stream}=[..., {layer}]).",
+                f"{hints.for_layer(self, stream, self._absolute(layer))}",
                 layer=layer,
             )
         start, stop, _ = slice(start, stop).indices(self.num_rows)
         return owner.rows(stream, self._absolute(layer), start, max(stop, start))
 
-    def _owner_of(self, stream: str, layer: object) -> RankRows | None:
+    def row_labels(self, start: int = 0, stop: int | None = None) -> RowLabels:
+        """Return what the rows of `rows(stream, layer, start, stop)` are: sample, completion, position and token.
+
+        Returns:
+            RowLabels: tensors [R], CPU, of their own.
+
+        Cost:
+            Some numpy calls.
+        """
+        sequences = self.sequences
+        flat = sequences.wanted[slice(start, stop)]
+        numbers, positions = sequences.position_of(flat)
+        slots = np.array(list(sequences.slots), np.int64).reshape(-1, 2)
+        samples, completions = (torch.from_numpy(column[numbers]) for column in slots.T)
+        tokens = torch.from_numpy(sequences.token_ids[flat])
+        return RowLabels(samples, completions, torch.from_numpy(positions.astype(np.int32)), tokens)
+
+    def _owner_of(self, stream: str, layer: object) -> RowSource | None:
         """Return who has the rows of a layer; None if it is not in this capture, or no number."""
         return self._owner.get((stream, self._absolute(layer)))
 
@@ -258,9 +360,28 @@ class Capture(Sequence[Sample]):
             SpecError: Not captured.
         """
         if stream not in self.layers:
-            raise SpecError(
-                f'{stream} was not captured: this result has {list(self.layers)}. Use Spec({stream}="all").'
-            )
+            raise SpecError(hints.for_stream(self, stream))
+
+    def save(self, path: Any, *, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> None:
+        """Write everything into a new dataset, which `vllm_tap.open_dataset` reads; it is there whole or not at all.
+
+        Args:
+            path: A folder, or a URL that fsspec knows.
+            metadata: A mapping that JSON can hold, or None, for each sample; it becomes `Sample.metadata`.
+
+        Raises:
+            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full.
+
+        Source:
+            See `conventions`, which the dataset repeats.
+
+        Cost:
+            One pass over the rows to write them, and one for their checksums. Ends when the disk has them.
+        """
+        from vllm_tap.client.identity import versions
+        from vllm_tap.store.save import save
+
+        save(self, path, model=self.model, versions=versions(), metadata=metadata)
 
     @property
     def num_rows(self) -> int:

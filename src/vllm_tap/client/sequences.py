@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -55,6 +56,7 @@ class Sequences:
         request_ids: {sample: what its output says that its request was called}.
         starts: int64 [S + 1], first flat index of each sequence; the rows that exist are the prompt and all generated
             tokens but the last, which never enters the model.
+        prompt_lens: int64 [S], tokens of the prompt of each sequence.
         token_ids: int32 [starts[-1]].
         wanted: int64, the flat indices that the specification asks for, ascending.
         wanted_starts: int64 [S + 1], where the wanted rows of each sequence begin in `wanted`.
@@ -84,17 +86,26 @@ class Sequences:
                 lengths.append(prompt_len + num_generated)
                 prompt_lens.append(prompt_len)
         self.starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        self.prompt_lens = np.array(prompt_lens, np.int64)
         self.token_ids = np.frombuffer(token_ids, np.int32)
-        self.wanted, self.wanted_starts = self._wanted(positions, prompt_lens)
+        self.wanted, self.wanted_starts = self._wanted(positions)
 
-    def _wanted(
-        self, positions: str | tuple[int, ...], prompt_lens: list[int]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _wanted(self, positions: str | tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         if positions == "all":
             return np.arange(self.starts[-1]), self.starts
-        begins = np.zeros(len(prompt_lens), np.int64)
-        wanted = wanted_tokens(positions, np.array(prompt_lens, np.int64), self.starts, begins)
+        wanted = wanted_tokens(positions, self.prompt_lens, self.starts, np.zeros_like(self.prompt_lens))
         return wanted, np.searchsorted(wanted, self.starts)
+
+    def only(self, number: int) -> Sequences:
+        """Return one sequence alone, as that of the first sample."""
+        alone = copy.copy(self)
+        sample, completion = list(self.slots)[number]
+        (start, stop), (first, last) = self.starts[number : number + 2], self.wanted_starts[number : number + 2]
+        alone.slots, alone.request_ids = {(0, completion): 0}, {0: self.request_ids[sample]}
+        alone.starts, alone.wanted_starts = np.array([0, stop - start]), np.array([0, last - first])
+        alone.prompt_lens, alone.token_ids = self.prompt_lens[number : number + 1], self.token_ids[start:stop]
+        alone.wanted = self.wanted[first:last] - start
+        return alone
 
     def position_of(self, flat: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the sequence number and the position of flat indices."""

@@ -1,4 +1,4 @@
-"""What a codec is, and the checks that every codec makes before it allocates.
+"""The base of all codecs, and the checks that each makes before it allocates.
 
 Runs in the worker that encodes and in the client that decodes.
 """

@@ -12,7 +12,7 @@ from vllm_tap.errors import SpecError
 
 
 class Rates(NamedTuple):
-    """What one core does with bfloat16 hidden states."""
+    """Rates of one core with bfloat16 hidden states."""
 
     ratio: float
     encode_gb_per_s: float

@@ -61,7 +61,7 @@ def bfloat16_states(rng: np.random.Generator, size: int) -> bytes:
 
 
 def check_round_trip(codec: Codec, label: str, data: bytes, encoded: bytes, itemsize: int) -> None:
-    """What was encoded decodes to the same bytes, and what is encoded is plain `bytes`."""
+    """Check that encoded bytes are plain `bytes` and decode to the same data."""
     _require(type(encoded) is bytes, label, f"encode returned {type(encoded).__name__}, expected bytes")
     _require(bool(data) or not encoded, label, "no data became some bytes")
     decoded = codec.decode(memoryview(encoded), len(data), itemsize)

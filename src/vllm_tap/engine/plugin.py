@@ -41,26 +41,29 @@ def register() -> None:
     try:
         from vllm_tap.vllm import hooks
 
-        own = {f"vllm_tap_{name}": _rpc(name) for name in RPC_METHODS}
-        legacy = {name: _rpc(name) for name in LEGACY_METHODS}
+        own = {f"vllm_tap_{name}": _rpc(name, "vllm_tap") for name in RPC_METHODS}
+        legacy = {name: _rpc(name, "vllm_tap_legacy") for name in LEGACY_METHODS}
         hooks.install(_on_loaded, hooks.Calls(own | legacy, optional=LEGACY_METHODS))
     except Exception as error:
         logger.warning("vllm-tap is off in this process, plain generation goes on: %s", error)
 
 
 def _on_loaded(worker: Any) -> None:
-    from vllm_tap.engine.legacy.calls import LegacyTapWorker
+    from vllm_tap.engine.legacy.calls import LegacyCalls
+    from vllm_tap.engine.worker import TapWorker
 
-    worker.vllm_tap = LegacyTapWorker.install(worker)
+    worker.vllm_tap = TapWorker.install(worker)
+    worker.vllm_tap_legacy = LegacyCalls(worker.vllm_tap)
 
 
-def _rpc(name: str) -> Callable[..., Any]:
+def _rpc(name: str, owner: str) -> Callable[..., Any]:
+    """Return a method of vLLM's worker that calls one of what its attribute `owner` holds."""
+
     def method(self: Any, *args: Any) -> Any:
-        tap_worker = getattr(self, "vllm_tap", None)
-        if tap_worker is None:
+        if not hasattr(self, "vllm_tap"):
             return _without_taps(name, self.rank)
-        with tap_worker.lock:
-            return getattr(tap_worker, name)(*args)
+        with self.vllm_tap.lock:
+            return getattr(getattr(self, owner), name)(*args)
 
     return method
 

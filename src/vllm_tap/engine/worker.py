@@ -10,25 +10,30 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+import torch
+from msgspec import structs
 
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
-from vllm_tap.engine.capture.idle import PoolKeeper
 from vllm_tap.engine.capture.interfaces import Backend, Sink
+from vllm_tap.engine.capture.look import some_rows
+from vllm_tap.engine.capture.memory import Pools
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
-from vllm_tap.engine.model.install import ModelTaps, by_shape
+from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
+from vllm_tap.engine.model.stack import by_shape
 from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
-from vllm_tap.errors import CaptureError, TapError
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
-from vllm_tap.streams import SOURCES
+from vllm_tap.streams import ROUTER_STREAMS, SOURCES
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
@@ -40,10 +45,16 @@ from vllm_tap.vllm.runner import Batch
 logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 1.0
-"""How long a step with requests of an unknown capture waits for calls that have come and are not handled."""
+"""Seconds that a step with requests of an unknown capture waits for calls that have come and are not handled."""
+
+MOST_COUNTED: Final = 256
+"""Captures that have ended whose rows are still known to `status`."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
+
+
+S = TypeVar("S", bound=Session)
 
 
 def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]:
@@ -68,7 +79,12 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
 
 
 class TapWorker(vllm_runner.Recorder):
-    """The taps of a worker's model, its pools of segments, and the capture under way, if any."""
+    """The taps of a worker's model, its pools of segments, and the captures under way.
+
+    Attributes:
+        rank: Of the worker in its engine.
+        refusal: Why nothing can be captured here, or an empty string.
+    """
 
     def __init__(self, worker: Any) -> None:
         super().__init__()
@@ -77,11 +93,9 @@ class TapWorker(vllm_runner.Recorder):
         self.refusal = ""
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
-        self._session: Session | None = None
-        self._counts = 0, 0
-        self._pools: dict[bool, SegmentPool] = {}
-        self._every_pool: list[SegmentPool] = []
-        self._keeper: PoolKeeper | None = None
+        self._sessions: dict[str, Session] = {}
+        self._counts: dict[str, tuple[int, int]] = {}  # rows and bytes of captures that have ended
+        self._pools: Pools | None = None
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._profile: Profile | None = None
@@ -94,7 +108,8 @@ class TapWorker(vllm_runner.Recorder):
         try:
             model = vllm_model.find_model(worker)
             self._backend = choose_backend(worker, self.lock)
-            self._keeper = PoolKeeper(self._every_pool, self._backend.is_quiet)
+            self._pools = Pools(self._backend)
+            self._closing.append(self._pools)
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
@@ -104,72 +119,126 @@ class TapWorker(vllm_runner.Recorder):
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
         return self
 
+    @property
+    def taps(self) -> ModelTaps | None:
+        """The taps of the model; None if they do not fit."""
+        return self._taps
+
     # ------------------------------------------------------------------------------------------ the runner's reports
 
     def expect(self, marks: Sequence[Mark]) -> None:
         # A client sends the start of a capture before its requests, and need not have waited for it to be handled.
-        session = self._session
-        known = session.start.capture_id if session is not None else ""
-        if self._calls is not None and any(mark.capture_id != known for mark in marks):
+        if self._calls is not None and any(mark.capture_id not in self._sessions for mark in marks):
             self._calls.settle(PATIENCE_SECONDS)
 
+    def scheduled(self, request_id: str) -> None:
+        for session in self._sessions.values():
+            session.scheduled(request_id)
+
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
-        if self._session is not None:
-            self._session.meet(request_id, mark, prompt_len, generates)
+        session = self._sessions.get(mark.capture_id)
+        if session is not None:
+            session.meet(request_id, mark, prompt_len, generates)
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        for session in self._sessions.values():
+            session.forget(request_ids)
 
     def arm(self, batch: Batch) -> None:
-        if self._session is not None:
-            self._session.arm(batch)
+        for session in self._sessions.values():
+            if session.is_new:
+                self._note_routers(session)
+            session.arm(batch)
 
     def drain(self) -> None:
-        if self._session is not None:
-            self._session.drain()
+        for session in self._sessions.values():
+            session.drain()
+        if self._taps is not None:
+            self._taps.end_pass()
 
     def sampled(self) -> None:
-        if self._session is not None:
-            self._session.send()
+        for session in self._sessions.values():
+            session.send()
 
     def rest(self) -> None:
-        if self._session is not None:
-            self._session.rest()
+        for session in self._sessions.values():
+            session.rest()
 
     def disarm(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
+            self._taps.end_pass()
+
+    def _note_routers(self, session: Session) -> None:
+        """Before the first step of a capture, when the weights are those that it runs with."""
+        session.is_new = False
+        try:
+            assert self._taps is not None
+            session.biases = self._taps.routers.biases()
+        except Exception as error:
+            session.fail(error)
 
     # ----------------------------------------------------------------------------------------------- what clients call
 
     @_replying
     def open(self) -> messages.Hello:
-        """Say what can be captured here."""
-        refusal, taps, worker = self.refusal, self._taps, self._worker
+        """Say what can be captured here; in the engine's own thread."""
         if self._backend is not None:
             self._backend.note_stream()
+        if self._taps is not None and not self.refusal:
+            self._pass_dummy_rows(self._taps)
+        return self._hello()
+
+    def _hello(self) -> messages.Hello:
+        """Say what can be captured here, as far as the forward passes until now have shown."""
+        refusal, taps, worker = self.refusal, self._taps, self._worker
         verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
         streams: tuple[messages.StreamInfo, ...] = ()
         if taps is not None and not refusal:
-            self._pass_dummy_rows(taps)
             refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
             streams = tuple(self._streams(taps, verdict.convention, reasons))
         rank = vllm_runner.read_rank(worker)
-        unclear = {verdict.reason, *(found.reason for found in routing.values())}
+        wants_rows = verdict.wants_rows or any(found.reason == NO_ROWS for found in routing.values())
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
             engine=facts.vllm_version(),
             runner=vllm_runner.runner_name(worker.model_runner),
             device=worker.device.type,
-            num_layers=taps.model.num_layers if taps else 0,
+            num_layers=taps.num_layers if taps else 0,
             streams=streams,
             residual=verdict.convention,
             reasons=reasons,
-            routing={} if rank.tp_rank else routing,
-            wants_rows=self._eager_rows() if NO_ROWS in unclear else 0,
+            routing=self._share_of(routing),
+            routing_version=taps.routers.version if taps else 0,
+            wants_rows=self._eager_rows() if wants_rows else 0,
+            may_change=taps is not None and not refusal and (wants_rows or taps.may_change),
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,
             refusal=refusal,
         )
+
+    def ready_taps(self) -> ModelTaps:
+        """Return the taps, which have seen a forward pass.
+
+        Raises:
+            EngineUnsupportedError: Nothing can be captured here, or no forward pass has gone through yet.
+        """
+        if self.refusal or self._taps is None:
+            raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
+        self._pass_dummy_rows(self._taps)
+        if not self._taps.seen:
+            raise EngineUnsupportedError("no forward pass has gone through this engine yet: send it a request first.")
+        return self._taps
+
+    def is_first_rank(self) -> bool:
+        """Tell whether this is the first of the tensor-parallel ranks, which hold the same rows."""
+        return not vllm_runner.read_rank(self._worker).tp_rank
+
+    def new_memory(self, owner: Hashable) -> SegmentPool:
+        """Return memory for an owner in this process, whose rows are read here."""
+        return self._memory().add(owner, shared=False)
 
     def _pass_dummy_rows(self, taps: ModelTaps) -> None:
         """Have the taps learn shapes, if they have seen nothing yet.
@@ -199,52 +268,79 @@ class TapWorker(vllm_runner.Recorder):
     @_replying
     def _answer(self, data: bytes) -> messages.Message:
         message = messages.decode_call(data)
+        if isinstance(message, messages.Greet):
+            # No forward pass: ranks would run it at different times, and wait for each other in different steps.
+            return self._hello()
         if isinstance(message, messages.Start):
             return self.start(message)
+        if isinstance(message, messages.Take):
+            return self.take(message)
         return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
-        """Begin a capture: take what memory it needs and let marked requests through."""
-        if self._session is not None:
-            raise CaptureError(
-                f"capture {self._session.start.capture_id} is under way: an engine serves one capture at a time. "
-                "Wait for it to end, or stop the Recording that it is of."
-            )
-        if start.shared and not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
+        """Begin a capture beside those under way: take what memory it needs and let marked requests through."""
+        self._require_new(start.capture_id)
+        if not start.shared:
+            self._memory().add(start.capture_id, shared=False)
+        elif not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
             raise CaptureError(f"rank {self.rank}: the client of capture {start.capture_id} is not connected any more.")
-        assert self._keeper is not None
-        self._keeper.keep()
         try:
-            self._session = self._new_session(start)
+            session = self.begin(start, tuple(self._share(start)), self._owner(start), Session)
         except Exception:
-            self._keeper.linger()
+            if not start.shared:
+                self._memory().drop(start.capture_id)
             raise
-        self._closing.append(self._session)
         # Last: the driver may let nobody else in while it pins memory.
-        self._grow_ahead(self._session)
-        return messages.Started(rank=self.rank, streams=self._session.streams)
+        self._grow_ahead(session)
+        return messages.Started(rank=self.rank, streams=session.streams)
 
-    def _new_session(self, start: messages.Start) -> Session:
-        assert self._taps is not None
-        streams = tuple(self._share(start))
-        for (stream, _), place in self._taps.by_place.items():
-            place.mode = MODES.get(start.residual, ADD) if stream == "hidden_states" else ADD
-        pool = self._pool(start.shared)
-        pool.budget_bytes = start.budget_bytes
-        sink = self._sink(start, streams, pool)
-        return Session(start, self.rank, streams, sink, pool, self._taps.rows)
+    def begin(
+        self, start: messages.Start, streams: tuple[Stream, ...], owner: Hashable, new_session: Callable[..., S]
+    ) -> S:
+        """Begin a capture of these streams, in memory of an owner; see `memory`.
+
+        Raises:
+            TapError: It cannot begin; nothing has been taken.
+        """
+        self._require_new(start.capture_id)
+        pools = self._memory()
+        pool = pools.of(owner)
+        pools.keep(owner)
+        try:
+            sink = self._sink(start, streams, pool)
+        except Exception:
+            pools.linger(owner)
+            raise
+        session = new_session(start, self.rank, streams, sink, pool.open_account(start.budget_bytes))
+        self._sessions[start.capture_id] = session
+        self._closing.append(session)
+        return session
+
+    def _require_new(self, capture_id: str) -> None:
+        if capture_id in self._sessions:
+            raise CaptureError(f"capture {capture_id} is under way already: each needs a name of its own.")
+
+    def _memory(self) -> Pools:
+        if self._pools is None:
+            raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
+        return self._pools
+
+    def _owner(self, start: messages.Start) -> Hashable:
+        """Return whose memory the rows of a capture lie in."""
+        return start.clients[self.rank] if start.shared else start.capture_id
 
     def _grow_ahead(self, session: Session) -> None:
         """Have memory for all rows that are expected prepared in the background."""
         start, streams = session.start, session.streams
         expected = block_bytes(start.expected_rows, streams)
         largest = block_bytes(min(start.expected_rows, vllm_runner.max_rows(self._worker)), streams)
-        self._pool(start.shared).grow_ahead(expected + expected // SLACK, largest)
+        session.account.pool.grow_ahead(expected + expected // SLACK, largest)
 
     def _sink(self, start: messages.Start, streams: tuple[Stream, ...], pool: SegmentPool) -> Sink:
         assert self._taps is not None
         assert self._backend is not None
-        return self._backend.new_sink(streams, self._taps.by_place, pool, start.staging)
+        modes = {"hidden_states": MODES.get(start.residual, ADD)}
+        return self._backend.new_sink(streams, self._taps.by_place, modes, pool, start.staging)
 
     def _share(self, start: messages.Start) -> Iterable[Stream]:
         """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
@@ -262,49 +358,88 @@ class TapWorker(vllm_runner.Recorder):
         """End a capture and hand its blocks over."""
         session = self._require(finish.capture_id)
         try:
-            descriptor = session.finish()
+            descriptor = self._with_routing(session, session.finish())
             if session.start.shared:
                 self._shared_server().publish(session.client, session.block_ids)
         except Exception:
             self._abandon(session)
             raise
-        self._close(session)
+        self.end(session)
         return descriptor
 
+    def take(self, take: messages.Take) -> messages.Descriptor:
+        """Hand over what a capture has taken since the last time; it goes on."""
+        session = self._require(take.capture_id)
+        try:
+            block_ids = session.block_ids
+            descriptor = self._with_routing(session, session.take())
+            if session.start.shared:
+                self._shared_server().publish(session.client, block_ids)
+        except Exception:
+            self._abandon(session)
+            raise
+        return descriptor
+
+    def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:
+        """Add how routers choose, as it holds for the rows of a capture, unless the client knows it."""
+        assert self._taps is not None
+        pool = session.account.pool
+
+        def rows_of(layer: int) -> list[torch.Tensor]:
+            return some_rows(descriptor, lambda number: pool.segment(number).view, layer, ROUTER_STREAMS)
+
+        version, routing = self._taps.routers.check(session.biases, rows_of)
+        if version == session.start.routing_versions.get(self.rank):
+            return descriptor
+        return structs.replace(descriptor, routing_version=version, routing=self._share_of(routing))
+
+    def _share_of(self, routing: dict[int, Routing]) -> dict[int, Routing]:
+        """Return what this rank says: tensor-parallel ranks share the layers out as they do their rows."""
+        rank = vllm_runner.read_rank(self._worker)
+        return {layer: found for layer, found in routing.items() if layer % rank.tp_size == rank.tp_rank}
+
     def stop(self, stop: messages.Stop) -> messages.Stopped:
-        """Abandon a capture, if it is the one under way."""
-        if self._session is not None and self._session.start.capture_id == stop.capture_id:
-            self._abandon(self._session)
+        """Abandon a capture, if it is under way, and let go of what it sends through calls."""
+        session = self._sessions.get(stop.capture_id)
+        if session is not None:
+            self._abandon(session)
+        elif self._pools is not None:
+            self._pools.drop(stop.capture_id)
         return messages.Stopped(rank=self.rank)
 
-    def fetch(self, rank: int, segment_id: int, offset: int, nbytes: int) -> bytes:
-        """Return bytes of an inline block; nothing if it is that of another rank, or there is none."""
+    def fetch(self, rank: int, capture_id: str, segment_id: int, offset: int, nbytes: int) -> bytes:
+        """Return bytes of an inline block of a capture; nothing if it is that of another rank, or there is none."""
         if rank != self.rank:
             return b""
         try:
-            return bytes(self._pool(False).segment(segment_id).view[offset : offset + nbytes])
+            return bytes(self._memory().of(capture_id).segment(segment_id).view[offset : offset + nbytes])
         except TapError:
             logger.exception("vllm-tap: fetch failed")
             return b""
 
     @_replying
-    def release(self, rank: int, block_ids: list[int]) -> messages.Stopped:
-        """Free inline blocks."""
-        for block_id in block_ids if rank == self.rank else ():
-            self._pool(False).release(block_id)
+    def release(self, rank: int, capture_id: str, block_ids: list[int]) -> messages.Stopped:
+        """Free inline blocks of a capture; all of its memory with the last ones, if it has ended."""
+        if rank == self.rank:
+            pool = self._memory().of(capture_id)
+            for block_id in block_ids:
+                pool.release(block_id)
+            if capture_id not in self._sessions and not pool.stats().num_blocks:
+                self._memory().drop(capture_id)
         return messages.Stopped(rank=self.rank)
 
-    def status(self) -> dict[str, int | str]:
+    def status(self, capture_id: str = "") -> dict[str, Any]:
         """Say what this worker holds, in plain values.
 
-        Rows and their bytes are those of the capture under way, or of the last one that ended.
+        Rows and their bytes are those of a capture, under way or ended not long ago; of all under way, or of the last
+        that ended, unless one is named.
         """
-        stats = [pool.stats() for pool in self._every_pool]
-        num_rows, num_bytes = (self._session.num_rows, self._session.num_bytes) if self._session else self._counts
+        stats = self._pools.stats() if self._pools is not None else []
+        num_rows, num_bytes = self._count(capture_id)
         return {
             "rank": self.rank,
             "pid": os.getpid(),
-            "capture_id": self._session.start.capture_id if self._session else "",
+            "captures": list(self._sessions),
             "num_rows": num_rows,
             "num_bytes": num_bytes,
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
@@ -314,6 +449,13 @@ class TapWorker(vllm_runner.Recorder):
             "num_blocks": sum(s.num_blocks for s in stats),
             "is_preparing": self._taps.rows.is_preparing if self._taps else False,
         }
+
+    def _count(self, capture_id: str) -> tuple[int, int]:
+        under_way = {name: (session.num_rows, session.num_bytes) for name, session in self._sessions.items()}
+        if capture_id:
+            return {**self._counts, **under_way}.get(capture_id, (0, 0))
+        counts = list(under_way.values()) or list(self._counts.values())[-1:]
+        return sum(rows for rows, _ in counts), sum(nbytes for _, nbytes in counts)
 
     def profile(self, kind: str) -> Figures:
         """Begin to time parts of this worker: "host" for its methods in seconds, "dma" for copies of a CUDA engine.
@@ -345,40 +487,32 @@ class TapWorker(vllm_runner.Recorder):
     # ------------------------------------------------------------------------------------------------------- the rest
 
     def _require(self, capture_id: str) -> Session:
-        if self._session is None or self._session.start.capture_id != capture_id:
+        if capture_id not in self._sessions:
             raise CaptureError(f"capture {capture_id} is not under way here: it was ended or never started")
-        return self._session
+        return self._sessions[capture_id]
 
-    def _close(self, session: Session) -> None:
-        self._session = None
-        self._counts = session.num_rows, session.num_bytes
+    def end(self, session: Session, owner: Hashable | None = None) -> None:
+        """End a capture, whose blocks stay; by default in the memory of its client."""
+        name = session.start.capture_id
+        self._sessions.pop(name, None)
+        self._counts.pop(name, None)
+        self._counts[name] = session.num_rows, session.num_bytes
+        if len(self._counts) > MOST_COUNTED:
+            del self._counts[next(iter(self._counts))]
         if session in self._closing:
             self._closing.remove(session)
-        assert self._keeper is not None
-        self._keeper.linger()
+        self._memory().linger(self._owner(session.start) if owner is None else owner)
         session.close()
 
     def _abandon(self, session: Session) -> None:
-        self._close(session)
-        pool = self._pool(session.start.shared)
-        for block_id in session.block_ids:
-            pool.release(block_id)
-
-    def _pool(self, shared: bool) -> SegmentPool:
-        if shared not in self._pools:
-            self._pools[shared] = self._new_pool(shared)
-        return self._pools[shared]
-
-    def _new_pool(self, shared: bool) -> SegmentPool:
-        assert self._backend is not None
-        pool = self._backend.new_pool(shared)
-        self._every_pool.append(pool)
-        self._closing.append(pool)
-        return pool
+        self.end(session)
+        session.release()
+        if not session.start.shared:
+            self._memory().drop(session.start.capture_id)
 
     def _shared_server(self) -> SegmentServer:
         if self._server is None:
-            self._server = SegmentServer(self._pool(True))
+            self._server = SegmentServer(self._memory().add_client)
             self._server.on_disconnect = weakly(self._client_gone)
             self._closing.append(self._server)
         return self._server
@@ -386,9 +520,10 @@ class TapWorker(vllm_runner.Recorder):
     def _client_gone(self, client: int) -> None:
         assert self._backend is not None
         with self.lock, self._backend.on_stream():
-            session = self._session
-            if session is not None and session.start.shared and session.client == client:
-                self._abandon(session)
+            for session in list(self._sessions.values()):
+                if session.start.shared and session.client == client:
+                    self._abandon(session)
+        self._memory().drop(client)
 
     def _call_server(self) -> CallServer:
         if self._calls is None:

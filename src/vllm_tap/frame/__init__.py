@@ -1,1 +1,1 @@
-"""What crosses between worker and client: messages on the control channel, and the layout of a block in memory."""
+"""Forms of what crosses between worker and client: messages, and the layout of a block in memory."""

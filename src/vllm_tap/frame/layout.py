@@ -1,4 +1,4 @@
-"""Where the arrays of a block lie. A pure function of the row count and the streams, used by worker and client alike.
+"""Layout of the arrays of a block. A pure function of the row count and the streams, used by worker and client alike.
 
 A block holds the rows of one step: the label arrays, then for every stream one plane [num_rows, width] per layer. All
 planes of a stream are adjacent. The start of a stream is a multiple of its row size, counted from the start of the

@@ -1,6 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Start`, `Finish` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`, `Stopped` or `Failure`.
+A call is one of `Greet`, `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`,
+`Stopped` or `Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -17,7 +18,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -33,13 +34,13 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Versioned(msgspec.Struct):
-    """What is read of a message whose fields are not known."""
+    """Part that is read of a message whose fields are not known."""
 
     version: int
 
 
 class Rank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker stands in the engine."""
+    """Place of a worker in the engine."""
 
     rank: int
     tp_rank: int
@@ -58,13 +59,19 @@ class StreamInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     convention: str
 
 
+class Greet(Message, frozen=True, tag=True, kw_only=True):
+    """Call of a process that has a worker's address and no engine object; the reply is `Hello`."""
+
+
 class Hello(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `vllm_tap_open`: what this worker can capture, or why it cannot.
+    """Reply to `vllm_tap_open` and to `Greet`: what this worker can capture, or why it cannot.
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
     of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention.
-    `routing` says how the router of each layer of this stage chooses; of tensor-parallel ranks, the first one says it.
+    `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
+    of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
+    `routing_version` rises whenever it changes.
     `address` is the socket that hands out segments, `calls` the one that takes calls.
     """
 
@@ -78,7 +85,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     residual: str
     reasons: dict[str, str]
     routing: dict[int, Routing]
+    routing_version: int = 0
     wants_rows: int
+    may_change: bool = False
     address: str
     calls: str
     refusal: str
@@ -88,7 +97,8 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     """Call that begins a capture, the same for every worker; the reply is `Started`.
 
     `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
-    the worker prepare memory ahead; 0 if unknown.
+    the worker prepare memory ahead; 0 if unknown. `routing_versions` gives each rank the version of its `routing` that
+    the client knows.
     """
 
     capture_id: str
@@ -100,10 +110,17 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     budget_bytes: int
     staging: str
     expected_rows: int
+    routing_versions: dict[int, int] = {}
 
 
 class Finish(Message, frozen=True, tag=True, kw_only=True):
     """Call that ends a capture; the reply is its `Descriptor`."""
+
+    capture_id: str
+
+
+class Take(Message, frozen=True, tag=True, kw_only=True):
+    """Call that hands over what a capture has taken since the last one; it goes on. The reply is a `Descriptor`."""
 
     capture_id: str
 
@@ -143,19 +160,24 @@ BLOCK_FIELDS: Final = ("chunk", "offset", "num_rows")
 
 
 class Descriptor(Message, frozen=True, tag=True, kw_only=True):
-    """Reply to `Finish`: everything a client needs to find its rows in the segments of one rank.
+    """Reply to `Finish` and `Take`: everything a client needs to find its rows in the segments of one rank.
 
-    `blocks` is an int64 array [B, 3], one row per step in the order of the steps, little-endian.
+    `requests` are those met since the last `Take`, of which the first has the number `first_request`. `blocks` is an
+    int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what `Hello` says, as it
+    holds for the rows of this capture; None if the client knows its version.
     """
 
     rank: int
     capture_id: str
     streams: tuple[Stream, ...]
     requests: tuple[Request, ...]
+    first_request: int = 0
     chunks: tuple[Chunk, ...]
     blocks: bytes
     byte_order: str
     wait_seconds: float
+    routing_version: int = 0
+    routing: dict[int, Routing] | None = None
 
     def table(self) -> IntArray:
         """Return `blocks` as an array [B, 3].
@@ -222,7 +244,7 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Start | Finish | Stop
+Call = Greet | Start | Finish | Take | Stop
 
 Reply = Hello | Started | Descriptor | Stopped | Failure
 

@@ -1,4 +1,4 @@
-"""How a router turns logits into experts and weights, as a worker states it to the client. Runs in both."""
+"""Statement of how a router turns logits into experts and weights, from a worker to the client. Runs in both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNKNOWN: Final = "unknown"
 
 
 class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the router of one layer chooses K of E experts by the logits of a token, and weights them.
+    """Rule by which the router of one layer chooses K of E experts by the logits of a token, and weights them.
 
     Each expert has a score, a function of the logits. The K experts of the highest score, or score + bias, are chosen.
     With groups (neighbouring experts, E / num_groups each) only those of the `num_chosen_groups` highest groups can be;

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from vllm_tap.client import hints
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import LayerError, SpecError
 from vllm_tap.legacy import runs
@@ -60,7 +61,7 @@ def capture(
         raise SpecError(f"stream={stream!r} is not known.{nearest(stream, STREAMS)}")
     clauses = _clauses(prompts, select, per_prompt_selects)
     chosen = "all" if layers is None else list(layers)
-    spec = Spec(**{stream: chosen}, positions=covering(clauses))  # type: ignore[arg-type]
+    spec = Spec(**{stream: chosen}, positions=covering(clauses), missing="skip")  # type: ignore[arg-type]
     cast = _dtype(dtype)
     if pools(llm):
         if sampling or max_tokens != 1:
@@ -92,7 +93,7 @@ def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
 
 
 class RowLabels:
-    """What each row of a layer is: the same for all layers of a capture.
+    """Labels of the rows of a layer: the same for all layers of a capture.
 
     Attributes:
         req_ids: vLLM's name of the row's request, list of strings [R].
@@ -146,8 +147,8 @@ class CaptureResult:
         """Return the selected rows of a layer over all samples, sample after sample.
 
         Returns:
-            Tensor [R, D] in the stream's dtype or the one that was asked for, CPU. It may be a view of pages that are
-            read-only: `clone()` before writing into it.
+            Tensor [R, D] in the stream's dtype or the one that was asked for, CPU. It may be a view of what this result
+            holds: what you write into it shows when the same rows are read again, and `clone()` gives a copy.
 
         Raises:
             LayerError: The layer is not in this capture.
@@ -201,10 +202,15 @@ class CaptureResult:
     def _require(self, layer: int) -> None:
         if layer not in self.layer_ids:
             raise LayerError(
-                f"layer {layer} was not captured: this result has layers {self.layer_ids}. "
-                f"Capture again with layers=[..., {layer}].",
+                f"layer {layer} was not captured: this result has layers {self.layer_ids}. {self._advice(layer)}",
                 layer=layer,
             )
+
+    def _advice(self, layer: int) -> str:
+        if not isinstance(layer, int) or layer < 0:
+            return "Name one of them: layers count from 0."
+        advice = hints.for_layer(self._result, self._stream, layer)
+        return f"Capture again with layers={sorted({*self.layer_ids, layer})}." if "Spec(" in advice else advice
 
     def _piece(self, i: int) -> slice:
         number = range(len(self))[i]

@@ -1,4 +1,4 @@
-"""What users import as `vllm.hidden_states`: payloads to tensors, summaries, and how to know a mixture of experts.
+"""Functions that users import as `vllm.hidden_states`: payloads to tensors, summaries, and a test for experts.
 
 Runs in the client.
 """

@@ -1,4 +1,4 @@
-"""How router logits spread tokens over experts: the old `analyze_expert_usage`.
+"""Spread of tokens over experts by router logits: the old `analyze_expert_usage`.
 
 Runs in the client.
 """
@@ -16,7 +16,7 @@ TokenRange = tuple[int | None, int | None]
 
 
 class ExpertUsage(TypedDict):
-    """What `analyze_expert_usage` returns, by layer."""
+    """Result of `analyze_expert_usage`, by layer."""
 
     expert_selection: dict[int, torch.Tensor]
     expert_weights: dict[int, torch.Tensor]

@@ -28,8 +28,8 @@ def get_all_hidden_states(llm: Any, texts: Any, split_by_samples: bool = True) -
 
     Returns:
         (states, outputs of `LLM.embed`). States are [sample][layer] Tensor [R, D]; not split, [layer] Tensor [T, D],
-        text after text. Model dtype, CPU, rows in order of position. They may be views of pages that are read-only:
-        `clone()` before writing into one.
+        text after text. Model dtype, CPU, rows in order of position. They may be views of one result: what
+        you write into them shows wherever the same rows are read again.
 
     Raises:
         TapError: As `vllm_tap.capture`; a SpecError where the engine generates.

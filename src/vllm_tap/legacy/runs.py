@@ -12,7 +12,7 @@ from vllm_tap.spec import Spec
 from vllm_tap.vllm import frontend
 
 HIDDEN = Spec(hidden_states="all")
-ROUTER = Spec(router_logits="all")
+ROUTER = Spec(router_logits="all", missing="skip")
 
 
 def embed(llm: Any, texts: Any, spec: Spec) -> Capture:

@@ -30,7 +30,7 @@ Window = tuple[int, int | None]
 
 
 class Matchers(NamedTuple):
-    """What one side of a clause (include or exclude) matches in one phase."""
+    """Matches of one side of a clause (include or exclude) in one phase."""
 
     everything: bool = False
     tokens: tuple[int, ...] | None = None
@@ -39,7 +39,7 @@ class Matchers(NamedTuple):
 
     @property
     def given(self) -> bool:
-        """Whether the clause names the phase on this side."""
+        """True if the clause names the phase on this side."""
         return self != Matchers()
 
     def match(self, at: IntArray, length: int | None, token_ids: IntArray) -> Mask:

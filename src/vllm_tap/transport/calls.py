@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 
 from vllm_tap.errors import DescriptorError, TransportError
 from vllm_tap.frame.messages import MAX_MESSAGE_BYTES
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class CallServer:
         self._connections: set[socket.socket] = set()
         self._busy: set[socket.socket] = set()
         self._listener = _listen(self.address)
-        threading.Thread(target=self._accept, name="vllm-tap-calls", daemon=True).start()
+        threads.start("vllm-tap-calls", self._accept, stop=self.close)
 
     def close(self) -> None:
         """End the listener and all connections; a call that is being handled is finished, its reply is dropped."""
@@ -114,7 +114,7 @@ class CallServer:
             return
         connection.settimeout(None)  # whatever `socket.setdefaulttimeout` says
         try:
-            threading.Thread(target=self._serve, args=(connection,), name="vllm-tap-calls-client", daemon=True).start()
+            threads.start("vllm-tap-calls-client", self._serve, connection, stop=self.close)
         except RuntimeError as error:
             logger.error("refused a client of calls: %s", error)
             self._drop(connection)
@@ -188,7 +188,7 @@ class Caller:
 
     @property
     def alive(self) -> bool:
-        """Whether all connections stand: False as soon as the worker has gone or has closed one of them."""
+        """True while all connections stand: False as soon as the worker has gone or has closed one of them."""
         if self._closed or os.getpid() != self._pid:
             return False
         with self._lock:
@@ -313,7 +313,7 @@ class _Call:
 
     @property
     def begun(self) -> bool:
-        """Whether the worker may know of this call."""
+        """True if the worker may know of this call."""
         return bool(self._sent)
 
     def send(self, connection: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What worker and client say to each other over the socket: packets of little-endian integers, no names, no objects.
+"""Packets of worker and client on the socket: little-endian integers, no names, no objects.
 
 Used by both processes.
 

@@ -1,4 +1,4 @@
-"""What is taken for granted of vLLM's inside: `host` asks here why, docs/vllm-support.md is rendered from here.
+"""Names of vLLM's inside that are taken for granted: `facts` asks here why, docs/vllm-support.md is rendered from here.
 
 Runs in every process; imports nothing of vLLM.
 """
@@ -76,8 +76,9 @@ V2_ROWS: Final = Assumption(
 
 REQUESTS: Final = (
     Assumption(
-        "vllm.v1.core.sched.output.SchedulerOutput", ("scheduled_new_reqs", "total_num_scheduled_tokens"),
-        "to meet captured requests, and to see that the engine has nothing more to compute",
+        "vllm.v1.core.sched.output.SchedulerOutput",
+        ("scheduled_new_reqs", "finished_req_ids", "total_num_scheduled_tokens"),
+        "to meet captured requests and let go of them, and to see that the engine has nothing more to compute",
     ),
     Assumption(
         "vllm.v1.core.sched.output.NewRequestData",
@@ -293,6 +294,10 @@ PARTS: Final = (
                 "vllm.v1.engine.core_client.EngineCoreClient", ("add_request", "get_output"),
                 "to let the first step begin before more requests come, and to end a capture with the last output",
                 _NO_CLIENT,
+            ),
+            Assumption(
+                "vllm.v1.engine.core_client.EngineCoreClient", ("shutdown",),
+                "to end an engine before its object goes", "`vllm_tap.shutdown` fails",
             ),
             Assumption(
                 "vllm.config.scheduler.SchedulerConfig", ("max_num_batched_tokens",),

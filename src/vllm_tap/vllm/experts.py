@@ -1,4 +1,4 @@
-"""Where the experts of a decoder layer are, and what their router states: the part of `host` that is about experts.
+"""The experts of a decoder layer, and what their router states.
 
 Runs in the worker process. Imports nothing of vLLM; `assumptions` lists the names.
 """
@@ -86,6 +86,12 @@ def keeps_tensors(experts: Experts) -> bool:
         and type(routed).__name__ == "RoutedExperts"  # that of 0.33 which substitutes experts writes other ids
         and type(kernel).__name__ in READ_ONLY_KERNELS
     )
+
+
+def bias_of(experts: Experts) -> torch.Tensor | None:
+    """Return the tensor by which a router chooses beside its scores, as it is now; None without one."""
+    bias = getattr(experts.router, "e_score_correction_bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
 
 
 def read_routing(experts: Experts) -> Routing:

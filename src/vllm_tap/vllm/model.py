@@ -5,31 +5,31 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_tap.errors import EngineUnsupportedError
+from vllm_tap.vllm.decoder import Stack, find_stacks
 from vllm_tap.vllm.facts import require
-
-NORM_NAMES: Final = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "final_norm")
-"""What the owner of the decoder layers calls its final norm, over all model files of 0.32."""
-
-NOT_TEXT: Final = ("visual", "vision", "image", "audio", "speech")
 
 
 class Model(NamedTuple):
-    """Where the taps go."""
+    """Where the taps go.
 
-    layers: dict[int, torch.nn.Module]
-    num_layers: int
-    final_norm: torch.nn.Module | None
+    Attributes:
+        stacks: Lists that may be the decoder layers, the likeliest first; usually one.
+        width: Width of a row of the residual stream, by the configuration; 0 if it does not say.
+    """
+
+    stacks: tuple[Stack, ...]
+    width: int
     is_first_stage: bool
     is_last_stage: bool
 
 
 def find_model(worker: Any) -> Model:
-    """Find the decoder layers that this worker holds, by structure.
+    """Find what may be the decoder layers that this worker holds, by structure.
 
     Raises:
         EngineUnsupportedError: No decoder layers, or a configuration in which rows cannot be told apart.
@@ -39,15 +39,12 @@ def find_model(worker: Any) -> Model:
     model = require(runner, "get_model")()
     if hasattr(model, "get_language_model"):
         model = model.get_language_model()
-    num_layers = int(getattr(runner.model_config.hf_text_config, "num_hidden_layers", 0))
-    owner, layers = _decoder(model, num_layers)
+    config = runner.model_config.hf_text_config
+    stacks = find_stacks(model, int(getattr(config, "num_hidden_layers", 0) or 0))
     from vllm.distributed import get_pp_group
 
     group = get_pp_group()
-    held = {index: layer for index, layer in enumerate(layers) if type(layer).__name__ != "PPMissingLayer"}
-    norms = (getattr(owner, name, None) for name in NORM_NAMES)
-    norm = next((norm for norm in norms if isinstance(norm, torch.nn.Module)), None)
-    return Model(held, num_layers, norm, group.is_first_rank, group.is_last_rank)
+    return Model(stacks, int(getattr(config, "hidden_size", 0) or 0), group.is_first_rank, group.is_last_rank)
 
 
 def _refuse_config(config: Any) -> None:
@@ -72,25 +69,6 @@ def _refuse_config(config: Any) -> None:
     for reason, met in reasons.items():
         if met:
             raise EngineUnsupportedError(f"{reason}: turn it off to capture.")
-
-
-def _decoder(model: torch.nn.Module, num_layers: int) -> tuple[torch.nn.Module, torch.nn.ModuleList]:
-    """Find the list of decoder layers: its owner has start_layer and end_layer in all of vLLM's own model files."""
-    plain = []
-    for name, module in model.named_modules():
-        for _, child in module.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == num_layers > 0:
-                if hasattr(module, "start_layer") and hasattr(module, "end_layer"):
-                    return module, child
-                if not any(word in name for word in NOT_TEXT):
-                    plain.append((name, module, child))
-    if not plain:
-        raise EngineUnsupportedError(
-            f"{type(model).__name__} has no list of {num_layers} decoder layers: this model cannot be tapped."
-        )
-    # An encoder of text is the model only where nothing decodes, as in BERT.
-    _, owner, layers = min(plain, key=lambda found: ("encoder" in found[0], len(found[0])))
-    return owner, layers
 
 
 def tap_outputs(owner: Any, then: Callable[..., None], method: str = "forward", names: tuple[str, ...] = ()) -> None:
@@ -118,6 +96,41 @@ def tap_inputs(owner: Any, names: tuple[str, ...], then: Callable[..., None], me
         return function(*args, **kwargs)
 
     setattr(owner, method, tapped)
+
+
+def tap_entry(layer: torch.nn.Module, width: int, then: Callable[[Any, Any], None]) -> None:
+    """Call `then` with the stream that a layer is given, and with what is to be added to it or None, before it runs.
+
+    By name where the layer has an argument `hidden_states`, as nearly all of vLLM's have; else the stream is its only
+    tensor of the stream's width, beside one that is called `residual`. If there are more, `then` is not called.
+    """
+    if "hidden_states" in inspect.signature(layer.forward).parameters:
+        tap_inputs(layer, ("hidden_states", "residual"), lambda hidden, residual: _pass_on(then, hidden, residual))
+        return
+    function = layer.forward
+    place = _place(function, "residual")
+
+    @functools.wraps(function)
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        residual = _argument(args, kwargs, "residual", place)
+        rows = [given for given in (*args, *kwargs.values()) if given is not residual and is_rows(given, width)]
+        if len(rows) == 1:
+            then(rows[0], residual)
+        return function(*args, **kwargs)
+
+    layer.forward = tapped
+
+
+def _pass_on(then: Callable[[Any, Any], None], hidden: Any, residual: Any) -> None:
+    if hidden is not None:
+        then(hidden, residual)
+
+
+def is_rows(given: Any, width: int = 0) -> bool:
+    """Tell whether something is a tensor of rows, of a width if that is known."""
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.dim() < 2:
+        return False
+    return width in (0, given.shape[-1])
 
 
 def _place(function: Callable[..., Any], name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def runs_in_step(worker: Any) -> bool:
 
 
 class Recorder:
-    """What a runner reports to; `TapWorker` implements it.
+    """Receiver of what a runner reports; `TapWorker` implements it.
 
     Attributes:
         lock: Held during each step, and around what other threads ask of the recorder.
@@ -64,6 +64,9 @@ class Recorder:
 
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool) -> None:
         """A captured request is scheduled for the first time; `generates` says whether more than one token."""
+
+    def ended(self, request_ids: Iterable[str]) -> None:
+        """Requests, captured or not, have ended; none of their rows will come."""
 
     def arm(self, batch: Batch) -> None:
         """The inputs of a forward pass are on the device."""
@@ -117,6 +120,8 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
         met = [(new, _read_mark(new)) for new in scheduler_output.scheduled_new_reqs]
         recorder.expect([mark for _, mark in met if mark is not None])
         with recorder.lock:
+            if scheduler_output.finished_req_ids:
+                recorder.ended(scheduler_output.finished_req_ids)
             for new, mark in met:
                 recorder.scheduled(new.req_id)
                 if mark is not None:

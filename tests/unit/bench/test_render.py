@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vllm_tap.bench.machine import describe_commit
 from vllm_tap.bench.render import main, render
 
 RESULTS = {
     "machine": {"gpu": "Some GPU", "cpus": 8, "python": "3.12.0", "torch": "2.13.0", "vllm": "0.32.0"},
     "command": "bench/gpu.py --shape tiny",
+    "commit": "abc1234",
     "shape": "tiny",
     "rates_gb_per_s": {"d2h": 55.34, "device_copy": 4301.0},
     "rows": [
@@ -33,15 +36,17 @@ def test_a_table_for_every_gpu_file(tmp_path: Path) -> None:
     for name in ("gpu-a.json", "gpu-b.json", "other.json"):
         (tmp_path / name).write_text(json.dumps(RESULTS))
     text = render(MARKED, tmp_path)
-    head = "| workload | arm | ratio to plain | in pairs | of as many steps | ms a step | rows GB | GB/s |"
+    head = "| workload | variant | ratio | paired | same steps | ms a step | rows GB | GB/s |"
     assert text.count(head) == 2
     assert "| prefill 1 x 10 | plain | 1.000 | 1.000 |  |  |  |  |" in text
     assert "| prefill 1 x 10 | all / auto | 0.962 | 0.967 |  |  | 13 | 25 |" in text
     assert "| decode 1 x 10 | plain | 1.000 | 1.000 | 1.000 | 5.000 |  |  |" in text
-    assert text.count("### gpu-b: Some GPU\n\n8 processors") == 1
-    assert text.count("Ratio: time of the plain engine") == 1
+    assert text.count("### gpu-b: Some GPU\n\n| workload") == 1
+    assert text.count("*Ratio*: time of the plain engine") == 1
+    assert (
+        "| [gpu-b.json](bench/results/gpu-b.json) | `abc1234` | `bench/gpu.py --shape tiny` | Some GPU, 8 proc" in text
+    )
     assert "55.3 GB/s" in text
-    assert "[gpu-b.json](bench/results/gpu-b.json)" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
@@ -71,15 +76,16 @@ def test_what_ran_once_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_a_summary_has_a_line_for_each_workload(tmp_path: Path) -> None:
-    """A column for each arm that leaves staging to the engine; of two measurements, that beside a plain engine."""
+    """A column for each arm that leaves staging to the engine; results without a plain engine are left out."""
     rows = RESULTS["rows"]
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
     better = [
         rows[0],
+        rows[2],
         rows[1] | {"ratio": 0.97, "paired": 0.971},
         rows[1] | {"arm": "idle", "workload": "decode 1 x 10"},
         rows[1] | {"arm": "all / direct"},
-    ]  # type: ignore[operator,index]
+    ]  # type: ignore[operator,index,misc]
     real = {"plain": "engine without the plugin", "rows": better}
     (tmp_path / "gpu-b.json").write_text(json.dumps(RESULTS | real))
     other = {"machine": RESULTS["machine"] | {"gpu": "Another GPU"}, "tp2_shares": [0.5, 0.5]}  # type: ignore[operator]
@@ -92,6 +98,21 @@ def test_a_summary_has_a_line_for_each_workload(tmp_path: Path) -> None:
         "| Another GPU | tiny, 2 ranks | prefill 1 x 10 |  | 0.962 (0.967) |",
     ]
     assert "\n".join(lines) in render(SUMMARY, tmp_path)
+
+
+def test_a_summary_compares_runs_of_as_many_steps(tmp_path: Path) -> None:
+    """Where there are enough of them: the plain engine took 9 steps most often, and as many runs of the arm 0.8."""
+    arm = {"workload": "decode 8 x (64 + 128)", "ratio": 1.2, "paired": 1.1, "bytes": 0, "seconds": 1.0}
+    steps = [{"steps": 9, "step_ms": 1.0}] * 3 + [{"steps": 8, "step_ms": 1.0}] * 2
+    rows = [
+        arm | {"arm": "plain", "all": [1.0, 1.0, 1.0, 7.0, 7.0], "steps": steps},
+        arm | {"arm": "all layers / auto", "all": [1.25, 1.25, 1.25, 0.1, 0.1], "steps": steps},
+        arm | {"arm": "extract_hidden_states", "all": [2.0, 2.0]},
+    ]
+    (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"shape": "llama-8b", "rows": rows}))
+    assert "| decode 8 x (64 + 128) | 0.800 (1.100) | 1.200 (1.100) |" in render(SUMMARY, tmp_path)
+    headlines = render(SUMMARY.replace("bench:gpu ", "bench:gpu-headlines "), tmp_path)
+    assert "| Llama-3.1-8B | 8 prompts of 64 tokens, 128 generated | all layers | 0.800 |  | 1.200 |" in headlines
 
 
 def test_a_document_in_a_folder_links_to_the_results_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +146,69 @@ def test_a_table_says_how_ranks_shared_the_bytes(tmp_path: Path) -> None:
 def test_a_table_says_of_how_many_calls_it_is(tmp_path: Path) -> None:
     """Results whose rounds are of several."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"num_calls": 3}))
-    assert "Rounds of 3 calls, all times of each scaled" in render(MARKED, tmp_path)
+    assert "Rounds of 3 calls; all times of a call are scaled" in render(MARKED, tmp_path)
 
 
 def test_ratios_of_an_idle_engine_say_so(tmp_path: Path) -> None:
-    """In the summary and above the file's own table: no plain engine was measured."""
+    """Above the file's own table; in the summary they are left out, as no plain engine was measured."""
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"plain": "idle engine"}))
-    assert "| 0.962 (0.967) of idle |" in render(SUMMARY, tmp_path)
-    assert "The idle engine stands for a plain one. 8 processors" in render(MARKED, tmp_path)
+    assert "The idle engine stands for a plain one.\n\n| workload" in render(MARKED, tmp_path)
+    assert "Nothing has been measured" in render(SUMMARY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "cell"),
+    [({"commit": "abc-dirty"}, "`abc-dirty`"), ({"added_in": "def"}, "added in `def`"), ({}, "unknown")],
+)
+def test_results_name_their_commit(tmp_path: Path, facts: dict[str, str], cell: str) -> None:
+    """The one that was measured; of older results the one that added them."""
+    results = {name: value for name, value in RESULTS.items() if name != "commit"}
+    (tmp_path / "gpu-a.json").write_text(json.dumps(results | facts))
+    assert f"| [gpu-a.json](bench/results/gpu-a.json) | {cell} | `bench" in render(MARKED, tmp_path)
+
+
+def test_a_benchmark_asks_git_for_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the environment names it, for a tree that came without its history."""
+    assert describe_commit() != ""
+    monkeypatch.setenv("VLLM_TAP_COMMIT", "abc1234")
+    assert describe_commit() == "abc1234"
+
+
+def test_checks_of_a_gpu_have_tables(tmp_path: Path) -> None:
+    """Memory of the last engines of a kind, short generations, copies, bad cases and mechanisms."""
+
+    def engine(tapped: bool, blocks: int, mib: int) -> dict[str, Any]:
+        return {"tapped": tapped, "blocks": blocks, "idle": {"reserved": mib << 20, "graphs": 0, "driver": 1 << 20}}
+
+    def short(case: str, ms: float, faults: float) -> dict[str, Any]:
+        return {"case": case, "workload": "1 x (64 + 1)", "ms": ms, "faults": faults}
+
+    parts = {
+        "memory": [engine(False, 9, 90), engine(True, 9, 99), engine(False, 10, 40), engine(True, 10, 42)],
+        "hosts": [
+            short("idle", 2.0, 5.0),
+            short("plain", 1.0, 32.0),
+            short("idle", 4.0, 5.0),
+            short("plain", 2.0, 32.0),
+        ],
+        "parts": [{"workload": "decode 8", "dma": [{"copies": 14.6, "share_of_d2h": 0.99401}]}],
+        "cases": [{"case": "client killed", "verdict": "PASS"}],
+    }
+    for name, part in parts.items():
+        results = {key: value for key, value in RESULTS.items() if key != "rows"}
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(results | {name: part}))
+    rows = [
+        {"mechanism": "m", "measured": "x", "without": "2", "with": "1", "command": "", "machine": "", "added_in": "d"}
+    ]
+    (tmp_path / "mechanisms.json").write_text(json.dumps({"rows": rows}))
+    names = ("memory", "host", "copies", "bad-cases", "mechanisms")
+    text = render("".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names), tmp_path)
+    assert "| blocks of KV cache, without and with | 10 and 10 |" in text
+    assert "| PyTorch, all of it | 2 |" in text
+    assert "| 1 x (64 + 1) | idle | 3.0 | 1.5 | 5.0 | 32.0 |" in text
+    assert "| Some GPU | tiny | decode 8 | 14.6 | 0.994 |" in text
+    assert "| client killed | pass |" in text
+    assert "| m | x | 2 | 1 | not recorded | not recorded | added in `d` |" in text
 
 
 def test_no_gpu_file_is_said_in_words(tmp_path: Path) -> None:
@@ -201,7 +277,7 @@ def test_claims_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert "| a layer | 200 ms, 0.5 ms, 400x | 300 ms, 3 ms, 100x | no |" in text
     assert "| another |" in text
     assert "yes |" in text
-    assert "load average 0.1 before, 1.2 after" in text
+    assert "| `bench` | Some CPU, 2 cores, Linux" in text
 
 
 def test_forward_passes_have_a_table_of_their_own(tmp_path: Path) -> None:
@@ -217,4 +293,4 @@ def test_forward_passes_have_a_table_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "gpu-a.json").write_text(json.dumps(RESULTS | {"forwards": forwards, "rows": once}))
     text = render(MARKED, tmp_path)
     assert row in text
-    assert "ratio to plain" not in text
+    assert "same steps |" not in text

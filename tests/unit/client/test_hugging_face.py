@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +38,7 @@ def test_every_tensor_is_in_its_place_and_a_view() -> None:
     """Embeddings, layers but the last, final norm; logits by layer with experts; no bytes are copied."""
     spec = Spec(hidden_states="all", embeddings=True, final_hidden_states=True, router_logits="all")
     sample, capture = given(spec, [1, 2])
-    hidden_states, router_logits = output_of(sample, capture)
+    hidden_states, router_logits = output_of(sample, capture).to_tuple()
     assert hidden_states is not None
     assert router_logits is not None
     assert [float(rows[0, 0, 0]) for rows in hidden_states] == [10, 20, 21, 30]
@@ -86,3 +88,35 @@ def test_what_is_missing_is_named(spec: Spec, message: str) -> None:
     """A capture that lacks something raises, and says which Spec has it."""
     with pytest.raises(SpecError, match=message):
         output_of(*given(spec, [1, 2]))
+
+
+READS = """
+import sys
+if {hidden}:
+    sys.modules["transformers"] = None
+import pickle, torch
+from vllm_tap.client.model_output import HuggingFaceOutput
+rows = (torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+both = HuggingFaceOutput(rows, rows[:1])
+assert both["hidden_states"] is both.hidden_states is both[0] is rows, both
+assert list(both.keys()) == list(both) == ["hidden_states", "router_logits"], list(both)
+assert both.to_tuple() == (rows, rows[:1]) == both[:], both
+assert dict(both.items())["router_logits"] is both.router_logits
+for alone, name in ((HuggingFaceOutput(rows), "hidden_states"), (HuggingFaceOutput(None, rows), "router_logits")):
+    assert list(alone) == [name], list(alone)
+    assert alone.to_tuple() == (rows,) == tuple(alone.values()), alone
+    assert "nothing" not in alone
+    again = pickle.loads(pickle.dumps(alone))
+    assert type(again) is HuggingFaceOutput and list(again) == [name] and again[name][1].equal(rows[1])
+assert HuggingFaceOutput(rows).router_logits is None
+print([base.__module__.partition(".")[0] for base in HuggingFaceOutput.__mro__])
+"""
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["with transformers", "without"])
+def test_the_output_reads_as_those_of_transformers(hidden: bool) -> None:
+    """By name, by key and by number, without what is None; it is one of theirs where they are installed."""
+    code = READS.replace("{hidden}", str(hidden))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("transformers" in done.stdout) is not hidden

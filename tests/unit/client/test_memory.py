@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.pool = SegmentPool(8 * MIB, segment_bytes=2 * MIB)
-        self.server = SegmentServer(self.pool)
+        self.server = SegmentServer(lambda _: self.pool)
         self.reader = SegmentReader(self.server.address, timeout_s=5)
 
     def describe(self) -> Descriptor:
@@ -77,6 +77,7 @@ def describe(chunks: Sequence[Chunk], table: Sequence[tuple[int, int, int]]) -> 
         capture_id="c",
         streams=(STREAM,),
         requests=(),
+        first_request=0,
         chunks=tuple(chunks),
         blocks=np.array(table, "<i8").tobytes(),
         byte_order="little",

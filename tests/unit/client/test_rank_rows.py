@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,13 @@ def output(prompt: list[int], generated: list[int]) -> Any:
 
 
 def rank_rows(
-    steps: list[list[Row]], num_requests: int, sequences: Sequences, *, rank: int = 0, choice: Choice | None = None
+    steps: list[list[Row]],
+    num_requests: int,
+    sequences: Sequences,
+    *,
+    rank: int = 0,
+    choice: Choice | None = None,
+    requests: Sequence[messages.Request] = (),
 ) -> RankRows:
     """Put steps into a segment as a worker does, and read them back."""
     memory = np.zeros(sum(block_bytes(len(step), [STREAM]) + 64 for step in steps) + 1, np.uint8)
@@ -45,7 +52,7 @@ def rank_rows(
         rank=rank,
         capture_id="c",
         streams=(STREAM,),
-        requests=tuple(messages.Request(f"r-{number}", number, 0) for number in range(num_requests)),
+        requests=tuple(requests) or tuple(messages.Request(f"r-{number}", number, 0) for number in range(num_requests)),
         chunks=(messages.Chunk(1, 0, len(memory), 1),),
         blocks=np.array(blocks, "<i8").tobytes(),
         byte_order="little",
@@ -83,7 +90,7 @@ def schedules(draw: Any) -> tuple[list[Any], list[list[Row]], int]:
 
 
 @settings(deadline=None)
-@given(schedules(), st.sampled_from(["all", "prompt", "generated", "last", (0, -1)]))
+@given(schedules(), st.sampled_from(["all", "prompt", "generated", "last", "last_generated", (0, -1)]))
 def test_the_last_row_written_for_a_position_is_taken(schedule: Any, positions: Any) -> None:
     """Whatever the order of steps: repeated positions count as last written, rows without a place fall away."""
     outputs, steps, num_requests = schedule
@@ -190,3 +197,21 @@ def test_sequences_hold_the_tokens_as_they_came(prompts: list[list[int]]) -> Non
     outputs = [output(prompt, [1, 2]) for prompt in prompts]
     sequences = Sequences(outputs, "all")
     assert sequences.token_ids.tolist() == [token for prompt in prompts for token in [*prompt, 1]]
+
+
+def test_requests_that_share_a_mark_are_named_as_the_cause() -> None:
+    """Two requests came as sample 0 and none as sample 1: the mark is what to look at, not the machine."""
+    sequences = Sequences([output([1], []), output([2], [])], "all")
+    twice = [messages.Request("r-0", 0, 0), messages.Request("r-1", 0, 0)]
+    with pytest.raises(RowsMissingError) as caught:
+        rank_rows([[(0, 0, 1, 0), (1, 0, 2, 0)]], 2, sequences, requests=twice)
+    for part in ("never met", "No request came with the mark of this sample", "mark(params, 1)", "of sample 0"):
+        assert part in str(caught.value)
+    assert "report" not in str(caught.value)
+
+
+def test_no_marked_request_at_all_is_named_as_the_cause() -> None:
+    """As with marks of an older recording, which workers leave alone."""
+    other = [messages.Request("r-7", 7, 0)]
+    with pytest.raises(RowsMissingError, match=r"No request came with the mark of this sample.*older Recording"):
+        rank_rows([[(0, 0, 1, 0)]], 1, Sequences([output([1], [])], "all"), requests=other)

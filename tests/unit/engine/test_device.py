@@ -13,8 +13,8 @@ from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, LLAMA, REQUESTS, ROUTER, STEPS, Engine, Place
 from vllm_tap.engine.capture import session as session_module
 from vllm_tap.engine.cuda import driver as cuda_calls
+from vllm_tap.engine.cuda import group as device_group
 from vllm_tap.engine.cuda import sink as device_sink
-from vllm_tap.engine.cuda import tables
 from vllm_tap.engine.cuda.profile import DmaProfile
 from vllm_tap.engine.cuda.ring import Ring
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
@@ -32,7 +32,7 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
         monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
     if way == "step by step":
         monkeypatch.setattr(device_sink, "BURST_BYTES", 1)
-        monkeypatch.setattr(tables, "SMALL_BYTES", 0)
+        monkeypatch.setattr(device_group, "SMALL_BYTES", 0)
     engine = Engine(cuda, places, in_pieces)
     for steps in (STEPS, STEPS[:2]):
         session = engine.start("direct" if way == "direct" else "staged")

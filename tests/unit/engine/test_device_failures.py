@@ -27,7 +27,7 @@ def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(cuda: SimulatedCuda
         )
     )
     engine.step(session, STEPS[0])
-    assert not engine.model.rows.active
+    assert not any(group.active for group in engine.model.rows.groups)
     with pytest.raises(CaptureError, match=rf"{last.stream}\[{last.layer}\] passed 15 rows in a step of at least 16"):
         session.finish()
     session.close()
@@ -37,13 +37,13 @@ def test_taps_for_which_the_tables_have_no_room_are_refused(cuda: SimulatedCuda)
     """Before anything is taken: what lies behind the tables on the device is not ours."""
     engine = Engine(cuda, LLAMA)
     rows = engine.model.rows
-    rows.table = rows.table[: len(LLAMA) - 1]
+    rows.tables.table = rows.tables.table[: len(LLAMA) - 1]
     with pytest.raises(
         EngineUnsupportedError,
         match=f"tap {len(LLAMA)} of this model is one too many: there is room for {len(LLAMA) - 1}",
     ):
         engine.start()
-    assert (rows.staging_bytes, rows.sink) == (0, None)
+    assert (rows.staging_bytes, rows.groups) == (0, [])
     session = engine.start(leave_out_last=1)
     engine.step(session, STEPS[0])
     engine.finish(session)

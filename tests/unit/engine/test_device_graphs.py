@@ -13,7 +13,7 @@ import torch
 from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda
 from simulated_engine import DECODE, LLAMA, Engine, Model, Place, copies_of, num_running
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
-from vllm_tap.engine.cuda.tapped_graph import MOST_FORMS
+from vllm_tap.engine.cuda.tapped_graph import MOST_FORMS, NOTHING
 from vllm_tap.errors import TransportError
 
 
@@ -146,7 +146,7 @@ def test_graphs_that_are_gone_hide_none_that_are_there(cuda: SimulatedCuda) -> N
     for copy in copies_of(engine):
         copy.forget()
     switch = engine.model.rows.switch
-    switch._prepared = 0, frozenset()
+    switch._prepared = 0, NOTHING
     while switch.prepare(gone):
         pass
     assert {copy.num_rows for copy in copies_of(engine) if copy._forms} == {smallest, next_one}

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from vllm_tap.engine.cuda import expert_kernel, kernel
 
 HOPPER = 90
+GROUP_WORDS = 20_000 // 16 * 16
 
 
 def ptx(
@@ -29,7 +30,7 @@ def ptx(
     } | options
     align = min(width * itemsize & -(width * itemsize), 16)
     constants = {"WIDTH": width, "ALIGN": align, "ELEMENTS": align // itemsize} | chosen
-    constants |= {"ROWS": rows, "BLOCK": min(triton.next_power_of_2(width), 1024)}
+    constants |= {"ROWS": rows, "BLOCK": min(triton.next_power_of_2(width), 1024), "GROUP": GROUP_WORDS}
     pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32"}
     pointers |= dict.fromkeys(("anchor", "hidden", "residual"), f"*{dtype}")
     numbers = {"index": "i32", "stream": "i32", "address": "i64", "first": "i32", "num_rows": "i32"}
@@ -52,7 +53,7 @@ def experts_ptx(rows: int, num_warps: int, **options: Any) -> list[str]:
     function = expert_kernel._tap_experts
     constants = {"STREAM": 3, "EXPERTS": 128, "CHOICES": 8, "ROWS": rows, "EXPERTS_BLOCK": 128, "CHOICES_BLOCK": 8}
     constants |= {"LOGITS_ALIGN": 16, "LOGITS_ELEMENTS": 8, "IDS_ALIGN": 8, "IDS_ELEMENTS": 8, "WEIGHTS_ALIGN": 16}
-    constants |= {"WEIGHTS_ELEMENTS": 4, "GATHER": False, **options}
+    constants |= {"WEIGHTS_ELEMENTS": 4, "GATHER": False, "GROUP": GROUP_WORDS, **options}
     pointers = {"header": "*i64", "table": "*i32", "row_map": "*i32", "counts": "*i32", "sources": "*i64"}
     pointers |= {"logits": "*bf16", "ids": "*i32", "weights": "*fp32"}
     pointers |= {"logits_anchor": "*bf16", "ids_anchor": "*u8", "weights_anchor": "*fp32"}
@@ -194,7 +195,7 @@ def test_what_is_compiled_is_launched_with_the_same_arguments(
     monkeypatch.setattr(kernel, "can_launch_early", lambda _: early)
     anchors = {out: torch.zeros(16, dtype=out) for out in OUTS}
     tables = {name: torch.zeros(64, dtype=torch.int32) for name in ("header", "table", "row_map", "counts")}
-    state = SimpleNamespace(anchor=anchors.get, **tables)
+    state = SimpleNamespace(anchor=anchors.get, group_words=GROUP_WORDS, **tables)
     memory = torch.zeros(4096, dtype=torch.bfloat16)
 
     def launch(first: int = 0, stride: int = 32, **options: Any) -> int:

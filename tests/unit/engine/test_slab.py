@@ -25,7 +25,7 @@ class Device:
         """Return a new address, or 0 where there is no room."""
         if nbytes > self.free_bytes():
             return 0
-        address = 1000 + len(self.held)
+        address = 1000 + max(self.held, default=0)
         self.held[address] = nbytes
         return address
 
@@ -77,6 +77,26 @@ def test_captures_that_follow_one_another_share_a_slab(keeper: Keeper, device: D
     keeper.give(again)
     assert keeper.threads == 1
     assert device.held == {first.address: 512}
+
+
+def test_captures_side_by_side_leave_their_slabs_to_the_next_ones(keeper: Keeper, device: Device) -> None:
+    """So many; each gets the smallest that is large enough. All go when the last capture has ended."""
+    slabs = []
+    for nbytes in (100, 300, 50, 200, 150):
+        keeper.keep()
+        slabs.append(take(keeper, nbytes))
+    for slab in slabs[:-1]:
+        keeper.give(slab)
+    assert keeper.tidy(PATIENCE_SECONDS), "one is under way"
+    assert sorted(device.held.values()) == [50, 100, 150, 200, 300]
+    keeper.give(slabs[-1])
+    assert sorted(device.held.values()) == [100, 150, 200, 300]
+    keeper.keep()
+    again = take(keeper, 120)
+    assert again.nbytes == 150
+    keeper.give(again)
+    assert not keeper.tidy(LINGER_SECONDS)
+    assert device.held == {}
 
 
 def test_a_slab_that_is_too_small_makes_room_for_a_larger_one(keeper: Keeper, device: Device) -> None:

@@ -12,9 +12,10 @@ from vllm_tap import Spec
 from vllm_tap.client.recording import _resolve
 from vllm_tap.engine.capture.selection import Run
 from vllm_tap.engine.model.install import ModelTaps
-from vllm_tap.engine.model.tap import Rows, Tap
-from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError
+from vllm_tap.engine.model.tap import ADD, Group, Plane, Rows, Tap
+from vllm_tap.errors import CaptureError, EngineUnsupportedError, LayerError, SpecError
 from vllm_tap.vllm import model as vllm_model
+from vllm_tap.vllm.decoder import Stack
 
 NUM_EXPERTS = 4
 CPU = torch.device("cpu")
@@ -71,7 +72,8 @@ class Layer(torch.nn.Module):
 
 def tapped(*layers: torch.nn.Module) -> ModelTaps:
     """Return the taps of a model of these layers, after a forward pass over a few rows."""
-    taps = ModelTaps(vllm_model.Model(dict(enumerate(layers)), len(layers), None, True, True), CPU, Rows())
+    stack = Stack("layers", dict(enumerate(layers)), len(layers), ())
+    taps = ModelTaps(vllm_model.Model((stack,), 16, True, True), CPU, Rows())
     hidden = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     for layer in layers:
         hidden = layer(hidden)
@@ -83,7 +85,7 @@ def connection_of(taps: ModelTaps) -> Any:
     reasons = taps.reasons()
     places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
     return SimpleNamespace(
-        num_layers=taps.model.num_layers,
+        num_layers=taps.num_layers,
         available=lambda stream: sorted(layer for name, layer in places if name == stream),
         why_not=lambda stream: reasons.get(stream, ""),
     )
@@ -143,10 +145,13 @@ def test_a_choice_that_cannot_be_seen_is_refused(settings: dict[str, bool], reas
 
 
 def test_a_model_without_experts() -> None:
-    """All of its layers with experts are none; one that is named is refused."""
+    """All of its layers with experts are none, which is refused unless that may be; one that is named is refused."""
     connection = connection_of(tapped(Layer(None), Layer(None)))
     streams = {"router_logits": (), "expert_ids": (), "expert_weights": ()}
-    assert _resolve(connection, Spec(router_logits="all", routed_experts="all")) == streams
+    assert _resolve(connection, Spec(router_logits="all", routed_experts="all", missing="skip")) == streams
+    for field in ("router_logits", "routed_experts"):
+        with pytest.raises(SpecError, match=rf'{field}="all" chooses no layer.*Leave {field} out.*missing="skip"'):
+            _resolve(connection, Spec(**{field: "all"}))
     for spec in (Spec(router_logits=[1]), Spec(routed_experts=[-1])):
         with pytest.raises(LayerError, match="belongs to a model without experts"):
             _resolve(connection, spec)
@@ -155,12 +160,32 @@ def test_a_model_without_experts() -> None:
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_layer_that_leaves_rows_out_ends_the_capture_alone(num_rows: int) -> None:
     """A single row would be copied to all places, fewer would be an error in the model's forward pass."""
-    rows = Rows()
-    tap = Tap("hidden_states", 0, rows, CPU)
-    tap.plane = torch.zeros(3, 4)
-    rows.runs, rows.num_tokens = (Run(0, 0, 3),), 3
+    tap = Tap("hidden_states", 0, Rows(), CPU)
+    whole, few, planes = Group(), Group(), torch.zeros(2, 3, 4)
+    tap.planes = {whole: Plane(planes[0], ADD), few: Plane(planes[1, :1], ADD)}
+    whole.runs, whole.num_tokens = (Run(0, 0, 3),), 3
+    few.runs, few.num_tokens = (Run(0, 0, 1),), 1
     torch.ops.vllm_tap.tap(torch.ones(num_rows, 4), None, tap.control)
-    assert isinstance(rows.failure, CaptureError)
-    assert f"hidden_states[0] passed {num_rows} rows in a step of at least 3" in str(rows.failure)
-    assert not rows.runs
-    assert not tap.plane.any()
+    assert isinstance(whole.failure, CaptureError)
+    assert f"hidden_states[0] passed {num_rows} rows in a step of at least 3" in str(whole.failure)
+    assert not whole.runs
+    assert not planes[0].any()
+    assert (few.failure, planes[1, 0].tolist()) == (None, [1.0] * 4), "another capture goes on"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [torch.ones(3, 5), torch.ones(3, 1), torch.ones(3, 4, dtype=torch.float64)],
+    ids=["wider", "one", "dtype"],
+)
+def test_rows_of_another_kind_than_before_end_the_capture_alone(changed: torch.Tensor) -> None:
+    """They would be rounded, or copied to all columns, without a word."""
+    tap = Tap("hidden_states", 0, Rows(), CPU)
+    torch.ops.vllm_tap.tap(torch.ones(3, 4), None, tap.control)
+    group, rows = Group(), torch.zeros(3, 4)
+    tap.planes = {group: Plane(rows, ADD)}
+    group.runs, group.num_tokens = (Run(0, 0, 3),), 3
+    torch.ops.vllm_tap.tap(changed, None, tap.control)
+    assert isinstance(group.failure, CaptureError)
+    assert "the model has changed since it was loaded" in str(group.failure)
+    assert not rows.any()

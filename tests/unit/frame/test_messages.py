@@ -52,6 +52,7 @@ def descriptor(*rows: tuple[int, int, int], **changed: Any) -> Descriptor:
         "capture_id": CAPTURE,
         "streams": (STREAM,),
         "requests": (Request("r", 0, 0),),
+        "first_request": 0,
         "chunks": (Chunk(1, CHUNK_OFFSET, CHUNK_BYTES, 1),),
         "blocks": np.array(rows, "<i8").tobytes(),
         "byte_order": sys.byteorder,
@@ -75,9 +76,19 @@ def test_a_reply_arrives_as_it_was_sent(message: messages.Message) -> None:
     assert messages.decode_reply(messages.encode(message)) == message
 
 
-def test_a_start_arrives_as_it_was_sent() -> None:
-    """So is the argument of a start call, numbers as keys included."""
-    assert messages.decode_call(messages.encode(START)) == START
+CALLS = [
+    START,
+    messages.Greet(),
+    messages.Take(capture_id=CAPTURE),
+    messages.Finish(capture_id=CAPTURE),
+    messages.Stop(capture_id=CAPTURE),
+]
+
+
+@pytest.mark.parametrize("message", CALLS, ids=lambda message: type(message).__name__)
+def test_a_call_arrives_as_it_was_sent(message: messages.Message) -> None:
+    """So is the argument of every call, numbers as keys included."""
+    assert messages.decode_call(messages.encode(message)) == message
 
 
 @given(st.binary(max_size=200))
@@ -112,7 +123,7 @@ def test_damaged_messages_decode_or_are_refused(message: messages.Message, data:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 3},
+        {"version": messages.VERSION + 1},
         {"type": "Goodbye"},
         {"type": "Start"},
         {"more": 1},
@@ -145,8 +156,11 @@ def test_a_missing_field_is_refused() -> None:
 @pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 0, "new": 1}, {}, {"type": "Unheard of"}])
 def test_another_version_says_what_to_do(fields: dict[str, Any]) -> None:
     """Two versions of the package give an error that names both and the cure, whether or not fields differ."""
-    with pytest.raises(DescriptorError, match=r"version 3 came where version 2 runs: install the same vllm-tap"):
-        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": 3, **fields}))
+    with pytest.raises(
+        DescriptorError,
+        match=rf"version {messages.VERSION + 1} came where version {messages.VERSION} runs: install the same vllm-tap",
+    ):
+        messages.decode_reply(msgspec.msgpack.encode({"type": "Stopped", "version": messages.VERSION + 1, **fields}))
 
 
 def test_oversized_messages_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,3 +455,53 @@ def test_threads_get_disjoint_blocks():
     assert wrong == []
     assert pool.stats().used_bytes == 0
     pool.close()
+
+
+def test_each_capture_has_a_budget_of_its_own() -> None:
+    """One that has used its own up is refused, with its numbers; another takes all of its own."""
+    pool = SegmentPool(0, shared=False, segment_bytes=2 * MIB)
+    poor, rich = pool.open_account(2 * MIB), pool.open_account(6 * MIB)
+    poor.reserve(MIB)
+    with pytest.raises(BudgetError, match=f"{MIB} of budget_bytes={2 * MIB} are in use") as raised:
+        poor.reserve(2 * MIB)
+    assert (raised.value.budget_bytes, raised.value.used_bytes) == (2 * MIB, MIB)
+    for _ in range(6):
+        rich.reserve(MIB)
+    poor.reserve(MIB)
+    for account in (poor, rich):
+        with pytest.raises(BudgetError):
+            account.reserve(1)
+    assert pool.stats().used_bytes == pool.stats().budget_bytes == 8 * MIB
+    pool.close()
+
+
+def test_what_ended_captures_hold_counts_against_those_that_begin_later() -> None:
+    """Not against one that was under way when they ended; until it is let go of."""
+    pool = SegmentPool(0, shared=False, segment_bytes=2 * MIB)
+    first, beside = pool.open_account(4 * MIB), pool.open_account(4 * MIB)
+    held = [first.reserve(MIB) for _ in range(3)]
+    first.close()
+    later = pool.open_account(4 * MIB)
+    later.reserve(MIB)
+    with pytest.raises(BudgetError):
+        later.reserve(1)
+    for _ in range(4):
+        beside.reserve(MIB)
+    pool.release(held[0].block_id)
+    later.reserve(MIB)
+    with pytest.raises(BudgetError):
+        later.reserve(1)
+    pool.close()
+
+
+def test_segments_stay_when_a_capture_ends_and_go_when_the_next_may_have_less() -> None:
+    """Fresh pages are dear: the next capture finds those of the one before."""
+    pool = SegmentPool(0, shared=False, segment_bytes=2 * MIB)
+    account = pool.open_account(8 * MIB)
+    for block in [account.reserve(2 * MIB) for _ in range(4)]:
+        pool.release(block.block_id)
+    account.close()
+    assert pool.stats().capacity_bytes == 8 * MIB
+    pool.open_account(4 * MIB)
+    assert pool.stats().capacity_bytes == 4 * MIB
+    pool.close()

@@ -32,7 +32,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.pool = SegmentPool(32 * MIB, segment_bytes=2 * MIB)
-        self.server = SegmentServer(self.pool)
+        self.server = SegmentServer(lambda _: self.pool)
         self.reader = SegmentReader(self.server.address, timeout_s=5)
         self.releases: list[list[int]] = []
 

@@ -1,14 +1,14 @@
-"""How what a worker has opened ends with its engine, in a process that outlives it. Worker process."""
+"""The end of all that a worker has opened, with its engine, in a process that outlives it. Worker process."""
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vllm_tap.engine.capture.interfaces import Backend
 from vllm_tap.errors import TransportError
+from vllm_tap.transport import threads
 
 
 class Closable(Protocol):
@@ -42,5 +42,5 @@ def close_all(things: Sequence[Closable], backend: Backend) -> None:
             for thing in reversed(things):
                 thing.close()
 
-    if things:
-        threading.Thread(target=close, name="vllm-tap-close", daemon=True).start()
+    if things and not threads.is_ending():  # the end of the process does the same
+        threads.start("vllm-tap-close", close, stop=lambda: None)  # it ends by itself

@@ -1,12 +1,12 @@
-"""Where the taps of a CPU engine write: straight into the block of the step. Runs in the worker process.
+"""The sink of a CPU engine: taps write straight into the block of the step. Runs in the worker process.
 
-A sink has seven verbs: `begin` a step, or `repeat` the one before, `end` it, `send` its rows, `rest` (no step is known
-to follow), `settle` (all rows lie in their blocks), `close`.
+A sink has eight verbs: `begin` a step, or `repeat` the one before, or `clear`, `end` it, `send` its rows, `rest` (no
+step is known to follow), `settle` (all rows lie in their blocks), `close`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from vllm_tap.engine.capture.interfaces import Sink
 from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.capture.selection import Selection
-from vllm_tap.engine.model.tap import GATHER_ABOVE, Rows, Tap, Taps
+from vllm_tap.engine.model.tap import ADD, GATHER_ABOVE, Group, Plane, Rows, Tap, Taps
 from vllm_tap.frame.layout import Layout, Stream
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.segment.pool import Block, SegmentPool
@@ -25,8 +25,12 @@ from vllm_tap.vllm.runner import Batch
 class CpuSink:
     """Planes of the step are views of its block: one copy in all, made by the tap itself."""
 
-    def __init__(self, streams: Sequence[Stream], taps: Taps, rows: Rows, pool: SegmentPool) -> None:
-        self._pool, self._rows = pool, rows
+    def __init__(
+        self, streams: Sequence[Stream], taps: Taps, modes: Mapping[str, int], rows: Rows[Group], pool: SegmentPool
+    ) -> None:
+        self._pool, self._rows, self._modes = pool, rows, modes
+        self._group = Group()
+        rows.groups.append(self._group)
         self._streams = [(stream, [taps[stream.name, layer] for layer in stream.layers]) for stream in streams]
 
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
@@ -34,7 +38,7 @@ class CpuSink:
 
         Cost: one tensor view per tap; the labels are written once, [3, R] int32.
         """
-        memory = self._pool.segment(chunk.segment_id).view
+        memory, group = self._pool.segment(chunk.segment_id).view, self._group
         num_rows = selection.num_rows
         labels = np.frombuffer(memory, np.int32, NUM_LABELS * num_rows, start).reshape(NUM_LABELS, num_rows)
         labels[0] = selection.numbers
@@ -45,12 +49,13 @@ class CpuSink:
             planes = torch.frombuffer(
                 memory, dtype=getattr(torch, stream.dtype), count=int(np.prod(shape)), offset=start + place
             ).view(shape)
+            mode = self._modes.get(stream.name, ADD)
             for tap, plane in zip(taps, planes.unbind(), strict=True):
-                tap.plane = plane
-        self._rows.failure = None
-        self._rows.num_tokens = int(selection.sources.max(initial=-1)) + 1
-        self._rows.runs = runs = selection.runs
-        self._rows.sources = torch.from_numpy(selection.sources) if len(runs) > GATHER_ABOVE else None
+                tap.planes[group] = Plane(plane, mode)
+        group.failure = None
+        group.num_tokens = int(selection.sources.max(initial=-1)) + 1
+        group.runs = runs = selection.runs
+        group.sources = torch.from_numpy(selection.sources) if len(runs) > GATHER_ABOVE else None
 
     def repeat(self, start: int) -> bool:
         """Begin a step like the one before: nothing is saved here, so it is to be begun as any other."""
@@ -65,13 +70,17 @@ class CpuSink:
         silent = []
         for _, taps in self._streams:
             for tap in taps:
-                tap.plane = None
-                if tap.step != self._rows.step:
+                plane = tap.planes.pop(self._group, None)
+                if plane is None or not plane.is_written:
                     silent.append(tap)
-        self._rows.clear()
-        if self._rows.failure is not None:
-            raise self._rows.failure
+        self.clear()
+        if self._group.failure is not None:
+            raise self._group.failure
         return silent
+
+    def clear(self) -> None:
+        """Let no row through."""
+        self._group.clear()
 
     def send(self, generates: bool) -> None:
         """Send off what is still on the device: nothing."""
@@ -83,7 +92,11 @@ class CpuSink:
         """Wait until all rows lie in their blocks: they already do."""
 
     def close(self) -> None:
-        """Give back what the sink holds besides the pool."""
+        """Let go of the taps."""
+        for _, taps in self._streams:
+            for tap in taps:
+                tap.planes.pop(self._group, None)
+        self._rows.groups.remove(self._group)
 
 
 class CpuBackend:
@@ -92,11 +105,13 @@ class CpuBackend:
     refusal = ""
 
     def __init__(self) -> None:
-        self.rows = Rows()
+        self.rows: Rows[Group] = Rows()
 
-    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
-        """Return a sink; rows are never staged."""
-        return CpuSink(streams, taps, self.rows, pool)
+    def new_sink(
+        self, streams: Sequence[Stream], taps: Taps, modes: Mapping[str, int], pool: SegmentPool, staging: str
+    ) -> Sink:
+        """Return a sink; rows are never staged, and captures may be as many as there is memory for."""
+        return CpuSink(streams, taps, modes, self.rows, pool)
 
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool."""

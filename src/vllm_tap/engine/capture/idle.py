@@ -9,37 +9,44 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.pool import SegmentPool
 
 logger = logging.getLogger("vllm_tap")
 
 POOL_LINGER_SECONDS: Final = 600.0
-"""How long segments that nobody uses stay. To make them again takes 0.1 s a GiB, and up to 0.5 where pages are new to a
-virtual machine: a capture of 12.8 GB took 1.7 s, and 5.3 after its segments had gone (16 cores, one H200)."""
+"""Seconds that segments stay which nobody uses. To make them again takes 0.1 s a GiB, and up to 0.5 where pages are new
+to a virtual machine: a capture of 12.8 GB took 1.7 s, and 5.3 after its segments had gone (16 cores, one H200)."""
 
 POOL_PATIENCE_SECONDS: Final = 3600.0
 """After this long they go, whether the device is quiet or not."""
 
 
 class Keeper(ABC):
-    """What is kept, from the end of a capture until it is wanted again or its time has come."""
+    """Memory that is kept from the end of a capture until it is wanted again or its time has come."""
 
     what: ClassVar[str]
     poll_seconds: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._num_users = 0
         self._idle_since: float | None = None
         self._has_thread = False
+        self._ending = threading.Event()
 
     def keep(self) -> None:
-        """A capture begins: nothing goes until `linger`."""
+        """A capture begins: nothing goes until its `linger`, and those of all others."""
         with self._lock:
+            self._num_users += 1
             self._idle_since = None
 
     def linger(self) -> None:
-        """A capture ends: what it used goes after a while."""
+        """A capture ends: if it was the last one, what it used goes after a while."""
         with self._lock:
+            self._num_users = max(self._num_users - 1, 0)
+            if self._num_users:
+                return
             self._idle_since = time.monotonic()
             starts, self._has_thread = not self._has_thread, True
         if starts:
@@ -47,7 +54,7 @@ class Keeper(ABC):
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._run, name="vllm-tap-keeper", daemon=True).start()
+            threads.start("vllm-tap-keeper", self._run, stop=self._ending.set)
         except RuntimeError as error:  # no more threads here
             self._stay(error)
 
@@ -59,8 +66,8 @@ class Keeper(ABC):
     def _run(self) -> None:
         try:
             self._begin()
-            while self.tidy(time.monotonic()):
-                time.sleep(self.poll_seconds)
+            while self.tidy(time.monotonic()) and not self._ending.wait(self.poll_seconds):
+                pass
         except Exception as error:
             self._stay(error)
 
@@ -94,10 +101,10 @@ class Keeper(ABC):
 
 
 class PoolKeeper(Keeper):
-    """Keeps the segments of a worker's pools; of those that clients hold rows in, until they let go of these.
+    """Keeps the segments of pools; of those that clients hold rows in, until they let go of these.
 
     Args:
-        pools: The pools, which may become more.
+        pools: The pools.
         is_quiet: Whether the device has nothing to do. The driver waits for all queued work before memory of the host
             is no longer pinned, and the engine may wait with it; so segments go in a pause of the engine.
     """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.capture.selection import Selection
@@ -15,7 +15,7 @@ from vllm_tap.vllm.runner import Batch
 
 
 class Sink(Protocol):
-    """Where the rows of a step go; see `cpu` and `cuda.sink`."""
+    """Destination of the rows of a step; see `cpu` and `cuda.sink`."""
 
     def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
@@ -27,6 +27,9 @@ class Sink(Protocol):
     def end(self) -> list[Tap]:
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
+
+    def clear(self) -> None:
+        """Let no row through until the next `begin` or `repeat`."""
 
     def send(self, generates: bool) -> None:
         """The step's tokens are on their way: send off what is worth it by now.
@@ -45,11 +48,11 @@ class Sink(Protocol):
 
 
 class Backend(Protocol):
-    """How rows get from the taps of a worker into segments."""
+    """The way of rows from the taps of a worker into segments."""
 
     @property
-    def rows(self) -> Rows:
-        """The rows of the current step, shared by all taps."""
+    def rows(self) -> Rows[Any]:
+        """The rows of the current step, for all taps."""
         ...
 
     @property
@@ -57,11 +60,14 @@ class Backend(Protocol):
         """Why rows cannot be taken, as far as the forward passes until now have shown; an empty string if they can."""
         ...
 
-    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> Sink:
-        """Return where the rows of one capture go.
+    def new_sink(
+        self, streams: Sequence[Stream], taps: Taps, modes: Mapping[str, int], pool: SegmentPool, staging: str
+    ) -> Sink:
+        """Return where the rows of one capture go; `modes` says of a stream what its rows are, by default `ADD`.
 
         Raises:
             BudgetError: There is no room for staging, and `staging` insists on it.
+            CaptureError: As many captures are under way as there is room for.
             EngineUnsupportedError: Rows cannot be taken, see `refusal`.
         """
         ...

@@ -73,6 +73,11 @@ class Selector:
         """Capture a request from now on."""
         self._requests[request_id] = request
 
+    def remove(self, request_id: str) -> None:
+        """Forget a request, if it is one of these."""
+        if self._requests.pop(request_id, None) is not None:
+            self._ids = []
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 

@@ -10,44 +10,49 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
+import torch
 
 from vllm_tap.engine.capture.interfaces import Sink
 from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
-from vllm_tap.engine.model.tap import Rows
 from vllm_tap.errors import BudgetError, CaptureError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
 from vllm_tap.labels import Mark
-from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.segment.pool import Account, Block
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
 
 STEPS_PER_CHUNK: Final = 64
 MAX_CHUNK_BYTES: Final = 64 << 20
-"""Small steps share a reservation: each costs the worker and the client some microseconds, and where they lie together
-they leave a device together."""
+MOST_CHUNKS: Final = 16
+"""Small steps share a reservation, of a small part of the budget: each costs the worker and the client some
+microseconds, and steps that lie together leave a device together."""
 
 
 class Session:
     """A capture under way."""
 
     def __init__(
-        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, pool: SegmentPool, rows: Rows
+        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, account: Account
     ) -> None:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
         self.num_rows = 0
+        self.is_new = True  # no step has run since it began
+        self.biases: torch.Tensor | None = None  # of routers, when its first step ran
         self.error: TapError | None = None
-        self._sink, self._pool, self._rows = sink, pool, rows
+        self.account = account
+        self._sink = sink
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
         self._form = functools.lru_cache(self._new_form)
         self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
         self._selector = Selector(start.positions)
-        self._table: list[messages.Request] = []
+        self._table: list[messages.Request] = []  # requests that the client has not been told of
+        self._first_request = 0  # number of the first of them
         self._chunks: list[Block] = []
         self._chunk_number = 0  # of the current one
         self._free_offset = self._free_end = 0
@@ -60,6 +65,9 @@ class Session:
         self._armed = False
         self._generates = False  # the last generated token never enters the model
 
+    def scheduled(self, request_id: str) -> None:
+        """A request of anybody is scheduled for the first time; a capture meets its own."""
+
     def meet(self, request_id: str, mark: Mark, prompt_len: int, generates: bool = True) -> None:
         """Take a request that the engine schedules for the first time; `generates` says whether more than one token.
 
@@ -67,7 +75,7 @@ class Session:
         """
         if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
-        self._selector.add(request_id, CapturedRequest(len(self._table), prompt_len))
+        self._selector.add(request_id, CapturedRequest(self._first_request + len(self._table), prompt_len))
         self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
         # A rank without a layer of this capture ships nothing, not even labels.
         self._is_open = bool(self.streams) and self.error is None
@@ -84,7 +92,7 @@ class Session:
                 self._key = key if self._selector.takes_all else None
             selection = self._selection
             if selection is None:
-                self._rows.clear()
+                self._sink.clear()
                 return
             start, end = self._free_offset, self._free_offset + self._stride
             if selection is self._last and end <= self._free_end and self._sink.repeat(start):
@@ -102,7 +110,6 @@ class Session:
     def _begin(self, batch: Batch, selection: Selection) -> int:
         """Begin a step in a block of its own form; return where the block starts."""
         start, form = self._place(selection.num_rows)
-        self._rows.step += 1
         self._sink.begin(self._chunks[-1], start, form, selection, batch)
         self._stride = self._free_offset - start
         # Blocks that are so far apart lie alike.
@@ -120,7 +127,7 @@ class Session:
         if start + form.end > self._free_end:
             chunk = self._reserve(num_rows)
             if self._chunks and self.num_rows >= self.start.expected_rows:
-                self._pool.grow_more()
+                self.account.pool.grow_more()
             self._chunk_number = len(self._chunks)
             self._chunks.append(chunk)
             start, self._free_end = chunk.offset, chunk.offset + chunk.nbytes
@@ -139,14 +146,14 @@ class Session:
         num_steps = STEPS_PER_CHUNK
         if self.start.expected_rows > self.num_rows:
             num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
-        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES)
+        roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES, self.start.budget_bytes // MOST_CHUNKS)
         if roomy <= nbytes:
-            return self._pool.reserve(nbytes)
+            return self.account.reserve(nbytes)
         try:
-            return self._pool.reserve(roomy)
+            return self.account.reserve(roomy)
         except BudgetError:
             # Near the end of the budget, room for this step alone may still be there.
-            return self._pool.reserve(nbytes)
+            return self.account.reserve(nbytes)
 
     def drain(self) -> None:
         """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
@@ -175,7 +182,7 @@ class Session:
             self.fail(error)
 
     def rest(self) -> None:
-        """Where the engine has nothing more to compute: send off all rows while it finishes, before the client asks."""
+        """Send off all rows while an engine finishes that has nothing more to compute, before the client asks."""
         if self.error is not None:
             return
         try:
@@ -185,15 +192,20 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """End the capture early; the first error is the one that the client gets."""
-        self._rows.clear()
+        self._sink.clear()
         self._is_open = self._armed = False
         if self.error is None:
             if not isinstance(error, TapError):
                 error = CaptureError(f"unexpected {type(error).__name__}: {error}")
             self.error = error
 
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Let go of requests that have ended: none of their rows will come."""
+        for request_id in request_ids:
+            self._selector.remove(request_id)
+
     def finish(self) -> messages.Descriptor:
-        """Wait for the last rows and describe where all of them are.
+        """Wait for the last rows and describe where all of them are that have not been taken.
 
         Raises:
             TapError: What ended the capture early.
@@ -209,11 +221,25 @@ class Session:
             capture_id=self.start.capture_id,
             streams=self.streams,
             requests=tuple(self._table),
+            first_request=self._first_request,
             chunks=tuple(messages.Chunk(*chunk) for chunk in self._chunks),
             blocks=np.array(self._blocks, "<i8").tobytes(),
             byte_order=sys.byteorder,
             wait_seconds=wait_seconds,
         )
+
+    def take(self) -> messages.Descriptor:
+        """Describe the rows that have come since the last time, and go on in memory of its own.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        taken = self.finish()
+        self._first_request += len(self._table)
+        self._table, self._chunks, self._blocks = [], [], []
+        self._free_offset = self._free_end = 0
+        self._last = None
+        return taken
 
     @property
     def num_bytes(self) -> int:
@@ -225,7 +251,13 @@ class Session:
         """The reservations that this capture holds."""
         return [chunk.block_id for chunk in self._chunks]
 
+    def release(self) -> None:
+        """Free the blocks that this capture holds."""
+        for block_id in self.block_ids:
+            self.account.pool.release(block_id)
+
     def close(self) -> None:
-        """Let go of the taps; blocks are kept or freed by the caller."""
-        self._rows.clear()
+        """Let go of the taps; blocks are kept until somebody releases them, and count against later captures."""
+        self._sink.clear()
         self._sink.close()
+        self.account.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
@@ -13,8 +13,8 @@ from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.cuda import driver, operator
 from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
 from vllm_tap.engine.cuda.profile import DmaProfile
+from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.cuda.sink import DeviceSink, Sizes
-from vllm_tap.engine.cuda.tables import DeviceRows
 from vllm_tap.engine.model.tap import Taps
 from vllm_tap.errors import BudgetError, EngineUnsupportedError
 from vllm_tap.frame.layout import Stream
@@ -23,7 +23,7 @@ from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.vllm import runner as vllm_runner
 
 MAX_TAPS: Final = 4096
-"""Taps that the device tables have room for, at 12 bytes each."""
+"""Taps that the device tables have room for, at 12 bytes each and for each group."""
 
 MAX_PADDING: Final = 1024
 """Rows that a step may have beyond the runner's max_num_tokens."""
@@ -56,15 +56,18 @@ class DeviceBackend:
         """Why the kernels do not run here, or an empty string."""
         return self.rows.refusal
 
-    def new_sink(self, streams: Sequence[Stream], taps: Taps, pool: SegmentPool, staging: str) -> DeviceSink:
+    def new_sink(
+        self, streams: Sequence[Stream], taps: Taps, modes: Mapping[str, int], pool: SegmentPool, staging: str
+    ) -> DeviceSink:
         """Return a sink, whose staging is taken from the device now.
 
         Raises:
+            CaptureError: As many captures are under way as there is room for.
             EngineUnsupportedError: The kernels do not run here.
         """
         if self.rows.refusal:
             raise EngineUnsupportedError(self.rows.refusal)
-        return DeviceSink(streams, taps, self.rows, pool, self._sizes, staging)
+        return DeviceSink(streams, taps, modes, self.rows, pool, self._sizes, staging)
 
     def new_pool(self, shared: bool) -> SegmentPool:
         """Return a pool whose segments are pinned."""

@@ -1,4 +1,4 @@
-"""What leaves a CUDA device together: the rows of a step, or of small ones that follow one another. Worker process.
+"""Rows that leave a CUDA device together: those of a step, or of small ones that follow one another. Worker process.
 
 A copy of 2 MiB reaches 0.85 of the rate of the bus, one of 8 MiB 0.97 and one of 16 MiB 0.99, and each costs the host
 some 50 microseconds in a step (one H100). Blocks of consecutive steps lie side by side in their segment, so rows that
@@ -51,5 +51,5 @@ class Burst:
 
     @property
     def copies(self) -> list[Transfer]:
-        """What is to be copied by now."""
+        """Copies that are due by now."""
         return [*self._whole, Transfer(self._begin, self._begin + self._shift, self._end - self._begin)]

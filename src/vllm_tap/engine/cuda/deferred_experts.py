@@ -1,4 +1,4 @@
-"""What experts made while a CUDA graph was captured, held for one kernel that takes many layers. Worker process."""
+"""Tensors of experts, held while a CUDA graph is captured for one kernel that takes many layers. Worker process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 import torch
 
 from vllm_tap.engine.cuda.expert_kernel import SOURCE_WORDS, can_gather, launch_gather_experts, launch_tap_experts
-from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.engine.cuda.kernel import MAX_GROUPS
+from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.model.tap import REGISTRY, Tap
 from vllm_tap.streams import NUMBERS
 
@@ -37,7 +38,7 @@ class Layer(NamedTuple):
 
 
 class DeferredExperts:
-    """Where the tensors of a model's experts lie in its graphs.
+    """Places of the tensors of a model's experts in its graphs.
 
     Cost: 4 KiB of the device for each layer, as long as the model is there.
 
@@ -58,8 +59,8 @@ class DeferredExperts:
         """
         if self._sources is None:
             num_layers = sum(tap.keeps_tensors for tap in REGISTRY[self._rows.first_tap :])
-            device = self._rows.header.device
-            self._sources = torch.zeros(MAX_GRAPHS * num_layers, SOURCE_WORDS, dtype=torch.int64, device=device)
+            shape = MAX_GRAPHS * num_layers, SOURCE_WORDS
+            self._sources = torch.zeros(shape, dtype=torch.int64, device=self._rows.device)
 
     def hold(self, taps: Sequence[Tap], tensors: Sequence[torch.Tensor]) -> bool:
         """Hold what passes the taps of a layer's experts while a graph is captured; return whether it is held.
@@ -110,13 +111,14 @@ class DeferredExperts:
         stream, outs = NUMBERS[taps[0].stream], dtypes(taps)
         sources = None
         if len(layers) == 1:
-            launch_tap_experts(rows, tensors, taps[0].index - rows.first_tap, stream, outs, ahead=True)
+            index = taps[0].index - rows.first_tap
+            launch_tap_experts(rows.tables, tensors, index, stream, outs, ahead=True, num_groups=MAX_GROUPS)
         else:
             assert self._sources is not None
             sources = self._sources[self._num_sources :][: len(layers)]
             self._num_sources += len(layers)
-            launch_gather_experts(rows, tensors, sources, stream, outs)
-        capturing = torch.cuda.current_stream(rows.header.device).cuda_stream
+            launch_gather_experts(rows.tables, tensors, sources, stream, outs, num_groups=MAX_GROUPS)
+        capturing = torch.cuda.current_stream(rows.device).cuda_stream
         rows.switch.note([tap.index for layer in layers for tap in layer.taps], capturing, len(tensors[0]))
         return sources
 

@@ -289,6 +289,49 @@ def set_node_enabled(executable: int, node: int, enabled: bool) -> None:
     check(_driver().cuGraphNodeSetEnabled(executable, node, int(enabled)), "cuGraphNodeSetEnabled")
 
 
+class _KernelParams(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS_v2."""
+
+    _fields_ = (
+        ("func", ctypes.c_void_p),
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("arguments", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("kern", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    )
+
+
+def _params_with_depth(node: int, depth: int) -> _KernelParams:
+    params = _KernelParams()
+    code = _driver().cuGraphKernelNodeGetParams_v2(ctypes.c_void_p(node), ctypes.byref(params))
+    check(code, "cuGraphKernelNodeGetParams")
+    params.grid_z = depth
+    return params
+
+
+def set_depth(node: int, depth: int) -> None:
+    """Give the grid of a kernel node so many programs along its last axis."""
+    params = _params_with_depth(node, depth)
+    code = _driver().cuGraphKernelNodeSetParams_v2(ctypes.c_void_p(node), ctypes.byref(params))
+    check(code, "cuGraphKernelNodeSetParams")
+
+
+def set_depth_of_executable(executable: int, node: int, depth: int) -> None:
+    """Do the same for future launches of what was made executable of the node's graph, which stays as it is."""
+    params = _params_with_depth(node, depth)
+    code = _driver().cuGraphExecKernelNodeSetParams_v2(
+        ctypes.c_void_p(executable), ctypes.c_void_p(node), ctypes.byref(params)
+    )
+    check(code, "cuGraphExecKernelNodeSetParams")
+
+
 def destroy_graph(graph: int) -> None:
     """Give a graph up; executable forms of it stay."""
     check(_driver().cuGraphDestroy(ctypes.c_void_p(graph)), "cuGraphDestroy")

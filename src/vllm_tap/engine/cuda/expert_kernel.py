@@ -10,7 +10,7 @@ a graph, one kernel takes them all. What it reads and writes is described in `ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -104,7 +104,9 @@ def _tap_experts(
     ROWS: tl.constexpr,  # noqa: N803
     EXPERTS_BLOCK: tl.constexpr,  # noqa: N803
     CHOICES_BLOCK: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
 ):
+    header, table, row_map, counts = kernel.of_group(header, table, row_map, counts, GROUP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert, choice = tl.arange(0, EXPERTS_BLOCK), tl.arange(0, CHOICES_BLOCK)
     there = row < num_rows
@@ -139,7 +141,7 @@ def _tap_experts(
 
 
 def launch_tap_experts(
-    state: Any,
+    tables: kernel.Tables,
     rows: Sequence[torch.Tensor],
     index: int,
     stream: int,
@@ -149,16 +151,17 @@ def launch_tap_experts(
     ahead: bool = False,
     large: bool | None = None,
     sources: torch.Tensor | None = None,
+    num_groups: int = 1,
 ) -> None:
     """Launch the kernel on the current stream.
 
     Args:
-        state: A `DeviceRows`.
+        tables: Of a group.
         rows: Logits [T, E], expert ids and weights [T, K]; their last axes are contiguous.
         index: Of the tap of the logits; those of ids and weights follow.
         stream: Of the logits, in `header`; ids and weights follow.
         outs: Dtypes of the rows.
-        chosen, ahead, large: As for `kernel.launch_tap`.
+        chosen, ahead, large, num_groups: As for `kernel.launch_tap`.
         sources: Of all layers that the kernel is for; `rows` are of one of them, `index` is of none then.
     """
     (num_rows, num_experts), num_choices = rows[0].shape, rows[1].shape[1]
@@ -176,11 +179,11 @@ def launch_tap_experts(
     elements = [align // out.itemsize for align, out in zip(aligns, outs, strict=True)]
     kernel.launch(
         _tap_experts,
-        (-(-num_rows // rows_each), 1 if sources is None else len(sources), 1),
+        (-(-num_rows // rows_each), 1 if sources is None else len(sources), num_groups),
         (
-            *(state.header, state.table, state.row_map, state.counts),
-            state.header if sources is None else sources,
-            *[state.anchor(out) for out in outs],
+            *(tables.header, tables.table, tables.row_map, tables.counts),
+            tables.header if sources is None else sources,
+            *[tables.anchor(out) for out in outs],
         ),
         rows,
         (index, first, num_rows),
@@ -201,6 +204,7 @@ def launch_tap_experts(
             "ROWS": rows_each,
             "EXPERTS_BLOCK": block,
             "CHOICES_BLOCK": kernel.power_of_2(num_choices),
+            "GROUP": tables.group_words,
         },
         8 if large else 4,
     )
@@ -212,25 +216,27 @@ def can_gather(rows: Sequence[torch.Tensor]) -> bool:
 
 
 def launch_gather_experts(
-    state: Any,
+    tables: kernel.Tables,
     rows: Sequence[torch.Tensor],
     sources: torch.Tensor,
     stream: int,
     outs: Sequence[torch.dtype],
+    *,
     large: bool | None = None,
+    num_groups: int = 1,
 ) -> None:
     """Launch the kernel for all layers of `sources` on the current stream; `rows` are of one of them."""
-    launch_tap_experts(state, rows, 0, stream, outs, ahead=True, large=large, sources=sources)
+    launch_tap_experts(tables, rows, 0, stream, outs, ahead=True, large=large, sources=sources, num_groups=num_groups)
 
 
 def warm_experts(
-    state: Any, rows: Sequence[torch.Tensor], index: int, stream: int, outs: Sequence[torch.dtype]
+    tables: kernel.Tables, rows: Sequence[torch.Tensor], index: int, stream: int, outs: Sequence[torch.dtype]
 ) -> None:
     """Compile the variants of the kernel, by launching each of them for one row while the header says idle."""
     one = [tensor[:1] for tensor in rows]
     sources = torch.tensor([[index, *(tensor.data_ptr() for tensor in one)]], device=rows[0].device)
     for large in (False, True):
         if can_gather(one):
-            launch_gather_experts(state, one, sources, stream, outs, large)
-        launch_tap_experts(state, one, index, stream, outs, chosen=(0, 1), large=large)
-        launch_tap_experts(state, one, index, stream, outs, ahead=True, large=large)
+            launch_gather_experts(tables, one, sources, stream, outs, large=large)
+        launch_tap_experts(tables, one, index, stream, outs, chosen=(0, 1), large=large)
+        launch_tap_experts(tables, one, index, stream, outs, ahead=True, large=large)

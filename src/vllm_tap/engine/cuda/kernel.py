@@ -1,7 +1,8 @@
 """The tap on CUDA: a Triton kernel that writes chosen rows to device staging or straight to pinned host memory.
 
 Runs in the worker process. What changes from step to step lies in a small device buffer, read by address, so that a
-captured graph serves idle, staged and direct capture alike:
+captured graph serves idle, staged and direct capture alike. Of each capture that may be under way, a *group*, there is
+one, `GROUP` words from the one before; programs of a graph look at theirs by the last axis of the grid:
 
     header    int64 [HEADER_WORDS]: tokens of the step (0 = idle); what is added to the addresses of planes; per stream,
               address of plane 0 and bytes per plane; addresses of the step's positions and token ids, of plane 0 of the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from vllm_tap.engine.model.tap import FIRST
 from vllm_tap.errors import CaptureError
 from vllm_tap.streams import NUMBERS
 
+MAX_GROUPS: Final = 8
 MAX_STREAMS: Final = len(NUMBERS)
 STREAM_PLACE: Final = 2
 LABEL_PLACE: Final = STREAM_PLACE + 2 * MAX_STREAMS
@@ -43,6 +45,28 @@ _FIRST = tl.constexpr(FIRST)
 _LABELS = tl.constexpr(LABELS)
 _STREAM_PLACE = tl.constexpr(STREAM_PLACE)
 _LABEL_PLACE = tl.constexpr(LABEL_PLACE)
+
+
+class Tables(Protocol):
+    """Tables of a group that the kernels read; see `tables`."""
+
+    header: torch.Tensor
+    table: torch.Tensor
+    row_map: torch.Tensor
+    counts: torch.Tensor
+    group_words: int
+
+    def anchor(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return a device pointer of a dtype from which destinations are counted."""
+        ...
+
+
+@triton.jit
+def of_group(header, table, row_map, counts, GROUP: tl.constexpr):  # noqa: N803
+    """Return the tables of the group that a program is for, given those of the first."""
+    group = tl.program_id(2)
+    words = 2 * group * GROUP  # of 4 bytes
+    return header + group * GROUP, table + words, row_map + words, counts + words
 
 
 @triton.jit
@@ -134,7 +158,9 @@ def _tap(
     EARLY: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
 ):
+    header, table, row_map, counts = of_group(header, table, row_map, counts, GROUP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = row < num_rows
@@ -168,7 +194,7 @@ def _tap(
 
 
 def launch_tap(
-    state: Any,
+    tables: Tables,
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
     index: int,
@@ -179,11 +205,12 @@ def launch_tap(
     chosen: tuple[int, int] | None = None,
     ahead: bool = False,
     large: bool | None = None,
+    num_groups: int = 1,
 ) -> None:
     """Launch the tap's kernel on the current stream.
 
     Args:
-        state: A `DeviceRows`.
+        tables: Of a group.
         hidden: Tensor [T, D]; `residual` the same or None. The last axis is contiguous.
         index: Of the tap, in `table` and `counts`.
         stream: Of the tap, in `header`.
@@ -193,6 +220,7 @@ def launch_tap(
             look at the others. Without it, as in graphs, each token's destination is looked up.
         ahead: Load rows before it is known whether they are wanted: faster for few rows, wasteful for many.
         large: Use the block size for many rows; by default as the number of rows says.
+        num_groups: Groups that it is for, the next ones as well.
     """
     num_rows, width = hidden.shape
     if not num_rows:
@@ -208,8 +236,8 @@ def launch_tap(
     rows = min(most // block, MOST_ROWS) if large else 1
     launch(
         _tap,
-        (-(-num_rows // rows), -(-width // block), 1),
-        (state.header, state.table, state.row_map, state.counts, state.anchor(out)),
+        (-(-num_rows // rows), -(-width // block), num_groups),
+        (tables.header, tables.table, tables.row_map, tables.counts, tables.anchor(out)),
         (hidden, other),
         (index, stream, address, first, num_rows),
         {
@@ -223,6 +251,7 @@ def launch_tap(
             "EARLY": ahead and can_launch_early(hidden.device),
             "ROWS": rows,
             "BLOCK": block,
+            "GROUP": tables.group_words,
         },
         8 if large else 4,
     )
@@ -293,13 +322,13 @@ def can_launch_early(device: torch.device) -> bool:
 
 
 def warm(
-    state: Any, hidden: torch.Tensor, residual: torch.Tensor | None, index: int, stream: int, out: torch.dtype
+    tables: Tables, hidden: torch.Tensor, residual: torch.Tensor | None, index: int, stream: int, out: torch.dtype
 ) -> None:
     """Compile the variants of a tap's kernel, by launching each of them for one row while the header says idle."""
     for large in (False, True):
         for address in (0, ANY_ADDRESS):
-            launch_tap(state, hidden[:1], residual, index, stream, out, address=address, chosen=(0, 1), large=large)
-        launch_tap(state, hidden[:1], residual, index, stream, out, ahead=True, large=large)
+            launch_tap(tables, hidden[:1], residual, index, stream, out, address=address, chosen=(0, 1), large=large)
+        launch_tap(tables, hidden[:1], residual, index, stream, out, ahead=True, large=large)
 
 
 def label_sources(positions: torch.Tensor, token_ids: torch.Tensor) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import torch
 from vllm_tap.engine.cuda import kernel
 from vllm_tap.engine.cuda.deferred_experts import dtypes
 from vllm_tap.engine.cuda.expert_kernel import launch_tap_experts, warm_experts
-from vllm_tap.engine.cuda.tables import DeviceRows
+from vllm_tap.engine.cuda.group import DeviceGroup
+from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.model.tap import LIBRARY, REGISTRY, Tap, expert_taps, flat, require_rows
 from vllm_tap.errors import CaptureError
 from vllm_tap.streams import NUMBERS
@@ -44,20 +45,38 @@ def _pass(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Tens
     place = _place(tap, rows)
     if torch.cuda.is_current_stream_capturing():
         assert tap.dtype is not None
-        kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, ahead=True)
+        kernel.launch_tap(rows.tables, hidden, residual, *place, tap.dtype, ahead=True, num_groups=kernel.MAX_GROUPS)
         rows.switch.note((tap.index,), torch.cuda.current_stream(hidden.device).cuda_stream, len(hidden))
         return
     _learn(tap, rows, hidden, residual)
-    if not rows.active or rows.sink is None or not rows.sink.wants(tap):
+    for group in rows.groups:
+        _for(group, lambda group: _take(tap, group, place, hidden, residual))
+
+
+def _for(group: DeviceGroup, take: Callable[[DeviceGroup], None]) -> None:
+    """Do something for a capture that takes rows of this step; what goes wrong is the end of that one alone."""
+    if not group.active:
         return
-    require_rows(tap, hidden)
+    try:
+        take(group)
+    except Exception as error:
+        group.fail(error)
+
+
+def _take(
+    tap: Tap, group: DeviceGroup, place: tuple[int, int], hidden: torch.Tensor, residual: torch.Tensor | None
+) -> None:
+    """Launch the kernel for the rows that a capture takes of a tap."""
+    if group.sink is None or not group.sink.wants(tap):
+        return
+    require_rows(tap, group, hidden, residual)
 
     def write(address: int) -> None:
         assert tap.dtype is not None
-        kernel.launch_tap(rows, hidden, residual, *place, tap.dtype, address=address, chosen=rows.chosen)
+        kernel.launch_tap(group.tables, hidden, residual, *place, tap.dtype, address=address, chosen=group.chosen)
 
-    if rows.sink.goes_by_planes(tap):
-        rows.sink.send_plane(tap, write)
+    if group.sink.goes_by_planes(tap):
+        group.sink.send_plane(tap, write)
     else:
         write(0)
 
@@ -70,7 +89,7 @@ def _learn(tap: Tap, rows: DeviceRows, hidden: torch.Tensor, residual: torch.Ten
     if is_first:
         assert tap.dtype is not None
         # Now, because nothing can be compiled or loaded while a stream is captured, nor launched while the tap is on.
-        kernel.warm(rows, hidden, residual, *_place(tap, rows), tap.dtype)
+        kernel.warm(rows.tables, hidden, residual, *_place(tap, rows), tap.dtype)
     return is_first
 
 
@@ -85,18 +104,25 @@ def _pass_experts(taps: Sequence[Tap], rows: DeviceRows, tensors: Sequence[torch
     if any([_learn(tap, rows, tensor, None) for tap, tensor in zip(taps, tensors, strict=True)]):
         if taps[0].keeps_tensors and rows.experts is not None:
             rows.experts.make_room()
-        warm_experts(rows, tensors, *place, dtypes(taps))
-    if not rows.active or rows.sink is None:
+        warm_experts(rows.tables, tensors, *place, dtypes(taps))
+    for group in rows.groups:
+        _for(group, lambda group: _take_experts(taps, rows, group, tensors))
+
+
+def _take_experts(taps: Sequence[Tap], rows: DeviceRows, group: DeviceGroup, tensors: Sequence[torch.Tensor]) -> None:
+    """Launch one kernel for what a capture takes of a layer's experts, unless planes of it leave one by one."""
+    if group.sink is None:
         return
-    wanted = [tap for tap in taps if rows.sink.wants(tap)]
+    wanted = [tap for tap in taps if group.sink.wants(tap)]
     for tap, tensor in zip(taps, tensors, strict=True):
         if tap in wanted:
-            require_rows(tap, tensor)
-    if any(rows.sink.goes_by_planes(tap) for tap in wanted):
+            require_rows(tap, group, tensor)
+    if any(group.sink.goes_by_planes(tap) for tap in wanted):
         for tap, tensor in zip(taps, tensors, strict=True):
-            _pass(tap, rows, tensor, None)
+            _take(tap, group, _place(tap, rows), tensor, None)
     elif wanted:
-        launch_tap_experts(rows, tensors, *place, dtypes(taps), chosen=rows.chosen)
+        place = _place(taps[0], rows)
+        launch_tap_experts(group.tables, tensors, *place, dtypes(taps), chosen=group.chosen)
 
 
 def _place(tap: Tap, rows: DeviceRows) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How the rows of a step leave a CUDA device: what goes in which copy, and what the kernels are told. Worker process.
+"""Plans by which rows leave a CUDA device: what goes in which copy, and what kernels are told. Worker process.
 
 While the same requests decode, every step does the same at other addresses: what does not change is worked out once.
 """
@@ -32,7 +32,7 @@ class Copy(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a step does, and with it all that take the same rows and lie in the same way.
+    """The work of a step, and of all that take the same rows and lie in the same way.
 
     Attributes:
         selection: The rows.

@@ -1,4 +1,4 @@
-"""Where the taps of a CUDA engine write: staging on the device, drained by a side stream into pinned segments.
+"""The sink of a CUDA engine: staging on the device, drained by a side stream into pinned segments.
 
 Runs in the worker process. Three ways lead from a tap into the block of the step, chosen per stream and step:
 
@@ -25,9 +25,9 @@ from vllm_tap.engine.cuda import driver, kernel
 from vllm_tap.engine.cuda.burst import Burst, Transfer
 from vllm_tap.engine.cuda.plan import Copy, Lane, Plan, new_plan
 from vllm_tap.engine.cuda.ring import Ring
+from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.cuda.slab import ALIGNMENT, Slab, aligned
-from vllm_tap.engine.cuda.tables import DeviceRows
-from vllm_tap.engine.model.tap import REGISTRY, Tap
+from vllm_tap.engine.model.tap import ADD, REGISTRY, Tap
 from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError
 from vllm_tap.frame.layout import LABEL_BYTES, Layout, Stream
 from vllm_tap.labels import NUM_LABELS
@@ -64,12 +64,14 @@ class DeviceSink:
 
     Raises:
         BudgetError: "staged" was asked for, and the device has no room for it.
+        CaptureError: As many captures are under way as there is room for.
     """
 
     def __init__(
         self,
         streams: Sequence[Stream],
         taps: Mapping[tuple[str, int], Tap],
+        modes: Mapping[str, int],
         rows: DeviceRows,
         pool: SegmentPool,
         sizes: Sizes,
@@ -81,9 +83,8 @@ class DeviceSink:
             raise EngineUnsupportedError(
                 f"layers of one stream differ in width here ({names}): capture them separately."
             )
-        self.failure: Exception | None = None
         self._rows, self._pool = rows, pool
-        self._device = rows.header.device
+        self._device = rows.device
         self._small_rows = max(sizes.graph_rows, MIN_STAGED_ROWS)
         self._request_rows = sizes.request_rows
         self._num_steps = 0
@@ -103,7 +104,7 @@ class DeviceSink:
         self._told = 0  # where the header that the device has says that a block begins
         self._lanes: dict[str, Lane] = {}
         self._place_of: dict[int, tuple[Lane, int]] = {}
-        modes: dict[int, tuple[int, int]] = {}
+        on: dict[int, tuple[int, int]] = {}
         step_bytes = NUM_LABELS * LABEL_BYTES * max_rows + 2 * ALIGNMENT
         for stream in streams:
             wide = max_rows * stream.row_bytes >= WIDE_PLANE_BYTES
@@ -114,14 +115,18 @@ class DeviceSink:
                 tap = taps[stream.name, layer]
                 self._place_of[tap.index] = lane, plane
                 # One of the taps writes the labels: a kernel of their own would be one more launch in every step.
-                labels = 0 if modes else kernel.LABELS
-                modes[tap.index] = plane, tap.mode | labels
-        rows.require_room(modes)
+                labels = 0 if on else kernel.LABELS
+                on[tap.index] = plane, modes.get(stream.name, ADD) | labels
+        rows.require_place(on)
         plane_bytes = aligned(max((max_rows * lane.row_bytes for lane in self._lanes.values() if lane.wide), default=0))
         self._planes, self._steps = Ring(0, rows.events), Ring(0, rows.events)
         self._slab = None if staging == "direct" else self._take_slab(plane_bytes, aligned(step_bytes), staging)
         rows.slabs.keep()
-        rows.switch_on(self, modes)
+        try:
+            self._group = rows.switch_on(self, on)
+        except Exception:
+            rows.slabs.give(self._slab)
+            raise
 
     def _take_slab(self, plane_bytes: int, step_bytes: int, staging: str) -> Slab | None:
         events = self._rows.events
@@ -167,7 +172,7 @@ class DeviceSink:
             sources = self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
             for lane, begin in plan.by_planes:
                 lane.target = block + begin
-        self._rows.arm(plan.header_for(sources), selection, self._main)
+        self._group.arm(plan.header_for(sources), selection, self._main)
         self._told = sources[0]
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
@@ -182,7 +187,7 @@ class DeviceSink:
             return False
         staged = burst.join(self._segment + start, plan.form.end)
         if staged:
-            self._rows.arm_again(staged - self._told, self._main)
+            self._group.arm_again(staged - self._told, self._main)
         return staged > 0
 
     def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
@@ -194,7 +199,7 @@ class DeviceSink:
         self._num_requests = len(batch.request_ids)
         # Before that, the next step has prompts again, and the time that a graph takes is taken from its launch.
         self._unprepared = selection.ends_prompts
-        numbers = self._rows.numbers.data_ptr()
+        numbers = self._group.tables.numbers.data_ptr()
         self._plan = new_plan(selection, form, batch, numbers, self._lanes, self._lane_goes_by_planes)
         return self._plan
 
@@ -255,11 +260,15 @@ class DeviceSink:
         Raises:
             TapError: What went wrong in a tap of this step.
         """
-        if self.failure is not None:
-            raise self.failure  # rows of this step may be on their way: `close` waits for them
+        if self._group.failure is not None:
+            raise self._group.failure  # rows of this step may be on their way: `close` waits for them
         self._num_steps += 1
-        self._rows.active = False
+        self._group.active = False
         return []
+
+    def clear(self) -> None:
+        """Let no row through."""
+        self._group.clear()
 
     def send(self, generates: bool) -> None:
         """Queue the copies of what is staged on the side stream, unless later steps may still join them.
@@ -297,7 +306,7 @@ class DeviceSink:
         self._flush()
         if self._num_counted != self._num_steps:
             self._let_side_follow(self._main)
-            self._seen = self._rows.send_counts(self._side)
+            self._seen = self._group.send_counts(self._side)
             self._num_counted = self._num_steps
 
     def settle(self) -> None:
@@ -320,7 +329,7 @@ class DeviceSink:
 
     def close(self) -> None:
         """Switch the taps off and give the staging memory back."""
-        self._rows.switch_off()
+        self._rows.switch_off(self._group)
         # Blocks may be freed and segments unmapped after this: nothing may be on its way into them.
         self._flush()
         self._wait_for_side()

@@ -15,10 +15,14 @@ from vllm_tap.engine.capture.idle import Keeper
 from vllm_tap.engine.cuda import driver
 
 LINGER_SECONDS: Final = 10.0
-"""How long a slab that nobody uses stays."""
+"""Seconds that a slab stays which nobody uses."""
 
 PATIENCE_SECONDS: Final = 60.0
 """After this long it goes, whether the device is quiet or not."""
+
+MOST_IDLE: Final = 4
+"""Slabs that are kept for captures to come. To free one waits for all queued work: where captures that ran side by side
+end one after the other, the engine is not to wait for each."""
 
 ALIGNMENT: Final = 256
 """Parts of a slab start and end on multiples of this many bytes."""
@@ -44,7 +48,7 @@ class Slab:
 
 
 class SlabKeeper(Keeper):
-    """Keeps the slab between captures for a while; its thread also knows when there is a pause for other work.
+    """Keeps slabs between captures for a while; its thread also knows when there is a pause for other work.
 
     Args:
         device: On which the slabs lie.
@@ -74,7 +78,7 @@ class SlabKeeper(Keeper):
         self._device, self._headroom, self._is_quiet = device, headroom, is_quiet
         self._on_idle, self._in_pause = on_idle, in_pause
         self.is_preparing = False
-        self._idle: Slab | None = None
+        self._idle: list[Slab] = []
         self._floor = 0
         self._held_bytes = 0
 
@@ -86,11 +90,14 @@ class SlabKeeper(Keeper):
     def take(self, nbytes: int) -> Slab | None:
         """Return a slab of at least `nbytes`, or None if the device has no room to spare."""
         with self._lock:
-            slab, self._idle = self._idle, None
-        if slab is not None and slab.nbytes >= nbytes:
-            slab.clear()
-            return slab
-        if slab is not None:
+            fitting = [slab for slab in self._idle if slab.nbytes >= nbytes]
+            if fitting:
+                slab = min(fitting, key=lambda slab: slab.nbytes)
+                self._idle.remove(slab)
+                slab.clear()
+                return slab
+            small, self._idle = self._idle, []
+        for slab in small:
             self._free(slab)
         # Asking PyTorch takes some 0.1 ms: while the slab is kept, what it said now is compared with what is free.
         self._floor = self._headroom()
@@ -105,13 +112,14 @@ class SlabKeeper(Keeper):
 
     def give(self, slab: Slab | None) -> None:
         """A capture ends: take its slab back, if it had one, and return it to the device unless one is wanted soon."""
-        spare = None
+        spare: list[Slab] = []
         if slab is not None:
             with self._lock:
-                spare, self._idle = self._idle, slab
+                by_size = sorted([*self._idle, slab], key=lambda slab: slab.nbytes)
+                spare, self._idle = by_size[:-MOST_IDLE], by_size[-MOST_IDLE:]
         self.linger()
-        if spare is not None:
-            self._free(spare)
+        for each in spare:
+            self._free(each)
 
     def _begin(self) -> None:
         torch.cuda.set_device(self._device)
@@ -120,12 +128,12 @@ class SlabKeeper(Keeper):
         with self._lock:
             if self._idle_since is None:
                 return
-            slab, self._idle, self._idle_since = self._idle, None, None
+            slabs, self._idle, self._idle_since = self._idle, [], None
         try:
             self._on_idle()  # first: when `held_bytes` says so, nothing is held any more
             self.is_preparing = True
         finally:
-            if slab is not None:
+            for slab in slabs:
                 self._free(slab)
         self._prepare()
 

@@ -12,11 +12,13 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 from vllm_tap.engine.cuda import driver
+from vllm_tap.engine.cuda.kernel import MAX_GROUPS
 from vllm_tap.errors import TransportError
 
 logger = logging.getLogger("vllm_tap")
@@ -33,16 +35,32 @@ class Node(NamedTuple):
         return self._replace(handle=driver.node_in_clone(self.handle, graph))
 
 
-NOTHING: Final[frozenset[int]] = frozenset()
+@dataclass(frozen=True)
+class Wanted:
+    """The taps that captures want, and of how many groups their kernels look at the tables."""
+
+    taps: frozenset[int]
+    num_groups: int
+
+    def __bool__(self) -> bool:
+        return bool(self.taps)
+
+
+NOTHING: Final = Wanted(frozenset(), 0)
+
+_Nodes = tuple[frozenset[int], int]
+"""Nodes of a graph that serve taps, and for how many groups."""
+
+_NO_NODES: Final[_Nodes] = frozenset(), 0
 
 MOST_FORMS: Final = 4
-"""Sets of taps for which a graph is kept executable."""
+"""Sets of taps and numbers of groups for which a graph is kept executable."""
 
 
 class Switch(Protocol):
-    """What says which taps are on."""
+    """The object that says which taps are on."""
 
-    on: frozenset[int]
+    on: Wanted
 
     @property
     def fail(self) -> Callable[[Exception], None]:
@@ -50,7 +68,7 @@ class Switch(Protocol):
 
 
 class TappedGraph:
-    """What stands in for PyTorch's graph in `replay`. One step replays many: nothing on the way that can be left out.
+    """A replayable graph in the place of PyTorch's. One step replays many: `replay` does as little as can be.
 
     Args:
         owner: PyTorch's graph, which lives at least as long.
@@ -86,8 +104,9 @@ class GraphPiece(TappedGraph):
     def __init__(self, owner: Any, graph: int, taps: list[Node], switch: Switch) -> None:
         super().__init__(owner, switch)
         self._graph, self._taps = graph, taps
-        self._executable = _executable_with(NOTHING, graph, taps)
-        self._forms = {NOTHING: self._executable}
+        self._executable = _executable_with(frozenset(), 0, graph, taps)
+        self._forms = {_NO_NODES: self._executable}
+        self._num_groups = MAX_GROUPS  # as it was captured
         self._enabled: list[bool] | None = None  # the nodes, if they are there
         self._on = NOTHING  # all that are on among these are enabled
         weakref.finalize(self, _give_up, self._forms).atexit = False
@@ -103,7 +122,7 @@ class GraphPiece(TappedGraph):
 
     @property
     def is_complete(self) -> bool:
-        """Whether its taps are there."""
+        """True if its taps are there."""
         return self._enabled is not None
 
     def complete(self) -> None:
@@ -113,6 +132,7 @@ class GraphPiece(TappedGraph):
             TransportError: The driver refused. The graph runs nevertheless.
         """
         self._put_in()
+        self._look_at(1)
         self.disable()
 
     def disable(self) -> None:
@@ -124,12 +144,15 @@ class GraphPiece(TappedGraph):
         self._on = NOTHING
         self._set({place: False for place in range(len(self._taps))})
 
-    def _enable(self, on: frozenset[int]) -> None:
+    def _enable(self, on: Wanted) -> None:
         self._on = NOTHING  # until all has gone well
-        wanted = {place: True for place, node in enumerate(self._taps) if not node.taps.isdisjoint(on)}
+        wanted = {place: True for place, node in enumerate(self._taps) if not node.taps.isdisjoint(on.taps)}
         try:
             if wanted and self._enabled is None:
                 self._put_in()
+                self._look_at(on.num_groups)
+            elif wanted and on.num_groups > self._num_groups:
+                self._look_at(on.num_groups)
             self._set(wanted)
             self._on = on
         except TransportError as error:
@@ -137,9 +160,16 @@ class GraphPiece(TappedGraph):
 
     def _put_in(self) -> None:
         every = frozenset(node.handle for node in self._taps)
-        self._executable = self._forms[every] = driver.instantiate(self._graph)
-        self._enabled = [True] * len(self._taps)
-        driver.destroy_executable(self._forms.pop(NOTHING))
+        self._executable = self._forms[every, MAX_GROUPS] = driver.instantiate(self._graph)
+        self._enabled, self._num_groups = [True] * len(self._taps), MAX_GROUPS
+        driver.destroy_executable(self._forms.pop(_NO_NODES))
+
+    def _look_at(self, num_groups: int) -> None:
+        """Have its kernels look at so many groups: programs that find nothing to do take time as well."""
+        if num_groups != self._num_groups:
+            for node in self._taps:
+                _set_depth(driver.set_depth_of_executable, self._executable, node.handle, num_groups)
+            self._num_groups = num_groups
 
     def _set(self, wanted: dict[int, bool]) -> None:
         """Enable or disable nodes, by their places; where taps are not there, they need not be disabled."""
@@ -167,7 +197,7 @@ class GraphCopy(TappedGraph):
         self.num_rows = num_rows
         self._graph = driver.clone_graph(graph)
         self._taps = [node.in_copy(self._graph) for node in taps]
-        self._forms: dict[frozenset[int], int] = {}
+        self._forms: dict[_Nodes, int] = {}
         self._on = NOTHING
         self._executable = 0
         weakref.finalize(self, _give_up, self._forms, self._graph).atexit = False
@@ -192,19 +222,20 @@ class GraphCopy(TappedGraph):
                 failed = error
         self._leave_to_pytorch(failed)
 
-    def prepare(self, on: frozenset[int]) -> bool:
+    def prepare(self, on: Wanted) -> bool:
         """Make ready what `replay` will queue; return whether there was anything to do."""
         return on is not self._on and self._take_form(on)
 
-    def _take_form(self, on: frozenset[int]) -> bool:
+    def _take_form(self, on: Wanted) -> bool:
         """Choose what to launch; return whether it had to be made."""
-        wanted = _handles(self._taps, on)
-        is_new = bool(wanted) and wanted not in self._forms
-        self._executable = self._form(wanted) if wanted else 0
+        nodes = _handles(self._taps, on)
+        wanted = nodes, on.num_groups
+        is_new = bool(nodes) and wanted not in self._forms
+        self._executable = self._form(wanted) if nodes else 0
         self._on = on
         return is_new
 
-    def _form(self, wanted: frozenset[int]) -> int:
+    def _form(self, wanted: _Nodes) -> int:
         """Return an executable graph with these taps; when there are many, the one that was made first goes."""
         if wanted not in self._forms:
             executable = self._executable_with(wanted)
@@ -213,12 +244,12 @@ class GraphCopy(TappedGraph):
             self._forms[wanted] = executable
         return self._forms[wanted]
 
-    def _executable_with(self, wanted: frozenset[int]) -> int:
+    def _executable_with(self, wanted: _Nodes) -> int:
         try:
-            return _executable_with(wanted, self._graph, self._taps, out_of_the_way=True)
+            return _executable_with(*wanted, self._graph, self._taps, out_of_the_way=True)
         except TransportError as error:
             logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
-            return _executable_with(wanted, self._graph, self._taps)
+            return _executable_with(*wanted, self._graph, self._taps)
 
 
 def can_name_streams() -> bool:
@@ -234,13 +265,15 @@ def _current_stream() -> Callable[[], int]:
     return functools.partial(torch._C._cuda_getCurrentRawStream, torch.cuda.current_device())
 
 
-def _handles(taps: Iterable[Node], on: frozenset[int]) -> frozenset[int]:
+def _handles(taps: Iterable[Node], on: Wanted) -> frozenset[int]:
     """Return the nodes that serve taps which are on."""
-    return frozenset(node.handle for node in taps if node.taps & on)
+    return frozenset(node.handle for node in taps if node.taps & on.taps)
 
 
-def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *, out_of_the_way: bool = False) -> int:
-    """Return a graph made executable with these of its nodes for taps and no others."""
+def _executable_with(
+    wanted: frozenset[int], num_groups: int, graph: int, taps: Iterable[Node], *, out_of_the_way: bool = False
+) -> int:
+    """Return a graph made executable with these of its nodes for taps, for so many groups, and no others."""
     clone = driver.clone_graph(graph)
     try:
         nodes = [(node.handle in wanted, node.in_copy(clone).handle) for node in taps]
@@ -248,6 +281,8 @@ def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *
             if not is_wanted:
                 driver.remove_node(clone, handle)
         for is_wanted, handle in nodes:
+            if is_wanted and num_groups != MAX_GROUPS:
+                _set_depth(driver.set_depth, handle, num_groups)
             if is_wanted and out_of_the_way:
                 driver.let_next_start_early(clone, handle)
         return driver.instantiate(clone)
@@ -255,7 +290,15 @@ def _executable_with(wanted: frozenset[int], graph: int, taps: Iterable[Node], *
         driver.destroy_graph(clone)
 
 
-def _give_up(forms: dict[frozenset[int], int], graph: int = 0) -> None:
+def _set_depth(function: Callable[..., None], *args: int) -> None:
+    """Put up with a driver that refuses: kernels then look at all groups, which is right and slower."""
+    try:
+        function(*args)
+    except TransportError as error:
+        logger.info("vllm-tap: taps in a CUDA graph look at %d groups: %s", MAX_GROUPS, error)
+
+
+def _give_up(forms: dict[_Nodes, int], graph: int = 0) -> None:
     """Give up what nothing will launch any more: PyTorch's own graph is gone."""
     try:
         while forms:

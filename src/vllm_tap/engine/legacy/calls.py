@@ -20,20 +20,21 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from vllm_tap.engine.legacy.rows import EverySession, Met, Ordered, Part, read_part
-from vllm_tap.engine.model.install import ModelTaps, dtype_name
-from vllm_tap.engine.model.residual import MODES, NO_ROWS, SUM, WHOLE
-from vllm_tap.engine.model.tap import ADD
+from vllm_tap.engine.model.residual import SUM, WHOLE
+from vllm_tap.engine.model.stack import dtype_name
 from vllm_tap.engine.worker import TapWorker
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream
 from vllm_tap.transport.segment.pool import SegmentPool
-from vllm_tap.vllm import runner as vllm_runner
 
 logger = logging.getLogger("vllm_tap")
 
 MAX_BUDGET_BYTES: Final = 8 << 30
 NAME: Final = "by worker calls"
+OWNER: Final = (NAME,)
+"""Of the memory for the rows; no client's number and no capture's name is the same."""
+
 HIDDEN: Final = "hidden_states"
 ROUTER: Final = "router_logits"
 
@@ -44,7 +45,7 @@ def _telling(function: Call) -> Call:
     """Turn a method into one that returns what went wrong."""
 
     @functools.wraps(function)
-    def call(self: LegacyTapWorker, *args: Any) -> Any:
+    def call(self: LegacyCalls, *args: Any) -> Any:
         try:
             return function(self, *args)
         except TapError as error:
@@ -57,7 +58,7 @@ def _telling(function: Call) -> Call:
 
 
 class Taken:
-    """What has been taken of one stream, and since when.
+    """Rows that have been taken of one stream, and since when.
 
     Attributes:
         enabled: Whether rows are taken now.
@@ -73,24 +74,20 @@ class Taken:
         self.error: TapError | None = None
 
 
-class LegacyTapWorker(TapWorker):
-    """A worker's tap that also answers the calls of the former interface.
+class LegacyCalls:
+    """The calls of the former interface, answered with one more capture of a worker beside those of clients.
 
-    While a stream is enabled the capture under way is an `EverySession`; when what is enabled changes, the next session
-    begins, and the parts are put together when they are asked for.
+    While a stream is enabled, an `EverySession` is under way; when what is enabled changes, the next one begins, and
+    the parts are put together when they are asked for.
     """
 
-    def __init__(self, worker: Any) -> None:
-        super().__init__(worker)
+    def __init__(self, worker: TapWorker) -> None:
+        self._worker = worker
         self._streams_taken = {HIDDEN: Taken(), ROUTER: Taken()}
         self._every: EverySession | None = None
         self._known: dict[str, Met] = {}
         self._own_pool: SegmentPool | None = None
         self._is_guess = False
-
-    def scheduled(self, request_id: str) -> None:
-        if self._every is not None:
-            self._known.setdefault(request_id, Met(len(self._known), True))
 
     # ---------------------------------------------------------------------------------------------------- the calls
 
@@ -146,22 +143,11 @@ class LegacyTapWorker(TapWorker):
 
     # -------------------------------------------------------------------------------------------------- what they do
 
-    def start(self, start: messages.Start) -> messages.Started:
-        # On every rank, also those that take nothing: a capture that begins on some ranks alone would stay there.
-        if any(taken.enabled for taken in self._streams_taken.values()):
-            raise CaptureError(
-                "worker calls are taking rows: an engine serves one capture at a time. Call "
-                "disable_hidden_states_capture and disable_moe_router_logits_capture first."
-            )
-        return super().start(start)
-
     def _enable(self, stream: str) -> None:
         taken = self._streams_taken[stream]
         if taken.enabled:
             return
         try:
-            if self._every is None and self._session is not None:
-                raise CaptureError(f"capture {self._session.start.capture_id} is under way: wait for it to end")
             self._check(stream)
         except TapError as error:
             taken.error = error
@@ -211,18 +197,10 @@ class LegacyTapWorker(TapWorker):
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
-    def _ready(self) -> ModelTaps:
-        if self.refusal or self._taps is None:
-            raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
-        self._pass_dummy_rows(self._taps)
-        if not self._taps.seen:
-            raise EngineUnsupportedError("no forward pass has gone through this engine yet: send it a request first.")
-        return self._taps
-
     def _check(self, stream: str) -> None:
         """Refuse hidden states where it is not known, or cannot be seen later, what a layer returns."""
-        verdict = self._ready().residual()
-        if stream != HIDDEN or verdict.convention or verdict.reason == NO_ROWS:
+        verdict = self._worker.ready_taps().residual()
+        if stream != HIDDEN or verdict.convention or verdict.wants_rows:
             return
         raise EngineUnsupportedError(
             f"hidden_states cannot be captured from this model: {verdict.reason}"
@@ -242,38 +220,30 @@ class LegacyTapWorker(TapWorker):
             capture_id=NAME,
             streams={stream.name: stream.layers for stream in streams},
             positions="all",
-            residual=self._set_modes(),
+            residual=self._convention(),
             shared=False,
             clients={},
             budget_bytes=_budget_bytes(),
             staging="auto",
             expected_rows=0,
         )
-        assert self._keeper is not None
-        self._keeper.keep()
-        pool = self._pool_of_rows()
-        pool.budget_bytes = start.budget_bytes
-        taps = self._ready()
-        sink = self._sink(start, streams, pool)
-        self._session = self._every = EverySession(start, self.rank, streams, sink, pool, taps.rows)
-        self._every.known = self._known
-        self._closing.append(self._every)
+        self._pool_of_rows()
+        begin = functools.partial(EverySession, known=self._known)
+        self._every = self._worker.begin(start, streams, OWNER, begin)
 
     def _wanted(self) -> Iterable[Stream]:
-        if vllm_runner.read_rank(self._worker).tp_rank:
+        if not self._worker.is_first_rank():
             return
         for name, taken in self._streams_taken.items():
-            held = [place for (stream, _), place in self._ready().by_place.items() if stream == name]
+            places = self._worker.ready_taps().by_place.items()
+            held = [tap for (stream, _), tap in places if stream == name and tap.width]
             if taken.enabled and held:
-                yield Stream(name, dtype_name(held[0]), held[0].width, tuple(place.layer for place in held))
+                yield Stream(name, dtype_name(held[0]), held[0].width, tuple(tap.layer for tap in held))
 
-    def _set_modes(self) -> str:
-        """Tell the taps what the layers return; where only padding has been seen, the next rows will show."""
-        taps = self._ready()
-        verdict = taps.residual()
-        self._is_guess = verdict.reason == NO_ROWS
-        for (stream, _), place in taps.by_place.items():
-            place.mode = MODES.get(verdict.convention, ADD) if stream == HIDDEN else ADD
+    def _convention(self) -> str:
+        """Say what the layers return; where only padding has been seen, the next rows will show."""
+        verdict = self._worker.ready_taps().residual()
+        self._is_guess = verdict.wants_rows
         return verdict.convention
 
     def _end_session(self) -> None:
@@ -281,7 +251,7 @@ class LegacyTapWorker(TapWorker):
         session = self._every
         if session is None:
             return
-        self._session = self._every = None
+        self._every = None
         taken = [self._streams_taken[stream.name] for stream in session.streams]
         part = None
         try:
@@ -292,9 +262,9 @@ class LegacyTapWorker(TapWorker):
                     error if isinstance(error, TapError) else CaptureError(f"{type(error).__name__}: {error}")
                 )
         finally:
-            self._close(session)
+            self._worker.end(session, OWNER)
         if part is None or not len(part.numbers):
-            self._release(session)
+            session.release()
             return
         for stream in taken:
             stream.parts.append(part)
@@ -302,10 +272,8 @@ class LegacyTapWorker(TapWorker):
             self._check_guess()
 
     def _check_guess(self) -> None:
-        taps = self._ready()
-        probe = taps.by_place[HIDDEN, taps.model.num_layers - 1].probe
-        verdict = taps.residual()
-        if verdict.convention == SUM or (verdict.convention == WHOLE and probe is not None and probe.residual is None):
+        verdict = self._worker.ready_taps().residual()
+        if verdict.convention == SUM or (verdict.convention == WHOLE and not verdict.has_residual):
             return
         self._streams_taken[HIDDEN].error = CaptureError(
             "it was not known yet what the layers of this model return: call vllm_tap.capture once, then enable again"
@@ -314,17 +282,13 @@ class LegacyTapWorker(TapWorker):
     def _release_unless_used(self, parts: Iterable[Part]) -> None:
         used = {part.session for taken in self._streams_taken.values() for part in taken.parts}
         for session in {part.session for part in parts} - used:
-            self._release(session)
+            session.release()
         if not used:
             self._pool_of_rows().trim()
 
-    def _release(self, session: EverySession) -> None:
-        for block_id in session.block_ids:
-            self._pool_of_rows().release(block_id)
-
     def _pool_of_rows(self) -> SegmentPool:
         if self._own_pool is None:
-            self._own_pool = self._new_pool(False)
+            self._own_pool = self._worker.new_memory(OWNER)
         return self._own_pool
 
 

@@ -27,12 +27,17 @@ class Met(NamedTuple):
 class EverySession(Session):
     """A session that takes the rows of every request, in the order in which `known` numbers them."""
 
-    known: dict[str, Met]
+    def __init__(self, *args: Any, known: dict[str, Met]) -> None:
+        super().__init__(*args)
+        self.known = known
 
     @property
     def request_ids(self) -> list[str]:
         """The requests whose rows were taken."""
         return [request.request_id for request in self._table]
+
+    def scheduled(self, request_id: str) -> None:
+        self.known.setdefault(request_id, Met(len(self.known), True))
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: take what runs, also requests that were under way before this session."""

@@ -1,87 +1,173 @@
-"""Puts the taps into a loaded model. Runs in the worker process, before anything is profiled, compiled or captured."""
+"""All taps of a model, and what is known of the tensors that pass them. Worker process.
+
+A model may have more than one list that could be the decoder layers, and more than one norm that could be the final
+one: all of them are tapped, and what runs decides, in which order, with what rows.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from vllm_tap.engine.model.residual import NO_ROWS, UNKNOWN, Verdict, decide
-from vllm_tap.engine.model.routing import confirm
-from vllm_tap.engine.model.tap import Rows, Tap, Taps, tap, tap_experts
-from vllm_tap.errors import EngineUnsupportedError
-from vllm_tap.frame.layout import ITEMSIZE
-from vllm_tap.frame.routing import Routing, unknown
-from vllm_tap.streams import ROUTER_STREAMS
+from vllm_tap.engine.model.residual import UNKNOWN, Norm, Verdict, decide
+from vllm_tap.engine.model.routers import Routers
+from vllm_tap.engine.model.stack import StackTaps, tap_norms
+from vllm_tap.engine.model.tap import Rows, Tap
+from vllm_tap.frame.routing import Routing
 from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
-from vllm_tap.vllm.experts import Experts, find_experts, keeps_tensors, leaves_logits, read_routing
+
+ELSEWHERE: Final = Verdict("", "its last forward pass left at another layer than those before it", True)
+
+HIDDEN: Final = "hidden_states"
+FINAL: Final = "final_hidden_states"
 
 
 class ModelTaps:
-    """All taps of a model, by stream and layer; all of them share `rows`."""
+    """The taps of a model's decoder layers, by stream and layer in `by_place`; all of them share `rows`.
 
-    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows) -> None:
+    Attributes:
+        routers: What is said of the routers of the layers.
+    """
+
+    def __init__(self, model: vllm_model.Model, device: torch.device, rows: Rows[Any]) -> None:
         self.model, self.rows = model, rows
         self.by_place: dict[tuple[str, int], Tap] = {}
-        self._experts: dict[int, Experts] = {}
-        self._routing: dict[int, Routing] = {}
-        self.verdict: Verdict | None = None
-        self._device = device
-        # The norm itself, not its tapped forward: the check must not go through the tap again.
-        self._final_norm = None if model.final_norm is None else model.final_norm.forward
-        self._install()
-
-    def _new(self, stream: str, layer: int, dtype: torch.dtype | None = None) -> Tap:
-        new = self.by_place[stream, layer] = Tap(stream, layer, self.rows, self._device, dtype)
-        return new
-
-    def _install(self) -> None:
-        model = self.model
-        if model.is_first_stage and 0 in model.layers:
-            _tap_entry(model.layers[0], self._new("embeddings", 0))
-        for index, layer in model.layers.items():
-            _tap_stream(layer, self._new("hidden_states", index))
-            self._tap_experts(layer, index)
+        self._stacks = [StackTaps(stack, model, device, rows) for stack in model.stacks]
         if model.is_last_stage:
-            self.by_place["hidden_states", model.num_layers - 1].keep_probe = True
-            if model.final_norm is not None:
-                final = self._new("final_hidden_states", model.num_layers - 1)
-                final.keep_probe = True
-                _tap_norm(model.final_norm, final)
+            tap_norms(self._stacks, rows, device)
+        self._verdict: Verdict | None = None
+        self._is_settled = self._is_wide = False
+        self._keep_probes(self._stacks)
+        self._choose(self._stacks[0])
 
-    def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
-        experts = find_experts(layer)
-        if experts is None:
-            return
-        logits = self._new("router_logits", index)
-        self._experts[index] = experts
-        if experts.hides_choice or not hasattr(experts.router, "select_experts"):
-            _tap_logits(experts, logits)
-            return
-        ids = self._new("expert_ids", index, smallest_integer(experts.num_experts))
-        weights = self._new("expert_weights", index)
-        for place in (logits, ids, weights):
-            place.keep_probe = place.keep_one_probe = True
-        if leaves_logits(experts):
-            logits.keeps_tensors = keeps_tensors(experts)
-            _tap_logits_and_choice(experts, logits)
-        else:
-            _tap_logits(experts, logits)
-            _tap_choice(experts, ids, weights)
+    def _choose(self, stack: StackTaps) -> None:
+        """Take a list for the decoder layers, and the first norm that may be the one behind it."""
+        self._stack, self.routers = stack, Routers(stack.experts, stack.by_place)
+        self.by_place.clear()
+        self.by_place |= stack.by_place
+        self._take_norm(0)
+
+    def _take_norm(self, index: int) -> None:
+        for _, place in self._stack.norms[index : index + 1]:
+            self.by_place[FINAL, place.layer] = place
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model, over all pipeline stages."""
+        return self._stack.stack.num_layers
+
+    @property
+    def layers(self) -> dict[int, torch.nn.Module]:
+        """The decoder layers that this worker holds."""
+        return self._stack.stack.layers
+
+    @property
+    def final_norm(self) -> Norm | None:
+        """The norm behind the last layer, without its tap."""
+        place = self.by_place.get((FINAL, self.num_layers - 1))
+        return next((norm for norm, tap in self._stack.norms if tap is place), None)
 
     @property
     def seen(self) -> bool:
-        """Whether a forward pass has gone through the layers, so that widths and dtypes are known."""
-        return all(place.width for (stream, _), place in self.by_place.items() if stream == "hidden_states")
+        """Whether a forward pass has gone through layers, so that widths and dtypes are known."""
+        return any(place.width for stack in self._stacks for place in stack.layers) or not self._stack.layers
+
+    @property
+    def may_change(self) -> bool:
+        """Whether forward passes that are still to come may change what is said here."""
+        return (not self._is_settled and self.model.is_last_stage) or not all(tap.width for tap in self._stack.layers)
+
+    # ------------------------------------------------------------------------------------------- which layers there are
+
+    def end_pass(self) -> None:
+        """Count a forward pass that has ended, or is about to begin. Two of its layers' probes are enough for the next.
+
+        The first one shows which layers run at all; after it, an idle engine keeps rows of the last of them alone.
+        """
+        self.rows.num_passes += 1
+        if self._is_settled or not self._is_wide or not self.seen:
+            return
+        self._is_wide = False
+        for stack in self._stacks:
+            last = _last(stack.layers)
+            for place in stack.layers:
+                if last is not None and place.layer < last.layer:
+                    place.keep_probe, place.probe = False, None
+
+    def _keep_probes(self, stacks: list[StackTaps]) -> None:
+        """Watch the next forward pass."""
+        self._is_wide = True
+        for stack in stacks if self.model.is_last_stage else ():
+            for place in (*stack.layers, *(place for _, place in stack.norms)):
+                place.keep_probe = True
+
+    def _forget_probes(self) -> None:
+        for stack in self._stacks:
+            for place in (*stack.layers, *(place for _, place in stack.norms)):
+                place.keep_probe, place.probe = False, None
+
+    # --------------------------------------------------------------------------------------------- what they return
+
+    def residual(self) -> Verdict:
+        """Decide what the layers return; stages without the final norm leave it to the one that has it.
+
+        Once it is known it stays so. Where it is refused, or the rows seen so far had no values in them, the forward
+        passes that follow are watched: weights may come later.
+        """
+        if not self.model.is_last_stage:
+            ran = [stack for stack in self._stacks if any(place.width for place in stack.layers)]
+            if ran and self._stack not in ran:
+                self._choose(ran[0])
+            return UNKNOWN
+        if not self._is_settled:
+            self._look()
+        return self._verdict or _silent(self._stack)
+
+    def _look(self) -> None:
+        """Decide by the probes of the last forward pass, if it went through layers."""
+        stack = _last_stack(self._stacks)
+        if stack is None:
+            return
+        norms = [(norm, place, place.probe) for norm, place in stack.norms if place.probe is not None]
+        number = max((probe.number for _, _, probe in norms), default=-1)
+        last = _last(stack.layers, number)
+        if last is None or last.probe is None:
+            # It left at an earlier layer than the one before it: see at which.
+            self._keep_probes(self._stacks)
+            self._verdict = self._verdict or ELSEWHERE
+            return
+        behind = [found for found in norms if found[2].number == last.probe.number]
+        behind.sort(key=lambda found: found[2].order, reverse=True)
+        verdict = decide(last.probe, [(norm, probe) for norm, _, probe in behind])
+        if stack is not self._stack:
+            self._choose(stack)
+        for _, place, _ in behind[max(verdict.norm, 0) :][:1]:
+            self.by_place[FINAL, place.layer] = place
+        self._verdict, self._is_settled = verdict, bool(verdict.convention)
+        if self._is_settled:
+            self._forget_probes()
 
     def reasons(self) -> dict[str, str]:
         """Return why streams whose places exist cannot be had: {stream: reason}."""
         verdict = self.residual()
-        reasons = {"hidden_states": verdict.reason} if verdict.reason else {}
-        if self.model.is_last_stage and self.model.final_norm is None:
-            reasons["final_hidden_states"] = "it has no norm behind its last layer, whose hidden_states are final"
-        for layer, experts in self._experts.items():
+        reasons = {HIDDEN: verdict.reason} if verdict.reason else {}
+        ran = any(place.width for place in self._stack.layers)
+        final = self.by_place.get((FINAL, self.num_layers - 1))
+        if self.model.is_last_stage and (final is None or (ran and not final.width)):
+            reasons[FINAL] = "it has no norm behind its last layer, whose hidden_states are final"
+        entry = self.by_place.get(("embeddings", 0))
+        if entry is not None and not entry.width and self._stack.layers[0].width:
+            reasons["embeddings"] = (
+                f"layer 0 was given no tensor of the stream's width ({self.model.width}), or more than one, and none "
+                "by the name of hidden_states"
+            )
+        return reasons | self._reasons_of_experts()
+
+    def _reasons_of_experts(self) -> dict[str, str]:
+        reasons = {}
+        for layer, experts in self._stack.experts.items():
             width = self.by_place["router_logits", layer].width
             if width not in (0, experts.num_logits):
                 # vLLM's Transformers backend hands the weights of the chosen experts on where others hand logits on.
@@ -97,123 +183,26 @@ class ModelTaps:
 
     def routing(self) -> dict[int, Routing]:
         """Return how the router of each layer chooses, as far as the rows seen so far tell."""
-        for layer, experts in self._experts.items():
-            if layer not in self._routing or self._routing[layer].reason == NO_ROWS:
-                self._routing[layer] = self._read_routing(layer, experts)
-        return self._routing
-
-    def _read_routing(self, layer: int, experts: Experts) -> Routing:
-        stated = read_routing(experts)
-        if ("expert_ids", layer) not in self.by_place:
-            return stated
-        places = [self.by_place[stream, layer] for stream in ROUTER_STREAMS]
-        rows = [place.probe.hidden for place in places if place.probe is not None]
-        found = confirm(stated, *rows) if len(rows) == len(places) else unknown(NO_ROWS)
-        for place in places:
-            place.keep_probe, place.probe = found.reason == NO_ROWS, None
-        return found
-
-    def residual(self) -> Verdict:
-        """Decide what the layers return, once; stages without the final norm leave it to the one that has it.
-
-        When the rows seen so far had no values in them, the next forward pass is watched instead.
-        """
-        if not self.model.is_last_stage:
-            return UNKNOWN
-        if self.verdict is None:
-            last = self.by_place["hidden_states", self.model.num_layers - 1]
-            final = self.by_place.get(("final_hidden_states", self.model.num_layers - 1))
-            verdict = decide(last.probe, self._final_norm, None if final is None else final.probe)
-            again = verdict.reason == NO_ROWS
-            for place in (last, final):
-                if place is not None:
-                    place.keep_probe, place.probe = again, None
-            if again:
-                return verdict
-            self.verdict = verdict
-        return self.verdict
+        return self.routers.read()
 
 
-def _tap_stream(layer: torch.nn.Module, place: Tap) -> None:
-    control = place.control
-
-    def then(result: Any) -> None:
-        if isinstance(result, tuple):
-            hidden, residual = result[0], result[1] if len(result) > 1 else None
-            same = isinstance(residual, torch.Tensor) and residual.shape == hidden.shape
-            tap(hidden, residual if same else None, control)
-        else:
-            tap(result, None, control)
-
-    vllm_model.tap_outputs(layer, then)
+def _last(layers: list[Tap], number: int = -1) -> Tap | None:
+    """Return the last layer that ran, in a forward pass of this number or in the last one that is known."""
+    probes = [place.probe.number for place in layers if place.probe is not None]
+    number = max(probes, default=-1) if number < 0 else number
+    ran = [place for place in layers if place.probe is not None and place.probe.number == number]
+    return max(ran, key=lambda place: place.layer, default=None)
 
 
-def _tap_norm(norm: torch.nn.Module, place: Tap) -> None:
-    control = place.control
-    vllm_model.tap_outputs(norm, lambda result: tap(result[0] if isinstance(result, tuple) else result, None, control))
+def _last_stack(stacks: list[StackTaps]) -> StackTaps | None:
+    """Return the list whose layers ran last; None if none did."""
+
+    def order(stack: StackTaps) -> int:
+        return max((place.probe.order for place in stack.layers if place.probe is not None), default=-1)
+
+    best = max(stacks, key=order)
+    return best if order(best) >= 0 else None
 
 
-def _tap_entry(layer: torch.nn.Module, place: Tap) -> None:
-    control = place.control
-
-    def then(hidden: Any, residual: Any) -> None:
-        if hidden is not None:
-            tap(hidden, residual, control)
-
-    vllm_model.tap_inputs(layer, ("hidden_states", "residual"), then)
-
-
-def _tap_logits(experts: Experts, place: Tap) -> None:
-    control, num_logits = place.control, experts.num_logits
-
-    def then(logits: torch.Tensor) -> None:
-        # With a fused gate, the columns of the shared experts follow the routed ones.
-        tap(logits[:, :num_logits] if experts.has_fused_gate else logits, None, control)
-
-    vllm_model.tap_inputs(experts.runner, ("router_logits",), then, "_maybe_dispatch")
-
-
-def _tap_choice(experts: Experts, ids: Tap, weights: Tap) -> None:
-    ids_control, weights_control = ids.control, weights.control
-
-    def then(result: Any) -> None:
-        tap(result[1], None, ids_control)
-        tap(result[0], None, weights_control)
-
-    vllm_model.tap_outputs(experts.router, then, "select_experts")
-
-
-def _tap_logits_and_choice(experts: Experts, logits: Tap) -> None:
-    control, num_logits = logits.control, experts.num_logits
-
-    def then(result: Any, router_logits: torch.Tensor) -> None:
-        # With a fused gate, the columns of the shared experts follow the routed ones.
-        routed = router_logits[:, :num_logits] if experts.has_fused_gate else router_logits
-        tap_experts(routed, result[1], result[0], control)
-
-    vllm_model.tap_outputs(experts.router, then, "select_experts", ("router_logits",))
-
-
-def dtype_name(place: Tap) -> str:
-    """Return the dtype of a tap's rows as descriptors write it.
-
-    Raises:
-        EngineUnsupportedError: A dtype that has no place in a block.
-    """
-    name = str(place.dtype).removeprefix("torch.")
-    if name not in ITEMSIZE:
-        raise EngineUnsupportedError(f"{place.stream}[{place.layer}] has dtype {name}; blocks carry {list(ITEMSIZE)}")
-    return name
-
-
-def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
-    """Return the layers of each (stream, dtype, width): layers may differ, for example in their number of experts."""
-    layers: dict[tuple[str, str, int], list[int]] = {}
-    for (stream, layer), place in taps.items():
-        layers.setdefault((stream, dtype_name(place), place.width), []).append(layer)
-    return layers
-
-
-def smallest_integer(num_values: int) -> torch.dtype:
-    """Return the smallest integer dtype that holds 0 to num_values - 1."""
-    return torch.uint8 if num_values <= 1 << 8 else torch.int16 if num_values <= 1 << 15 else torch.int32
+def _silent(stack: StackTaps) -> Verdict:
+    return Verdict("", f"no rows were seen to go through its decoder layers ({stack.stack})", True)

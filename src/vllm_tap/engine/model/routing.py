@@ -1,4 +1,4 @@
-"""Whether a router does what it states: the experts and weights of a few rows against what follows from their logits.
+"""A check that a router does what it states: experts and weights of a few rows against their logits.
 
 Runs in the worker process. vLLM's routers hold settings that some of them do not apply (the one for processors leaves
 out a bias without groups), so a statement is made only after it has come true.

@@ -8,7 +8,7 @@ captured graph therefore serves every capture and costs next to nothing when idl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -30,15 +30,19 @@ class Run(NamedTuple):
 
 
 class Probe:
-    """The first rows that went through a tap, kept to find out what the tensors mean."""
+    """The first rows that went through a tap, kept to find out what the tensors mean.
 
-    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    `number` is that of the forward pass, `order` that of the call among all that were observed.
+    """
+
+    def __init__(self, hidden: torch.Tensor, residual: torch.Tensor | None, number: int = 0, order: int = 0) -> None:
+        self.number, self.order = number, order
         self.hidden = hidden[:PROBE_ROWS].clone()
         self.residual = None if residual is None else residual[:PROBE_ROWS].clone()
 
 
-class Rows:
-    """The rows of the current step, shared by all taps of one engine. Empty between captured steps.
+class Group:
+    """The rows of the current step that one capture takes. Empty between its steps.
 
     Attributes:
         num_tokens: Rows that a tensor has at least, if all of the step's are in it.
@@ -46,7 +50,6 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.step = 0
         self.runs: Sequence[Run] = ()
         self.sources: torch.Tensor | None = None
         self.num_tokens = 0
@@ -54,8 +57,29 @@ class Rows:
 
     def fail(self, error: Exception) -> None:
         """Take note of what went wrong in a tap, and skip every row; the model's forward pass goes on."""
-        self.failure = error
+        self.failure = self.failure or error
         self.clear()
+
+    def clear(self) -> None:
+        """Make every tap skip every row of this capture."""
+        self.runs, self.sources = (), None
+
+
+G = TypeVar("G", bound=Group)
+
+
+class Rows(Generic[G]):
+    """The rows of the current step, for all taps of one engine.
+
+    Attributes:
+        groups: Of each capture under way what it takes.
+        num_passes: Forward passes that have ended, dummy ones among them.
+        num_observed: Calls of taps that were observed.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[G] = []
+        self.num_passes = self.num_observed = 0
 
     @property
     def num_graph_nodes(self) -> int:
@@ -69,35 +93,67 @@ class Rows:
 
     @property
     def is_preparing(self) -> bool:
-        """Whether pauses of the engine are used to make ready what steps of captures would wait for."""
+        """True while pauses of the engine are used to make ready what steps of captures would wait for."""
         return False
 
     def clear(self) -> None:
         """Make every tap skip every row."""
-        self.runs, self.sources = (), None
+        for group in self.groups:
+            group.clear()
+
+
+class Plane:
+    """Place to which a tap of a CPU engine writes the rows of one capture in a step: a tensor [num_rows, width].
+
+    Attributes:
+        is_written: Whether rows have passed the tap in this step.
+    """
+
+    def __init__(self, rows: torch.Tensor, mode: int) -> None:
+        self._rows, self._mode = rows, mode
+        self.is_written = False
+
+    def write(self, group: Group, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Write the rows that a group takes; one pass over them, in the dtype of the model's own add."""
+        if self._mode == FIRST:
+            residual = None
+        runs = group.runs
+        if len(runs) > GATHER_ABOVE:
+            assert group.sources is not None
+            hidden = hidden.index_select(0, group.sources)
+            residual = None if residual is None else residual.index_select(0, group.sources)
+            runs = (Run(0, 0, len(hidden)),)
+        for source, target, num_rows in runs:
+            out = self._rows[target : target + num_rows]
+            rows = hidden[source : source + num_rows]
+            if residual is None:
+                out.copy_(rows)
+            else:
+                torch.add(rows, residual[source : source + num_rows], out=out)
+        self.is_written = True
 
 
 class Tap:
     """One place in the model where rows can be taken.
 
-    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `plane` is the
-    destination [num_rows, width] of the current step on a CPU engine. `keeps_tensors`: what it sees in a forward pass
-    stays as it is for as long as somebody holds it.
+    `width` and `dtype` are those of the rows, learned from the first forward pass unless given. `seen` holds the dtypes
+    of the tensors that came first, which those after them must have. `planes` says on a CPU engine where the rows of
+    the current step go, for each capture that takes some here. `keeps_tensors`: what it sees in a forward pass stays as
+    it is for as long as somebody holds it.
     """
 
     def __init__(
-        self, stream: str, layer: int, rows: Rows, device: torch.device, dtype: torch.dtype | None = None
+        self, stream: str, layer: int, rows: Rows[Any], device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
         self.stream, self.layer, self.rows = stream, layer, rows
         self.width = 0
         self.dtype = dtype
-        self.mode = ADD
+        self.seen: tuple[torch.dtype, torch.dtype | None] | None = None
         self.keep_probe = False
         self.keep_one_probe = False
         self.keeps_tensors = False
         self.probe: Probe | None = None
-        self.plane: torch.Tensor | None = None
-        self.step = -1
+        self.planes: dict[Group, Plane] = {}
         self.index = len(REGISTRY)
         REGISTRY.append(self)
         # Of its own storage: graph inputs that share one would be cloned.
@@ -105,33 +161,15 @@ class Tap:
 
     def observe(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Learn width and dtype, and keep a probe if asked to."""
-        self.width = hidden.shape[-1]
+        if not self.width:
+            self.width, self.seen = hidden.shape[-1], _dtypes(hidden, residual)
+        self.rows.num_observed += 1
         if self.dtype is None:
             self.dtype = hidden.dtype if residual is None else torch.result_type(hidden, residual)
         if self.keep_probe:
             # The last call counts: a model may use its final norm on the embeddings too.
-            self.probe = Probe(hidden, residual)
+            self.probe = Probe(hidden, residual, self.rows.num_passes, self.rows.num_observed)
             self.keep_probe = not self.keep_one_probe
-
-    def write(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Write the chosen rows of this step to `plane`; one pass over them, in the dtype of the model's own add."""
-        assert self.plane is not None
-        if self.mode == FIRST:
-            residual = None
-        runs = self.rows.runs
-        if len(runs) > GATHER_ABOVE:
-            assert self.rows.sources is not None
-            hidden = hidden.index_select(0, self.rows.sources)
-            residual = None if residual is None else residual.index_select(0, self.rows.sources)
-            runs = (Run(0, 0, len(hidden)),)
-        for source, target, num_rows in runs:
-            out = self.plane[target : target + num_rows]
-            rows = hidden[source : source + num_rows]
-            if residual is None:
-                out.copy_(rows)
-            else:
-                torch.add(rows, residual[source : source + num_rows], out=out)
-        self.step = self.rows.step
 
 
 Taps = Mapping[tuple[str, int], Tap]
@@ -156,15 +194,26 @@ def expert_taps(first: Tap) -> list[Tap]:
     return REGISTRY[first.index : first.index + 3]
 
 
-def require_rows(tap: Tap, hidden: torch.Tensor) -> None:
-    """Refuse a tensor that does not have all rows of the step.
+def _dtypes(hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return hidden.dtype, None if residual is None else residual.dtype
+
+
+def require_rows(tap: Tap, group: Group, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    """Refuse a tensor that does not have all rows of the step, or other rows than those that went through before.
 
     Raises:
-        CaptureError: It has fewer.
+        CaptureError: It has fewer, or they are of another width or dtype.
     """
-    if len(hidden) < tap.rows.num_tokens:
+    seen = _dtypes(hidden, residual)
+    if hidden.shape[-1] != tap.width or (hidden.is_floating_point() and seen != tap.seen):
+        now, before = (*seen, hidden.shape[-1]), (*(tap.seen or ()), tap.width)
         raise CaptureError(
-            f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {tap.rows.num_tokens}: this "
+            f"{tap.stream}[{tap.layer}] passed rows of (dtype, that of a residual, width) {now}, and {before} before: "
+            "the model has changed since it was loaded. Start a new engine."
+        )
+    if len(hidden) < group.num_tokens:
+        raise CaptureError(
+            f"{tap.stream}[{tap.layer}] passed {len(hidden)} rows in a step of at least {group.num_tokens}: this "
             "model leaves rows out in some layers, and the rest cannot be told apart. Capture layers before that one, "
             "and report the model."
         )
@@ -174,11 +223,21 @@ def _pass_cpu(tap: Tap, hidden: torch.Tensor, residual: torch.Tensor | None) -> 
     try:
         if not tap.width or tap.keep_probe:
             tap.observe(hidden, residual)
-        if tap.plane is not None and tap.rows.runs:
-            require_rows(tap, hidden)
-            tap.write(hidden, residual)
     except Exception as error:
-        tap.rows.fail(error)
+        for group in tap.planes:
+            group.fail(error)
+    for group, plane in tap.planes.items():
+        _write(tap, group, plane, hidden, residual)
+
+
+def _write(tap: Tap, group: Group, plane: Plane, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+    if not group.runs:
+        return
+    try:
+        require_rows(tap, group, hidden, residual)
+        plane.write(group, hidden, residual)
+    except Exception as error:
+        group.fail(error)
 
 
 def _tap_cpu(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tensor) -> None:

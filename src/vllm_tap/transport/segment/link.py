@@ -5,7 +5,6 @@ Runs in the client process, in whatever thread drops the last tensor over a bloc
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import select
@@ -16,7 +15,10 @@ from collections import deque
 from collections.abc import Collection
 
 from vllm_tap.errors import TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
+
+_LOOK_MS = 100
+"""Milliseconds after which a thread that waits for the worker looks whether the interpreter is about to end."""
 
 
 class Link:
@@ -45,7 +47,7 @@ class Link:
 
     @property
     def eof(self) -> bool:
-        """Whether the worker has gone, as far as has been seen."""
+        """True if the worker has gone, as far as has been seen."""
         return self._eof
 
     def leased(self, block_ids: Collection[int]) -> set[int]:
@@ -77,10 +79,9 @@ class Link:
             finally:
                 self._sending.release()
             if not going:
-                # Not `threading.Thread`: its start takes a lock that the collector may have interrupted. At the end
-                # of the interpreter no thread starts; then the end of the connection says it all.
+                # At the end of the interpreter no thread starts; then the end of the connection says it all.
                 with contextlib.suppress(RuntimeError):
-                    _thread.start_new_thread(self._flush_when_writable, ())
+                    threads.start_bare(self._flush_when_writable, stop=lambda: None)  # it looks by itself
                 break
         self._close_if_done()
 
@@ -90,7 +91,9 @@ class Link:
             try:
                 poll = select.poll()
                 poll.register(self._socket, select.POLLOUT)
-                poll.poll()
+                while not poll.poll(_LOOK_MS):
+                    if threads.is_ending():
+                        return
             except (OSError, ValueError):  # closed meanwhile
                 return
             finally:

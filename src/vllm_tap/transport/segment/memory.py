@@ -24,7 +24,9 @@ SEAL_SHRINK = 0x2
 SEAL_GROW = 0x4
 SEAL_FUTURE_WRITE = 0x10
 
-# From linux/mman.h. The populating kinds came with Linux 5.14.
+# From linux/mman.h; Python's mmap has the first of them since 3.13 only. The populating kinds came with Linux 5.14.
+MAP_NORESERVE = 0x4000
+MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 MADV_POPULATE_READ = 22
 MADV_POPULATE_WRITE = 23
@@ -39,8 +41,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Segment:
     """One piece of memory, written by the worker.
 
-    A shared segment is a memfd without a name anywhere, sealed so that nobody can resize it and no client can map it
-    for writing; the kernel frees its pages when the last process that holds it is gone, in any order of crashes. One
+    A shared segment is a memfd without a name anywhere, sealed so that nobody can resize it and no client can write
+    into it; the kernel frees its pages when the last process that holds it is gone, in any order of crashes. One
     that is not shared is private anonymous memory.
 
     Attributes:
@@ -145,14 +147,19 @@ def populate(address: int, nbytes: int, advice: int, num_threads: int = 0) -> No
     if not num_threads:
         num_threads = min(len(os.sched_getaffinity(0)), _MAX_POPULATE_THREADS)
     if len(chunks) == 1:
-        _advise(*chunks[0], advice)
+        advise(*chunks[0], advice)
         return
     with ThreadPoolExecutor(min(num_threads, len(chunks)), "vllm-tap-populate") as threads:
-        for done in [threads.submit(_advise, *chunk, advice) for chunk in chunks]:
+        for done in [threads.submit(advise, *chunk, advice) for chunk in chunks]:
             done.result()
 
 
-def _advise(address: int, nbytes: int, advice: int) -> None:
+def advise(address: int, nbytes: int, advice: int) -> None:
+    """Tell the kernel what to do with a range of pages; `populate` does the same for many.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
     while _libc.madvise(address, nbytes, advice):
         code = ctypes.get_errno()
         if code not in (errno.EINTR, errno.EAGAIN):

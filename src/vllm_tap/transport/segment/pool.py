@@ -12,12 +12,13 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from vllm_tap.errors import BudgetError, TransportError
+from vllm_tap.transport import threads
 from vllm_tap.transport.segment.extents import FreeExtents
-from vllm_tap.transport.segment.memory import Segment, round_up
+from vllm_tap.transport.segment.memory import PAGE_BYTES, Segment, round_up
 
 logger = logging.getLogger("vllm_tap")
 
@@ -25,7 +26,8 @@ DEFAULT_SEGMENT_BYTES = 256 << 20
 SEGMENT_GRANULE_BYTES = 2 << 20
 FIRST_SEGMENT_BYTES = 16 << 20
 """A pool grows by no less than this, if the budget has as much: small captures need not wait for large segments."""
-BLOCK_ALIGN_BYTES = 4096
+BLOCK_ALIGN_BYTES = max(4096, PAGE_BYTES)
+"""No page has bytes of two blocks: a client that writes into its copy of a page touches one block alone."""
 MOST_AT_ONCE = 2
 """Segments that are made at the same time: the pages of one file are listed under one lock, by whatever many threads.
 14 GiB took 3.8 s one after the other with 16 threads, 2.0 s two at a time with 4 each, 1.5 s four at a time; beside an
@@ -35,7 +37,7 @@ _CLOSED = "the worker's pool of segments is closed: start another capture."
 
 
 class Block(NamedTuple):
-    """Where a run of rows lies.
+    """Place of a run of rows.
 
     Attributes:
         segment_id: number of the segment.
@@ -51,7 +53,7 @@ class Block(NamedTuple):
 
 
 class PoolStats(NamedTuple):
-    """What a pool holds: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
+    """Contents of a pool: `used_bytes` counts whole pages, `capacity_bytes` counts segments under way too."""
 
     segments: int
     capacity_bytes: int
@@ -60,14 +62,68 @@ class PoolStats(NamedTuple):
     budget_bytes: int
 
 
+class Account:
+    """One capture's share of a pool, and what it has taken; other captures have accounts of their own.
+
+    The blocks that captures which have ended still hold when it is opened count against it: they are the client's.
+
+    Attributes:
+        pool: The pool that it is of.
+        budget_bytes: The most that its blocks may take together.
+    """
+
+    def __init__(self, pool: SegmentPool, budget_bytes: int) -> None:
+        self.pool, self.budget_bytes = pool, budget_bytes
+        self._footprints: dict[int, int] = {}
+        self._used_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of its blocks, in whole pages."""
+        return self._used_bytes
+
+    @property
+    def block_ids(self) -> Collection[int]:
+        """Its blocks."""
+        return self._footprints.keys()
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that it may still take."""
+        return max(self.budget_bytes - self._used_bytes, 0)
+
+    def reserve(self, nbytes: int) -> Block:
+        """Set a block aside, as `SegmentPool.reserve` does.
+
+        Raises:
+            BudgetError: The block does not fit, in this account or in the pool.
+            TransportError: The pool is closed, or the system refused the memory.
+        """
+        return self.pool.reserve(nbytes, account=self)
+
+    def close(self) -> None:
+        """Take no more blocks; those that are there stay until they are released."""
+        self.pool.close_account(self)
+
+    def add(self, block_id: int, footprint: int) -> None:
+        """Count a block; the pool's lock is held."""
+        self._footprints[block_id] = footprint
+        self._used_bytes += footprint
+
+    def discard(self, block_id: int) -> None:
+        """Count a block no more, if it was; the pool's lock is held."""
+        self._used_bytes -= self._footprints.pop(block_id, 0)
+
+
 class SegmentPool:
-    """Segments of one worker, cut into blocks.
+    """Segments of one client of a worker, cut into blocks.
 
     Fresh pages cost more than moving the rows into them, so segments stay until `trim`, a lower budget or `close`.
     Where nothing says how much is wanted, each is as large as all before it, up to `segment_bytes`.
 
     Args:
-        budget_bytes: the most that all segments together may take.
+        budget_bytes: the most that all segments together may take, as long as no account is opened; from then on, what
+            is in use and what the open accounts may still take.
         shared: whether clients may map the segments.
         segment_bytes: size of large segments, unless a block needs more or the budget has less.
         on_create: called with each new segment before its first use, in whichever thread made it.
@@ -93,6 +149,8 @@ class SegmentPool:
         self._changed = threading.Condition()
         self._segments: dict[int, Segment] = {}
         self._blocks: dict[int, Block] = {}
+        self._accounts: list[Account] = []
+        self._kept: set[int] = set()  # blocks of accounts that are closed
         self._free = FreeExtents()
         self._capacity_bytes = 0
         self._pending: dict[int, int] = {}  # segment id -> bytes, while a thread populates it
@@ -112,12 +170,36 @@ class SegmentPool:
             excess = self._take_out_empty(down_to=budget_bytes)
         self._close_segments(excess)
 
-    def reserve(self, nbytes: int, *, align: int = BLOCK_ALIGN_BYTES) -> Block:
+    def open_account(self, budget_bytes: int) -> Account:
+        """Return an account for a capture; segments without blocks that are beyond all budgets are closed."""
+        account = Account(self, budget_bytes)
+        with self._changed:
+            for block_id in self._kept:
+                account.add(block_id, _footprint(self._blocks[block_id].nbytes))
+            self._accounts.append(account)
+            self._budget_bytes = self._granted_bytes()
+            excess = self._take_out_empty(down_to=self._budget_bytes)
+        self._close_segments(excess)
+        return account
+
+    def close_account(self, account: Account) -> None:
+        """Have an account take no more blocks; segments stay for the next one."""
+        with self._changed:
+            if account in self._accounts:
+                self._accounts.remove(account)
+                self._kept.update(account.block_ids)
+
+    def _granted_bytes(self) -> int:
+        """Return what is in use and what the open accounts may still take; the lock is held."""
+        return self._used_bytes() + sum(account.spare_bytes for account in self._accounts)
+
+    def reserve(self, nbytes: int, *, align: int = BLOCK_ALIGN_BYTES, account: Account | None = None) -> Block:
         """Set a block aside; it stays until `release`.
 
         Args:
             nbytes: length of the block.
             align: power of two that the offset in the segment is a multiple of; at least a page is used.
+            account: the one that it counts against, if any.
 
         Raises:
             BudgetError: the block does not fit; `needed_bytes`, `budget_bytes` and `used_bytes` say by how much.
@@ -131,12 +213,15 @@ class SegmentPool:
         footprint = _footprint(nbytes)
         while True:
             with self._changed:
+                _require_granted(footprint, account)
                 # A segment from before the budget was lowered may have room that the budget no longer grants.
                 granted = self._used_bytes() + footprint <= self._budget_bytes
                 place = self._find(footprint, max(align, BLOCK_ALIGN_BYTES)) if granted else None
                 if place is not None:
                     block = Block(*place, nbytes, next(self._block_ids))
                     self._blocks[block.block_id] = block
+                    if account is not None:
+                        account.add(block.block_id, footprint)
                     return block
                 dropped = self._make_room(footprint)
                 planned = self._plan(min(max(self._usual_bytes(), _whole(footprint)), self._spare_bytes()))
@@ -160,15 +245,7 @@ class SegmentPool:
         """Take empty segments that are too short out of a full pool; raise where that would not be enough."""
         empty_bytes = sum(segment.nbytes for segment in self._empty())
         if self._spare_bytes() + empty_bytes < footprint:
-            used_bytes = self._used_bytes()
-            raise BudgetError(
-                f"a block of {footprint} bytes does not fit: {used_bytes} of budget_bytes={self._budget_bytes} are in "
-                "use, and no gap of that length is left. Raise budget_bytes, capture fewer layers or positions, or "
-                "let go of the tensors of earlier captures.",
-                needed_bytes=footprint,
-                budget_bytes=self._budget_bytes,
-                used_bytes=used_bytes,
-            )
+            raise _does_not_fit(footprint, self._used_bytes(), self._budget_bytes)
         if self._spare_bytes() >= footprint:
             return []
         return self._take_out_empty(down_to=self._budget_bytes - footprint)
@@ -188,6 +265,11 @@ class SegmentPool:
             if block is None:
                 return False
             self._free.add(block.segment_id, block.offset, _footprint(block.nbytes))
+            self._kept.discard(block_id)
+            for account in self._accounts:
+                account.discard(block_id)
+            if self._accounts:
+                self._budget_bytes = max(self._budget_bytes, self._granted_bytes())
             return True
 
     def grow_ahead(self, nbytes: int, largest: int = 0) -> None:
@@ -226,7 +308,7 @@ class SegmentPool:
         num_cores = len(os.sched_getaffinity(0))
         for started in range(min(len(plans), MOST_AT_ONCE, max(num_cores // 4, 1))):
             try:
-                threading.Thread(target=self._grow_all, args=(plans,), name="vllm-tap-grow", daemon=True).start()
+                threads.start("vllm-tap-grow", self._grow_all, plans, stop=plans.clear)
             except RuntimeError as error:  # no more threads here
                 logger.info("vllm-tap: memory cannot be prepared ahead: %s", error)
                 if not started:
@@ -337,6 +419,7 @@ class SegmentPool:
             segments = list(self._segments.values())
             self._segments.clear()
             self._blocks.clear()
+            self._kept.clear()
             self._free = FreeExtents()
             self._capacity_bytes = 0
         self._close_segments(segments)
@@ -369,6 +452,23 @@ class SegmentPool:
             for listener in self._close_listeners:
                 listener(segment)
             segment.close()
+
+
+def _require_granted(footprint: int, account: Account | None) -> None:
+    """Refuse a block for which an account has too little left."""
+    if account is not None and account.spare_bytes < footprint:
+        raise _does_not_fit(footprint, account.used_bytes, account.budget_bytes)
+
+
+def _does_not_fit(footprint: int, used_bytes: int, budget_bytes: int) -> BudgetError:
+    return BudgetError(
+        f"a block of {footprint} bytes does not fit: {used_bytes} of budget_bytes={budget_bytes} are in use, and no "
+        "gap of that length is left. Raise budget_bytes, capture fewer layers or positions, or let go of the tensors "
+        "of earlier captures.",
+        needed_bytes=footprint,
+        budget_bytes=budget_bytes,
+        used_bytes=used_bytes,
+    )
 
 
 def _footprint(nbytes: int) -> int:

@@ -6,29 +6,20 @@ Runs in the client process.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import mmap
 import os
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.link import Link
-from vllm_tap.transport.segment.memory import MADV_POPULATE_READ, SEAL_GROW, SEAL_SHRINK, address_of, populate
+from vllm_tap.transport.segment.mapping import Bytes, Mapping, Pages
 from vllm_tap.transport.segment.pool import Block
 
-Bytes = npt.NDArray[np.uint8]
-
-_NEEDED_SEALS = SEAL_SHRINK | SEAL_GROW
-
 _NOTICE_SECONDS = 10.0
-"""How long segments that the worker has closed stay mapped in a process that does nothing."""
+"""Seconds that segments stay mapped, in a process that does nothing, after the worker has closed them."""
 
 _END = 1 << 63
 """Numbers of blocks and segments lie below."""
@@ -39,38 +30,12 @@ class Lease(NamedTuple):
 
     Attributes:
         block: the block.
-        array: its bytes, uint8 [nbytes]. Every array or tensor made from it without a copy keeps the lease. The pages
-            are mapped read-only though the array is not marked so (tensors know no such mark): writing into them ends
-            the process with a segmentation fault. Copy what you want to change.
+        array: its bytes, uint8 [nbytes]. Every array or tensor made from it without a copy keeps the lease. They are
+            the worker's pages; one that is written becomes a copy of this process's own, for as long as the lease.
     """
 
     block: Block
     array: Bytes
-
-
-class _Pages:
-    """Bytes at an address; arrays made from it keep it alive, and with it what the bytes lie in."""
-
-    __slots__ = ("__array_interface__", "__weakref__", "_keep")
-
-    def __init__(self, address: int, nbytes: int, keep: object) -> None:
-        self.__array_interface__ = {"version": 3, "data": (address, False), "shape": (nbytes,), "typestr": "|u1"}
-        self._keep = keep
-
-    def array(self) -> Bytes:
-        return np.asarray(self)
-
-
-class _Mapping:
-    """A worker's segment in this process. Unmapped when nothing refers to it any more, never by a call."""
-
-    def __init__(self, fd: int, segment_id: int, nbytes: int) -> None:
-        _check_segment(fd, segment_id, nbytes)
-        self._mmap = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        self.nbytes = nbytes
-        self.address = address_of(self._mmap)
-        with contextlib.suppress(OSError):  # a kernel before 5.14 maps the pages at the first reading
-            populate(self.address, nbytes, MADV_POPULATE_READ)
 
 
 class Held:
@@ -80,14 +45,14 @@ class Held:
     this object are gone.
     """
 
-    def __init__(self, blocks: Sequence[Block], mappings: dict[int, _Mapping], link: Link) -> None:
+    def __init__(self, blocks: Sequence[Block], mappings: dict[int, Mapping], link: Link) -> None:
         self._blocks = blocks
         self._mappings = mappings
         self._link = link
         self._lock = threading.Lock()
         self._leases: list[Lease | None] = [None] * len(blocks)
         self._untouched = {block.block_id for block in blocks}
-        _end_with(self, link, self._untouched)
+        _at_end_of(self, link.end, self._untouched)  # those that are in it then
 
     def lease(self, index: int) -> Lease:
         """Return the bytes of the block at this index of the list that was taken; each time the same lease.
@@ -134,8 +99,8 @@ class SegmentReader:
         self._link = Link(address, timeout_s)
         self.client, self.worker_pid, self.pool_id = self._link.hello
         self._lock = threading.Lock()
-        self._mappings: dict[int, _Mapping] = {}
-        self._leased: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
+        self._mappings: dict[int, Mapping] = {}
+        self._leased: weakref.WeakValueDictionary[int, Pages] = weakref.WeakValueDictionary()
         self._closed = self._is_looked_after = False
         self._ended = threading.Lock()  # held until then; the garbage collector may let go of it at any moment
         self._ended.acquire()
@@ -144,7 +109,7 @@ class SegmentReader:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker is there; False from the moment its connection ends, or after `close`."""
+        """True while the worker is there; False from the moment its connection ends, or after `close`."""
         if not self._closed and self._lock.acquire(blocking=False):  # else another thread is talking to the worker
             try:
                 self._take_notices()
@@ -204,7 +169,7 @@ class SegmentReader:
                 raise
             return Held(blocks, mappings, self._link)
 
-    def _begin(self, blocks: Sequence[Block]) -> dict[int, _Mapping]:
+    def _begin(self, blocks: Sequence[Block]) -> dict[int, Mapping]:
         """Note that leases on blocks begin, if all of them can; return their segments by number."""
         self._catch_up()
         block_ids = {block.block_id for block in blocks}
@@ -237,7 +202,7 @@ class SegmentReader:
         with self._lock:
             self._catch_up()
             mapping = self._mapping(segment_id)
-        return _Pages(mapping.address, mapping.nbytes, mapping).array()
+        return Pages(mapping.address, mapping.nbytes, mapping).array()
 
     def close(self) -> None:
         """Take no more leases. Arrays stay readable; the worker's memory is free again when the last is gone."""
@@ -253,18 +218,18 @@ class SegmentReader:
         self._link.flush()
         self._take_notices()
 
-    def _mapping(self, segment_id: int) -> _Mapping:
+    def _mapping(self, segment_id: int) -> Mapping:
         mapping = self._mappings.get(segment_id)
-        if mapping is None:
+        if mapping is None or mapping.is_spoilt:
             mapping = self._mappings[segment_id] = self._map(segment_id)
             if not self._is_looked_after:
                 with contextlib.suppress(RuntimeError):  # no more threads here: notices wait for the next lease
                     arguments = weakref.ref(self), self._ended
-                    threading.Thread(target=_look_after, args=arguments, name="vllm-tap-reader", daemon=True).start()
+                    threads.start("vllm-tap-reader", _look_after, *arguments, stop=self._ended.release)
                     self._is_looked_after = True
         return mapping
 
-    def _map(self, segment_id: int) -> _Mapping:
+    def _map(self, segment_id: int) -> Mapping:
         self._link.request_segment(segment_id)
         while True:
             packet, fds = self._link.receive()
@@ -280,7 +245,7 @@ class SegmentReader:
                         "left; see its log.",
                         segment_id=segment_id,
                     )
-                return _Mapping(fds[0], segment_id, reply.nbytes)
+                return Mapping(fds[0], segment_id, reply.nbytes)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -311,17 +276,23 @@ def _look_after(reference: weakref.ref[SegmentReader], ended: threading.Lock) ->
         del reader  # not while this waits: the reader may go
 
 
-def _leased_pages(block: Block, mappings: dict[int, _Mapping], link: Link) -> _Pages:
+def _leased_pages(block: Block, mappings: dict[int, Mapping], link: Link) -> Pages:
     mapping = mappings[block.segment_id]
-    pages = _Pages(mapping.address + block.offset, block.nbytes, mapping)
-    _end_with(pages, link, [block.block_id])
+    pages = Pages(mapping.address + block.offset, block.nbytes, mapping)
+    _at_end_of(pages, _end_lease, block, mapping, link)
     return pages
 
 
-def _end_with(owner: object, link: Link, block_ids: Collection[int]) -> None:
-    """Have leases end when their owner is gone; of `block_ids`, those that are in it then."""
+def _end_lease(block: Block, mapping: Mapping, link: Link) -> None:
+    # In this order: once the worker knows, it may write here, and a copy would hide that.
+    mapping.forget_writes(block.offset, block.nbytes)
+    link.end([block.block_id])
+
+
+def _at_end_of(owner: object, function: Callable[..., None], *args: object) -> None:
+    """Have a function called when an object is gone."""
     # Not at exit: the end of the connection frees everything, and threads may be gone by then.
-    weakref.finalize(owner, link.end, block_ids).atexit = False
+    weakref.finalize(owner, function, *args).atexit = False
 
 
 def _check_block(block: Block) -> None:
@@ -341,28 +312,11 @@ def _check_bounds(block: Block, segment_nbytes: int) -> None:
         )
 
 
-def _same_block(pages: _Pages, block: Block) -> Bytes:
+def _same_block(pages: Pages, block: Block) -> Bytes:
     array = pages.array()
     if array.nbytes != block.nbytes:
         raise DescriptorError(f"{_name(block)} is leased already with {array.nbytes} bytes", block_id=block.block_id)
     return array
-
-
-def _check_segment(fd: int, segment_id: int, nbytes: int) -> None:
-    """Refuse memory that the worker could shrink later: reading it would then be a SIGBUS."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if seals & _NEEDED_SEALS != _NEEDED_SEALS:
-        raise DescriptorError(
-            f"segment {segment_id} has seals {seals:#x}, expected at least {_NEEDED_SEALS:#x}", segment_id=segment_id
-        )
-    actual = os.fstat(fd).st_size
-    if actual != nbytes or not nbytes:
-        raise DescriptorError(
-            f"segment {segment_id} has {actual} bytes, and the worker said {nbytes}", segment_id=segment_id
-        )
 
 
 def _name(block: Block) -> str:

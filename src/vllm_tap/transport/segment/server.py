@@ -6,6 +6,7 @@ Runs in the engine worker: one daemon thread that sleeps until a socket has some
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vllm_tap.errors import DescriptorError, TransportError
-from vllm_tap.transport import wire
+from vllm_tap.transport import threads, wire
 from vllm_tap.transport.segment.memory import Segment
 from vllm_tap.transport.segment.pool import SegmentPool
 
@@ -33,18 +34,24 @@ RETRY_SECONDS = 1.0
 class _Client:
     """One connection and what belongs to it."""
 
-    def __init__(self, number: int, connection: socket.socket) -> None:
+    def __init__(self, number: int, connection: socket.socket, pool: SegmentPool) -> None:
         self.number = number
         self.connection = connection
+        self.pool = pool
         self.block_ids: set[int] = set()
         self.mapped: set[int] = set()
         self.unsent: deque[wire.Reply] = deque()
+        self.listener: Callable[[Segment], None] = lambda _: None
 
 
 class SegmentServer:
     """Hands segments to clients of the same user over an abstract Unix socket.
 
-    A published block belongs to one client until that client releases it or its connection ends.
+    A client gets those of its own pool. A published block belongs to one client until that client releases it or its
+    connection ends.
+
+    Args:
+        new_pool: called with the number of a client that has connected, from the server's thread; returns its pool.
 
     Attributes:
         address: abstract name of the socket, without the leading zero byte; random, so that nothing shares it.
@@ -52,14 +59,14 @@ class SegmentServer:
             its blocks are free.
     """
 
-    def __init__(self, pool: SegmentPool) -> None:
+    def __init__(self, new_pool: Callable[[int], SegmentPool]) -> None:
         self.address = f"vllm-tap-{secrets.token_hex(8)}"
         self.on_disconnect: Callable[[int], None] | None = None
-        self._pool = pool
+        self._new_pool = new_pool
         self._lock = threading.Lock()
         self._clients: dict[int, _Client] = {}
         self._numbers = itertools.count(1)
-        self._dropped: deque[int] = deque()
+        self._dropped: deque[tuple[int, int]] = deque()  # number of a client, of a segment
         self._closing = False
         self._is_listening, self._retry_at = True, 0.0
         self._listener = _listen(self.address)
@@ -68,27 +75,22 @@ class SegmentServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakened, selectors.EVENT_READ)
-        pool.add_close_listener(self._segment_closed)
-        self._thread = threading.Thread(target=self._run, name="vllm-tap-segments", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # until it runs
+        self._thread = threads.start("vllm-tap-segments", self._run, stop=self._stop)
 
     def publish(self, client: int, block_ids: Sequence[int]) -> None:
-        """Give blocks to a client, from now on the only one that can free them.
+        """Give blocks of its pool to a client, from now on the only one that can free them.
 
         Raises:
-            TransportError: the client is gone; the blocks are free.
+            TransportError: the client is gone.
         """
         with self._lock:
             connected = self._clients.get(client)
             if connected is not None:
                 connected.block_ids.update(block_ids)
                 return
-        for block_id in block_ids:
-            self._pool.release(block_id)
         raise TransportError(
-            f"client {client} is not connected any more: its {len(block_ids)} blocks are freed. Connect again and "
-            "repeat the capture.",
-            client=client,
+            f"client {client} is not connected any more. Connect again and repeat the capture.", client=client
         )
 
     def is_connected(self, client: int) -> bool:
@@ -100,13 +102,17 @@ class SegmentServer:
 
         Blocks of clients stay taken: clients may go on reading them, so nothing may be written there.
         """
+        thread = self._thread
+        if self._stop() and thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _stop(self) -> bool:
+        """Have the thread end all connections and itself; return whether nobody had done so."""
         if self._closing:
-            return
+            return False
         self._closing = True
-        self._pool.remove_close_listener(self._segment_closed)
         self._wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        return True
 
     def _run(self) -> None:
         try:
@@ -138,6 +144,8 @@ class SegmentServer:
     def _close_sockets(self) -> None:
         with self._lock:
             clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.pool.remove_close_listener(client.listener)
         self._selector.close()
         for open_socket in (self._listener, self._waker, self._wakened, *(c.connection for c in clients.values())):
             open_socket.close()
@@ -163,12 +171,21 @@ class SegmentServer:
 
     def _welcome(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        client = _Client(next(self._numbers), connection)
+        number = next(self._numbers)
+        try:
+            pool = self._new_pool(number)
+        except TransportError as error:
+            logger.warning("client %d is not accepted: %s", number, error)
+            connection.close()
+            return
+        client = _Client(number, connection, pool)
+        client.listener = functools.partial(self._segment_closed, number)
+        pool.add_close_listener(client.listener)
         with self._lock:  # before the hello: once the client knows its number, it may be published to
             self._clients[client.number] = client
         self._selector.register(connection, selectors.EVENT_READ, client)
         try:
-            connection.send(wire.Hello(client.number, os.getpid(), self._pool.pool_id).encode(), socket.MSG_NOSIGNAL)
+            connection.send(wire.Hello(number, os.getpid(), pool.pool_id).encode(), socket.MSG_NOSIGNAL)
         except OSError:
             self._disconnect(client)
 
@@ -208,7 +225,7 @@ class SegmentServer:
             owned = client.block_ids.intersection(block_ids)
             client.block_ids -= owned
         for block_id in owned:
-            self._pool.release(block_id)
+            client.pool.release(block_id)
 
     def _send(self, client: _Client) -> None:
         """Send what is due; what the socket does not take now goes out when it is writable."""
@@ -222,7 +239,7 @@ class SegmentServer:
         self._selector.modify(client.connection, events, client)
 
     def _send_one(self, client: _Client, reply: wire.Reply) -> None:
-        opened = self._open(reply.segment_id) if reply.kind == wire.MAPPED else None
+        opened = self._open(client.pool, reply.segment_id) if reply.kind == wire.MAPPED else None
         if opened is None:
             client.connection.send(reply.encode(), socket.MSG_NOSIGNAL)
             return
@@ -234,21 +251,22 @@ class SegmentServer:
             os.close(fd)
         client.mapped.add(reply.segment_id)
 
-    def _open(self, segment_id: int) -> tuple[int, int] | None:
+    def _open(self, pool: SegmentPool, segment_id: int) -> tuple[int, int] | None:
         try:
-            return self._pool.duplicate_fd(segment_id)
+            return pool.duplicate_fd(segment_id)
         except OSError as error:  # out of descriptors: the client is told that it gets none
             logger.error("segment %d cannot be handed to a client: %s", segment_id, error)
             return None
 
-    def _segment_closed(self, segment: Segment) -> None:
-        self._dropped.append(segment.segment_id)
+    def _segment_closed(self, number: int, segment: Segment) -> None:
+        self._dropped.append((number, segment.segment_id))
         self._wake()
 
     def _announce_dropped(self) -> None:
         while self._dropped:
-            segment_id = self._dropped.popleft()
-            for client in [c for c in self._clients.values() if segment_id in c.mapped]:
+            number, segment_id = self._dropped.popleft()
+            client = self._clients.get(number)
+            if client is not None and segment_id in client.mapped:
                 client.mapped.discard(segment_id)
                 client.unsent.append(wire.Reply(wire.DROPPED, segment_id, 0))
                 self._serve(client, selectors.EVENT_WRITE)
@@ -259,8 +277,9 @@ class SegmentServer:
                 return
         self._selector.unregister(client.connection)
         client.connection.close()
+        client.pool.remove_close_listener(client.listener)
         for block_id in client.block_ids:
-            self._pool.release(block_id)
+            client.pool.release(block_id)
         if not self._is_listening:
             self._listen_again()
         if self.on_disconnect is not None:

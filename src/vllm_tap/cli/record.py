@@ -1,0 +1,91 @@
+"""`vllm-tap record`: prompts from a file through an engine, rows into a dataset. Runs in the user's process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from vllm_tap.cli import arguments, capture
+from vllm_tap.cli.inspect import print_facts
+from vllm_tap.cli.prompts import read_prompts
+from vllm_tap.cli.table import size_text
+from vllm_tap.errors import DatasetError, SpecError, TapError
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to a parser's subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "record",
+        help="run prompts through a model and keep the rows in a dataset",
+        description="Run prompts through a model, some at a time, and write hidden states (the default: of all "
+        "layers), router logits or routed experts into a dataset. After a kill, the same command with --resume goes "
+        "on.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
+    parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset, or a URL that fsspec knows")
+    capture.add_prompts_option(parser)
+    capture.add_spec_options(parser)
+    group = capture.add_run_options(parser)
+    group.add_argument("--resume", action="store_true", help="go on with a dataset that is there")
+    group.add_argument(
+        "--batch", type=arguments.positive, default=256, metavar="N", help="prompts of a part (default 256)"
+    )
+    parser.add_argument("--json", action="store_true", help="print facts of the dataset as a JSON object")
+    arguments.add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command. What can be refused without an engine is refused before one starts."""
+    spec = capture.spec_of(options)
+    prompts = read_prompts(options.prompts)
+    _require_free(options.dataset, options.resume)
+    capture.require_plugin()
+    from vllm_tap.vllm import launch
+
+    llm = launch.start(options.model, **arguments.engine_arguments(options))
+    try:
+        dataset = _record(llm, prompts, spec, options)
+    finally:
+        launch.stop(llm)
+    print_facts(dataset, options.json)
+    return 0
+
+
+def _require_free(path: str, resume: bool) -> None:
+    from vllm_tap.store.place import place_of
+
+    if not resume and place_of(path).parts():
+        raise DatasetError(f"{path} holds a dataset already: add --resume to go on with it, or name another folder.")
+
+
+def _record(llm: Any, prompts: list[Any], spec: Any, options: argparse.Namespace) -> Any:
+    from vllm_tap.client.record import record
+    from vllm_tap.vllm.frontend import pools
+
+    sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
+    try:
+        return record(
+            llm,
+            prompts,
+            spec,
+            options.dataset,
+            resume=options.resume,
+            batch=options.batch,
+            on_part=_say,
+            transport=options.transport,
+            staging=options.staging,
+            budget_bytes=options.budget_bytes,
+            **sampling,
+        )
+    except ValueError as error:
+        if isinstance(error, TapError):
+            raise
+        raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error
+
+
+def _say(part: Any) -> None:
+    last = part.first_sample + part.num_samples - 1
+    size = size_text(sum(file.nbytes for file in part.files))
+    print(f"samples {part.first_sample:,} to {last:,}: {part.num_rows:,} rows, {size}", file=sys.stderr)

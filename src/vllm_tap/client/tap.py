@@ -1,0 +1,327 @@
+"""`Tap`: captures from an offline engine, all at the end or as they come. Client process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from vllm_tap.client.capture import capture, take_chat_options
+from vllm_tap.client.collector import Collector
+from vllm_tap.client.prompts import is_conversation, read_prompts
+from vllm_tap.client.recording import Recording, default_budget_bytes
+from vllm_tap.client.result import Capture, Sample
+from vllm_tap.errors import SpecError
+from vllm_tap.spec import Spec, nearest
+from vllm_tap.vllm import frontend, stepping
+
+ON_FULL: Final = ("wait", "fail")
+
+PART_OF_BUDGET: Final = 2
+"""Of the budget, one part in so many is for what the workers reserve ahead and for rows that wait to be read."""
+
+BATCH: Final = 64
+"""Prompts of one call to an engine that pools."""
+
+T = TypeVar("T", bound=Sample)
+
+
+class RowBlock(Sample):
+    """Rows of one sequence that is being generated: consecutive positions, with the attributes of a sample.
+
+    Each row comes once, when the token behind it is known; then it is the sequence's own, whatever was drafted.
+
+    Attributes:
+        finished: Whether it is the last block of its sequence.
+    """
+
+    finished = False
+
+
+class Tap:
+    """Captures from an engine.
+
+    Args:
+        llm: A `vllm.LLM`, started without any special argument.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        frontend.require_llm(llm)
+        self._llm = llm
+
+    def capture(self, prompts: Any, spec: Spec, **arguments: Any) -> Capture:
+        """Generate from prompts and return all rows at the end; see `vllm_tap.capture`."""
+        return capture(self._llm, prompts, spec, **arguments)
+
+    def stream(
+        self,
+        prompts: Iterable[Any],
+        spec: Spec,
+        *,
+        on_full: str = "wait",
+        budget_bytes: int | None = None,
+        transport: str = "auto",
+        staging: str = "auto",
+        lora_request: Any = None,
+        sampling_params: Any = None,
+        **sampling: Any,
+    ) -> Stream[Sample]:
+        """Generate from prompts and yield samples as they end, while others run.
+
+        Args:
+            prompts: As `capture` takes them, of any number: they are read as there is room.
+            spec: What to capture.
+            on_full: "wait": prompts wait until rows of those before them have been read, so that the budget holds;
+                "fail": all prompts are added at once, and rows beyond the budget end the stream with `BudgetError`.
+            budget_bytes: Most memory for rows that have not been read, over all workers; by default a quarter of RAM,
+                at most 8 GiB. With "wait", one prompt that is larger alone ends the stream.
+            transport: As for `capture`.
+            staging: As for `capture`.
+            lora_request: A `vllm.lora.request.LoRARequest` for all prompts.
+            sampling_params: A `vllm.SamplingParams` for all prompts.
+            **sampling: As for `capture`.
+
+        Returns:
+            Stream: an iterator of `Sample`s in the order in which they end; `sample.index` is the prompt's number,
+            `sample.output` what vLLM returned for it. Samples own their rows. As a context manager, or by `close`, the
+            stream aborts what runs and gives the memory back.
+
+        Raises:
+            TapError: As for `capture`, from here or while the stream is read.
+
+        Cost:
+            As for `capture`, and one copy of each row into memory of the sample's own.
+        """
+        _require_known("on_full", on_full, ON_FULL)
+        plan = self._plan(sampling_params, sampling, lora_request)
+        if frontend.pools(self._llm):
+            return Stream(self._in_batches(prompts, spec, plan, transport, staging, budget_bytes))
+        recording = Recording(self._llm, spec, transport=transport, budget_bytes=budget_bytes, staging=staging)
+        budget = (budget_bytes or default_budget_bytes()) if on_full == "wait" else None
+        return Stream(_Run(self._llm, prompts, recording, plan, budget).samples())
+
+    def stream_rows(
+        self,
+        prompts: Iterable[Any],
+        spec: Spec,
+        *,
+        budget_bytes: int | None = None,
+        transport: str = "auto",
+        staging: str = "auto",
+        lora_request: Any = None,
+        sampling_params: Any = None,
+        **sampling: Any,
+    ) -> Stream[RowBlock]:
+        """Generate from prompts and yield rows while their sequences are generated.
+
+        Args:
+            prompts: As for `stream`.
+            spec: What to capture.
+            budget_bytes: As for `stream`; prompts wait for room.
+            transport: As for `capture`.
+            staging: As for `capture`.
+            lora_request: As for `stream`.
+            sampling_params: As for `stream`; of one completion.
+            **sampling: As for `capture`.
+
+        Returns:
+            Stream: an iterator of `RowBlock`s, those of one sequence in order of position. Positions that nobody asked
+            for make no block. The last one of a sequence has `finished`.
+
+        Raises:
+            SpecError: The engine pools, or `n` is above 1.
+            TapError: As for `stream`.
+
+        Cost:
+            As for `stream`, and a call to each worker for every step.
+        """
+        plan = self._plan(sampling_params, sampling, lora_request)
+        if frontend.pools(self._llm) or (plan.params.n or 1) > 1:
+            raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
+        recording = Recording(self._llm, spec, transport=transport, budget_bytes=budget_bytes, staging=staging)
+        budget = budget_bytes or default_budget_bytes()
+        return Stream(_Run(self._llm, prompts, recording, plan, budget).blocks())
+
+    def _plan(self, given: Any, fields: dict[str, Any], lora_request: Any) -> Plan:
+        frontend.require_no_others(self._llm, "capture beside them with vllm_tap.Recording")
+        chat = take_chat_options(fields)
+        if given is not None and fields:
+            raise SpecError(f"pass sampling_params or its fields ({', '.join(fields)}), not both.")
+        if given is None:
+            given = frontend.new_params(self._llm, fields, frontend.default_fields(self._llm))
+        frontend.require_params(self._llm, given)
+        return Plan(given, chat, lora_request)
+
+    def _in_batches(
+        self, prompts: Iterable[Any], spec: Spec, plan: Plan, transport: str, staging: str, budget_bytes: int | None
+    ) -> Iterator[Sample]:
+        """Yield samples of an engine that pools: captures of some prompts, one after another."""
+        number = 0
+        for batch in _batches(_each(prompts)):
+            result = capture(
+                self._llm,
+                batch,
+                spec,
+                transport=transport,
+                staging=staging,
+                budget_bytes=budget_bytes,
+                progress=False,
+                lora_request=plan.lora_request,
+                sampling_params=plan.params,
+            )
+            result.first_sample = number
+            number += len(result)
+            yield from result
+
+
+class Plan(NamedTuple):
+    """Terms on which prompts are run: sampling parameters, what `LLM.chat` takes beside them, and an adapter."""
+
+    params: Any
+    chat: dict[str, Any]
+    lora_request: Any
+
+
+class Stream(Generic[T]):
+    """Samples or blocks as they come. Closed at the end of a `with` block, or when it is not used any more."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return next(self._items)
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort what runs and give the memory back."""
+        self._items.close()  # type: ignore[attr-defined]
+
+
+class _Running(NamedTuple):
+    """A prompt whose request runs."""
+
+    sample: int
+    added: stepping.Added
+    num_bytes: int
+
+
+class _Run:
+    """Prompts that go through an engine as there is room, and what comes of them."""
+
+    def __init__(self, llm: Any, prompts: Iterable[Any], recording: Recording, plan: Plan, budget: int | None) -> None:
+        self._llm, self._recording, self._plan = llm, recording, plan
+        self._prompts = enumerate(_each(prompts))
+        self._budget = None if budget is None else budget - budget // PART_OF_BUDGET
+        self._collector = Collector(recording)
+        self._running: dict[str, _Running] = {}
+        self._sent: dict[int, int] = {}  # by sample: rows of earlier positions have been yielded
+        self._has_more = True
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield samples as they end."""
+        try:
+            while self._admit():
+                ended = stepping.step(self._llm)
+                if ended:
+                    self._collector.take()
+                for output in ended:
+                    sample = self._running.pop(output.request_id).sample
+                    result = self._collector.result(sample, output)
+                    yield from (result.sample(0, completion) for _, completion in result.sequences.slots)
+            self._end()
+        finally:
+            self._close()
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """Yield rows of every step."""
+        try:
+            while self._admit():
+                ended = {output.request_id: output for output in stepping.step(self._llm)}
+                self._collector.take()
+                for request_id, running in list(self._running.items()):
+                    output = ended.get(request_id) or stepping.tokens_so_far(self._llm, running.added.inside[0])
+                    yield from self._new_rows(running, output, request_id in ended)
+                    if request_id in ended:
+                        del self._running[request_id]
+                        self._collector.drop(running.sample)
+            self._end()
+        finally:
+            self._close()
+
+    def _new_rows(self, running: _Running, output: Any, is_last: bool) -> Iterator[RowBlock]:
+        if output is None:
+            return
+        generated = len(output.outputs[0].token_ids)
+        begin, end = self._sent.get(running.sample, 0), len(output.prompt_token_ids) + generated - 1
+        if not generated or (self._recording.spec.positions == "last_generated" and not is_last):
+            return
+        if end > begin or is_last:
+            result = self._collector.rows_until(running.sample, output, begin, end)
+            self._sent[running.sample] = end
+            block = RowBlock(result, 0)
+            block.finished = is_last
+            if len(block) or is_last:
+                yield block
+
+    def _admit(self) -> bool:
+        """Add prompts for which there is room; return whether any runs."""
+        while self._has_more and self._has_room():
+            number, prompt = next(self._prompts, (0, None))
+            if prompt is None:
+                self._has_more = False
+                break
+            params = self._recording.mark(self._plan.params, number)
+            chat = self._plan.chat if is_conversation(prompt) else None
+            added = stepping.add(self._llm, prompt, params, self._plan.lora_request, chat)
+            most_rows = len(added.inside) * (added.prompt_len + (params.max_tokens or self._longest()))
+            self._running[added.request_id] = _Running(number, added, most_rows * self._recording.row_bytes)
+        return bool(self._running)
+
+    def _longest(self) -> int:
+        return int(self._llm.model_config.max_model_len)
+
+    def _has_room(self) -> bool:
+        if self._budget is None or not self._running:
+            return True
+        return sum(running.num_bytes for running in self._running.values()) < self._budget
+
+    def _end(self) -> None:
+        self._recording.stop()
+
+    def _close(self) -> None:
+        """Abort what still runs, where the stream was not read to its end."""
+        stepping.abort(self._llm, [name for running in self._running.values() for name in running.added.inside])
+        self._running.clear()
+        if not self._recording.has_ended:
+            self._recording.stop()
+
+
+def _each(prompts: Iterable[Any]) -> Iterator[Any]:
+    """Yield prompts one by one as `read_prompts` makes them."""
+    single = isinstance(prompts, str | dict) or is_conversation(prompts) or not isinstance(prompts, Iterable)
+    for prompt in [prompts] if single else prompts:
+        yield from read_prompts([prompt]).items
+
+
+def _batches(prompts: Iterator[Any]) -> Iterator[list[Any]]:
+    batch: deque[Any] = deque()
+    for prompt in prompts:
+        batch.append(prompt)
+        if len(batch) == BATCH:
+            yield list(batch)
+            batch.clear()
+    if batch:
+        yield list(batch)
+
+
+def _require_known(name: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise SpecError(f"{name}={given!r} is not known.{nearest(given, known)}")

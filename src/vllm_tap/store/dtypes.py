@@ -1,0 +1,70 @@
+"""Element types that a shard may have, by the names that streams use. Runs wherever a dataset is written or read."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tap.errors import DatasetDamagedError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Dtype(NamedTuple):
+    """An element type: what safetensors calls it, its size, and numpy's type of the same bytes."""
+
+    code: str
+    itemsize: int
+    numpy: str
+
+
+DTYPES: Final = {
+    "bfloat16": Dtype("BF16", 2, "<u2"),
+    "float16": Dtype("F16", 2, "<f2"),
+    "float32": Dtype("F32", 4, "<f4"),
+    "float64": Dtype("F64", 8, "<f8"),
+    "uint8": Dtype("U8", 1, "|u1"),
+    "int16": Dtype("I16", 2, "<i2"),
+    "int32": Dtype("I32", 4, "<i4"),
+    "int64": Dtype("I64", 8, "<i8"),
+}
+"""numpy has no bfloat16: its bits come as `uint16`, see `to_numpy`."""
+
+
+def dtype_of(name: str) -> Dtype:
+    """Return an element type by its name.
+
+    Raises:
+        DatasetDamagedError: There is no such type in a dataset.
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise DatasetDamagedError(f"dtype {name!r} is not one of {', '.join(DTYPES)}") from None
+
+
+def to_numpy(data: Bytes, name: str, width: int) -> npt.NDArray[Any]:
+    """Return bytes as an array [R, width]: a view, but for bfloat16, which is widened to float32 without loss."""
+    array: npt.NDArray[Any] = data.view(DTYPES[name].numpy).reshape(-1, width)
+    if name == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array
+
+
+def to_torch(data: Bytes, name: str, width: int) -> Any:
+    """Return bytes as a tensor [R, width] over the same memory."""
+    import torch
+
+    return torch.from_numpy(data).view(getattr(torch, name)).view(-1, width)
+
+
+def bytes_of(rows: Any) -> Bytes:
+    """Return the bytes of a tensor or an array of rows; a copy only where they do not lie together."""
+    if isinstance(rows, np.ndarray):
+        return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    import torch
+
+    flat: Bytes = rows.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return flat

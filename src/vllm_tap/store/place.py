@@ -1,0 +1,89 @@
+"""Place of a dataset: a local folder, or a folder of any file system that fsspec knows. Wherever it is used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_tap.errors import DatasetError
+from vllm_tap.store.dtypes import Bytes
+
+
+class Sink(Protocol):
+    """A file that is being written."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+
+    def close(self) -> None:
+        """Make the file last; nothing can be written afterwards."""
+
+
+class Draft(Protocol):
+    """A part that is being written. Nobody sees it before it is sealed."""
+
+    def create(self, name: str, nbytes: int) -> Sink:
+        """Begin a file of so many bytes."""
+
+    def seal(self, manifest: bytes) -> None:
+        """Make the part visible, with its manifest, at once."""
+
+    def discard(self) -> None:
+        """Remove what was written."""
+
+
+class Place(Protocol):
+    """A folder of parts. Names have one slash at most: part and file."""
+
+    path: str
+
+    def parts(self) -> list[str]:
+        """Return the names of the folders of parts, sealed or not, in order."""
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file, or None where there is none; one that is longer than `limit` is refused."""
+
+    def size(self, name: str) -> int | None:
+        """Return the length of a file, or None where there is none."""
+
+    def bytes(self, name: str, start: int, stop: int) -> Bytes:
+        """Return bytes of a file: a view of its pages where they can be mapped, else a copy."""
+
+    def draft(self, part: str) -> Draft:
+        """Begin a part."""
+
+    def clean(self) -> int:
+        """Remove what killed writers left behind; return how many drafts that were."""
+
+
+PART_PREFIX = "part-"
+
+
+def part_name(first_sample: int) -> str:
+    """Return the folder of the part that begins with a sample: two of one name cannot be."""
+    return f"{PART_PREFIX}{first_sample:012d}"
+
+
+def place_of(path: Any) -> Place:
+    """Return the place that a path names: a `Path`, a text, or a URL such as `s3://bucket/run`.
+
+    Raises:
+        DatasetError: The URL needs fsspec, which is not installed, or a file system that it does not know.
+    """
+    text = os.fspath(path)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        from vllm_tap.store.local import LocalPlace
+
+        return LocalPlace(Path(text))
+    if scheme == "file":
+        from vllm_tap.store.local import LocalPlace
+
+        return LocalPlace(Path(rest))
+    try:
+        from vllm_tap.store.remote import RemotePlace
+
+        return RemotePlace(text)
+    except (ImportError, ValueError) as error:
+        raise DatasetError(f"{text}: {error}. URLs need fsspec: pip install 'vllm-tap[store]'.", path=text) from error

@@ -1,0 +1,1 @@
+"""Pictures of datasets; matplotlib is loaded when one is drawn."""

@@ -1,0 +1,211 @@
+"""Captures of several clients in one engine at the same time; runs in the test process and others beside one engine.
+
+Another client is a process that has the addresses of the engine's sockets and no engine object.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.engines import MAX_NEW_TOKENS, Engine, References, compare, greedy, prompts, wait_until
+from vllm_tap import Recording, Spec
+from vllm_tap.client.connection import connect
+from vllm_tap.errors import BudgetError
+from vllm_tap.labels import mark
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    """Llama, eager."""
+    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def known(references: Callable[[str], References]) -> References:
+    """Hugging Face's forward passes of the engine's model."""
+    return references("llama")
+
+
+def run(engine: Engine, params: list[Any], seed: int) -> list[Any]:
+    """Generate with these parameters, one for each prompt."""
+    given = prompts(range(3, 3 + 4 * len(params), 4), seed)
+    return list(engine.llm.generate(given, params, use_tqdm=False))
+
+
+def test_captures_overlap_and_each_has_its_own_rows(engine, known):
+    """They begin and end beside one another, with requests in the same steps as those of others and of nobody."""
+    first = Recording(engine.llm, Spec(hidden_states=[0, 2]))
+    early = run(engine, [first.mark(greedy(), 0), greedy()], seed=1)
+    second = Recording(engine.llm, Spec(hidden_states=[1], final_hidden_states=True, positions="generated"))
+    assert len(engine.status()[0]["captures"]) == 2
+    both = run(engine, [second.mark(greedy(), 0), first.mark(greedy(), 1), greedy(), first.mark(greedy(), 2)], seed=2)
+    rows_before = first.counts()[0]
+    late = run(engine, [second.mark(greedy(), 1)], seed=3)
+    assert first.counts()[0] == rows_before
+    compare(first.finish([early[0], both[1], both[3]]), known)
+    last = run(engine, [greedy(), second.mark(greedy(), 2)], seed=4)
+    result = second.finish([both[0], late[0], last[1]])
+    compare(result, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
+    assert [state["captures"] for state in engine.status()] == [[]]
+
+
+def test_a_capture_beyond_its_budget_ends_alone(engine, known):
+    """The other one of the same client has a budget of its own, and its rows; requests of both go on."""
+    rich = Recording(engine.llm, Spec(hidden_states="all"))
+    poor = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=8192)
+    outputs = run(engine, [rich.mark(greedy(), 0), poor.mark(greedy(), 0), rich.mark(greedy(), 1)], seed=5)
+    assert all(len(output.outputs[0].token_ids) == MAX_NEW_TOKENS for output in outputs)
+    with pytest.raises(BudgetError, match="of budget_bytes=8192 are in use"):
+        poor.finish([outputs[1]])
+    compare(rich.finish([outputs[0], outputs[2]]), known)
+
+
+def test_worker_calls_go_beside_a_capture(engine, known):
+    """The calls of the former interface take the rows of all requests, those of the capture as well."""
+    llm, layer = engine.llm, 1
+    recording = Recording(llm, Spec(hidden_states=[layer]))
+    llm.collective_rpc("enable_hidden_states_capture")
+    given = prompts([7, 12], seed=6)
+    outputs = llm.generate(given, [recording.mark(greedy(), 0), greedy()], use_tqdm=False)
+    llm.collective_rpc("disable_hidden_states_capture")
+    result = recording.finish(outputs[:1])
+    compare(result, known)
+    (payload,) = llm.collective_rpc("get_captured_hidden_states")
+    rows = torch.frombuffer(bytearray(payload[layer]["data"]), dtype=torch.float32).view(payload[layer]["shape"])
+    assert torch.equal(rows[: result.num_rows], result[0].hidden_states[layer])
+    # Worker calls do not know the end: a step beyond it may have left a row.
+    assert len(rows) >= sum(len(output.prompt_token_ids) + MAX_NEW_TOKENS - 1 for output in outputs)
+    llm.collective_rpc("clear_hidden_states")
+
+
+CLIENT = """
+import pickle, sys
+from pathlib import Path
+from vllm_tap import Recording, Spec
+from vllm_tap.client.connection import Connection
+
+folder = Path(sys.argv[1])
+connection = Connection.at(sys.argv[2:])
+recording = Recording(connection, Spec(hidden_states=[1]))
+print("capture", recording.capture_id, flush=True)
+sys.stdin.readline()
+recording.note_marked(range(2))
+result = recording.finish(pickle.loads((folder / "outputs").read_bytes()))
+rows = [sample.hidden_states[1].clone() for sample in result]
+foreign = (folder / "foreign").read_bytes()
+found = []
+for reader in connection.readers().values():
+    # Whatever the worker hands out when it is asked for it.
+    for number in range(1, 20):
+        try:
+            memory = reader.segment_array(number).tobytes()
+        except Exception:
+            continue
+        found.append(rows[0][0].numpy().tobytes() in memory)
+        width = rows[0].shape[1] * 4
+        rows_of_others = [foreign[at : at + width] for at in range(0, len(foreign), width)]
+        assert not any(row in memory for row in rows_of_others), "rows of another client"
+assert any(found), "its own rows are there"
+(folder / "rows").write_bytes(pickle.dumps(rows))
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Client:
+    """A process that captures layer 1 from an engine that it reaches by its sockets alone."""
+
+    def __init__(self, folder: Path, addresses: list[str]) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(folder), *addresses],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.capture_id = self.said("capture")
+
+    def said(self, word: str) -> str:
+        """Wait for a line that begins with a word; return the rest of it."""
+        assert self.process.stdout is not None
+        line = next((line for line in self.process.stdout if line.startswith(word)), None)
+        assert line is not None, f"the client ended with status {self.process.wait()}"
+        return line.removeprefix(word).strip()
+
+    def mark(self, sample: int) -> Any:
+        """Return parameters that make the engine capture a request for this client."""
+        return greedy(extra_args=mark(self.capture_id, sample, 1), skip_reading_prefix_cache=True)
+
+    def go_on(self) -> None:
+        """Let the client do what comes next."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+
+@pytest.fixture
+def clients(engine: Engine, tmp_path: Path) -> Iterator[list[Client]]:
+    """Two more clients."""
+    addresses = connect(engine.llm).addresses
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        found.append(Client(tmp_path / name, addresses))
+    yield found
+    for client in found:
+        client.process.kill()
+        client.process.wait()
+
+
+def test_other_processes_capture_at_the_same_time_and_map_nothing_of_each_other(engine, known, clients):
+    """Requests of three clients in the same steps; each finds its own rows, and in no memory those of the others."""
+    own = Recording(engine.llm, Spec(hidden_states=[1]))
+    params = [each for n in range(2) for each in (own.mark(greedy(), n), clients[0].mark(n), clients[1].mark(n))]
+    outputs = run(engine, params, seed=7)
+    mine = own.finish(outputs[::3])
+    compare(mine, known)
+    rows = {0: [sample.hidden_states[1] for sample in mine]}
+    rows |= {n: [known.of(tokens(output)).hidden_states[1] for output in outputs[n::3]] for n in (1, 2)}
+    for number, client in enumerate(clients, 1):
+        (client.folder / "outputs").write_bytes(pickle.dumps(outputs[number::3]))
+        (client.folder / "foreign").write_bytes(b"".join(part.numpy().tobytes() for part in rows[0]))
+        client.go_on()
+        client.said("done")
+        for found, right in zip(pickle.loads((client.folder / "rows").read_bytes()), rows[number], strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=1e-5 * float(right.square().mean().sqrt()))
+    assert [state["captures"] for state in engine.status()] == [[]]
+
+
+def tokens(output: Any) -> list[int]:
+    """Return the tokens that went through the model."""
+    return [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+
+
+def test_a_client_that_is_killed_takes_its_capture_along_and_no_other(engine, known, clients):
+    """Its memory is free, its requests go on, and the others have their rows."""
+    own = Recording(engine.llm, Spec(hidden_states="all"))
+    outputs = run(engine, [clients[0].mark(0), own.mark(greedy(), 0), clients[1].mark(0)], seed=8)
+    assert len(engine.status()[0]["captures"]) == 3
+    used = engine.used_bytes()
+    os.kill(clients[0].process.pid, 9)
+    wait_until(lambda: len(engine.status()[0]["captures"]) == 2, "the end of the capture")
+    assert engine.used_bytes() < used
+    more = run(engine, [own.mark(greedy(), 1), clients[0].mark(1), clients[1].mark(1)], seed=9)
+    compare(own.finish([outputs[1], more[0]]), known)
+    (clients[1].folder / "outputs").write_bytes(pickle.dumps([outputs[2], more[2]]))
+    (clients[1].folder / "foreign").write_bytes(b"")
+    clients[1].go_on()
+    clients[1].said("done")

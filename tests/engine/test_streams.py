@@ -1,0 +1,150 @@
+"""Samples and rows as they come, from an offline engine: equal to a capture that hands everything over at the end.
+
+Runs in the test process, beside one eager Llama engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_tap
+from engine.engines import TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
+from vllm_tap import Spec, Tap
+from vllm_tap.errors import BudgetError, SpecError
+
+pytestmark = pytest.mark.engine
+
+EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    """An engine that generates."""
+    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    yield engine
+    engine.close()
+
+
+def assert_is_free(engine: Engine) -> None:
+    """Nothing of an earlier stream is left in the engine."""
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(vllm_tap.capture(engine.llm, prompts((5,)), EVERYTHING, progress=False, **GREEDY)[0]) == 12
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+def test_samples_that_come_while_others_run_are_those_of_hugging_face(
+    engine: Engine, references: Callable[[str], References], transport: str
+) -> None:
+    """Each prompt once, with all its rows, whatever order they end in."""
+    seen = []
+    with Tap(engine.llm).stream(iter(prompts()), EVERYTHING, transport=transport, **GREEDY) as samples:
+        for sample in samples:
+            seen.append(sample.index)
+            tokens = sample.output.prompt_token_ids + sample.output.outputs[0].token_ids[:-1]
+            assert (
+                tokens[: len(prompts()[sample.index]["prompt_token_ids"])]
+                == prompts()[sample.index]["prompt_token_ids"]
+            )
+            assert sample.token_ids.tolist() == tokens
+            for stream, layer in (("hidden_states", 0), ("hidden_states", 3), ("final_hidden_states", 3)):
+                expected = expected_rows(references("llama").of(tokens), stream, layer)
+                assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
+    assert sorted(seen) == list(range(len(prompts())))
+    assert_is_free(engine)
+
+
+def test_completions_of_a_prompt_come_one_by_one(engine: Engine) -> None:
+    """With `n` above 1, each is a sample."""
+    arguments = {**GREEDY, "temperature": 1.0, "seed": 3, "n": 3}
+    samples = list(Tap(engine.llm).stream(prompts((5, 17)), EVERYTHING, **arguments))
+    assert sorted((sample.index, sample.completion) for sample in samples) == [(i, c) for i in (0, 1) for c in range(3)]
+    for sample in samples:
+        completion = next(c for c in sample.output.outputs if c.index == sample.completion)
+        assert sample.token_ids.tolist() == sample.output.prompt_token_ids + completion.token_ids[:-1]
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "last", [0, -1]], ids=str)
+def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Engine, positions: Any) -> None:
+    """Put together they are bit-equal to the rows of a stream's samples; they come before the sequence ends."""
+    spec = Spec(hidden_states="all", positions=positions)
+    whole = {sample.index: sample for sample in Tap(engine.llm).stream(prompts((5, 33, 9)), spec, **GREEDY)}
+    found: dict[int, list[Any]] = {}
+    for block in Tap(engine.llm).stream_rows(prompts((5, 33, 9)), spec, **GREEDY):
+        assert not (found.get(block.index) and found[block.index][-1].finished)
+        found.setdefault(block.index, []).append(block)
+    for index, blocks in found.items():
+        assert blocks[-1].finished
+        assert len(blocks) > 2 or positions not in ("all", "generated")
+        assert torch.cat([b.positions for b in blocks]).tolist() == whole[index].positions.tolist()
+        for layer in range(4):
+            rows = torch.cat([block.hidden_states[layer] for block in blocks])
+            expected = whole[index].hidden_states[layer]
+            # The same tokens in batches of other sizes: products are added up in another order.
+            assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
+    assert sorted(found) == [0, 1, 2]
+
+
+def test_the_row_of_a_token_comes_before_eight_more_are_generated(engine: Engine) -> None:
+    """A monitor sees it in time."""
+    late = []
+    for block in Tap(engine.llm).stream_rows(prompts((5,)), Spec(hidden_states=[0]), **{**GREEDY, "max_tokens": 64}):
+        late.append(len(block))
+    assert max(late) <= 8 + 5  # the prompt's rows come together
+    assert len(late) > 8
+
+
+def test_many_times_the_budget_goes_through_a_stream(engine: Engine) -> None:
+    """With a reader that keeps up, prompts wait and nothing is lost."""
+    spec = Spec(hidden_states="all")
+    many = prompts((100,) * 60)
+    budget = 2 << 20  # 60 x 107 x 4 x 128 x 4 = 13 MB of rows
+    seen, held = set(), 0
+    for sample in Tap(engine.llm).stream(many, spec, budget_bytes=budget, **GREEDY):
+        seen.add(sample.index)
+        held = max(held, *(state["used_bytes"] for state in engine.status())) if len(seen) % 20 == 0 else held
+    assert len(seen) == 60
+    assert held <= budget * 1.1
+
+
+def test_a_stream_that_may_not_wait_fails_when_the_budget_is_full(engine: Engine) -> None:
+    """And gives the engine back."""
+    with (
+        pytest.raises(BudgetError),
+        Tap(engine.llm).stream(
+            prompts((100,) * 40), Spec(hidden_states="all"), budget_bytes=1 << 20, on_full="fail", **GREEDY
+        ) as samples,
+    ):
+        list(samples)
+    assert_is_free(engine)
+
+
+def test_a_stream_that_is_left_gives_the_engine_back(engine: Engine) -> None:
+    """By its block, by close, or because nobody holds it."""
+    with Tap(engine.llm).stream(prompts(), EVERYTHING, **GREEDY) as samples:
+        next(samples)
+    assert_is_free(engine)
+    stream = Tap(engine.llm).stream_rows(prompts(), EVERYTHING, **GREEDY)
+    assert len(list(itertools.islice(stream, 3))) == 3
+    del stream
+    assert_is_free(engine)
+
+
+def test_a_stream_refuses_what_a_capture_refuses(engine: Engine) -> None:
+    """Before anything runs."""
+    tap = Tap(engine.llm)
+    with pytest.raises(SpecError, match="on_full='spil' is not known"):
+        tap.stream(prompts(), EVERYTHING, on_full="spil")
+    with pytest.raises(SpecError, match="has no field 'maxtokens'"):
+        tap.stream(prompts(), EVERYTHING, maxtokens=3)
+    with pytest.raises(SpecError, match="one sequence is generated for each prompt"):
+        tap.stream_rows(prompts(), EVERYTHING, n=2)
+    with pytest.raises(SpecError, match=r"expected a vllm.LLM"):
+        Tap("model")
+    assert_is_free(engine)
