@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, Final
 
 from vllm_tap.cli import arguments, capture
+from vllm_tap.cli.engine import engine
 from vllm_tap.cli.inspect import print_facts
+from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError, SpecError, TapError
+
+INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
 
 
 def add_command(commands: Any) -> None:
@@ -31,7 +35,7 @@ def add_command(commands: Any) -> None:
     group.add_argument(
         "--batch", type=arguments.positive, default=256, metavar="N", help="prompts of a part (default 256)"
     )
-    parser.add_argument("--json", action="store_true", help="print facts of the dataset as a JSON object")
+    arguments.add_json_option(parser)
     arguments.add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -42,13 +46,9 @@ def run(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompts)
     _require_free(options.dataset, options.resume)
     capture.require_plugin()
-    from vllm_tap.vllm import launch
-
-    llm = launch.start(options.model, **arguments.engine_arguments(options))
-    try:
+    capture.check_layers(spec, options)
+    with Interrupts(keeps=False, says=INTERRUPTED) as interrupts, engine(options, interrupts) as llm:
         dataset = _record(llm, prompts, spec, options)
-    finally:
-        launch.stop(llm)
     print_facts(dataset, options.json)
     return 0
 

@@ -35,7 +35,6 @@ def add_command(commands: Any) -> None:
         "Exit code 1 when anything differs.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model, or a dataset: then its checksums")
-    parser.add_argument("--json", action="store_true", help="print a JSON object, of a dataset")
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",
