@@ -85,12 +85,11 @@ def test_what_is_finished_is_saved(
 ) -> None:
     """One line says how many; the file has just these, whole, and the engine is gone without a word."""
     terminal = start()
-    terminal.read_until(r" [1-9]\d%\|")
+    assert "%|" in (text := terminal.read_until(r" [1-9]\d%\|")), text
     engine = family(terminal)
     terminal.press(INTERRUPT)
     text = terminal.read_until(r"vllm-tap: .*\n")
-    code = terminal.wait()
-    assert code == 130
+    assert terminal.wait() == 130, text
     (line,) = [line for line in re.split(r"[\r\n]+", text.replace("^C", "")) if line and "%|" not in line]
     found = re.match(r"vllm-tap: interrupted: ([\d,]+) of 4,000 samples were finished, saved .*rows.safetensors", line)
     assert found
@@ -112,12 +111,13 @@ def test_what_is_finished_is_saved(
 def test_an_engine_that_starts_is_ended(start: Callable[[], Terminal], tmp_path: Path) -> None:
     """Nothing is to be kept: one line, no traceback, no process, no file."""
     terminal = start()
-    terminal.read_until(r"\(Worker pid")
+    assert "(Worker" in (text := terminal.read_until(r"\(Worker pid")), text
     engine = family(terminal)
     terminal.press(INTERRUPT)
     text = terminal.read_until("never shown")
-    assert terminal.wait() == 130
-    assert text.replace("^C", "").strip().splitlines()[-1] == "vllm-tap: interrupted while the engine started"
+    assert terminal.wait() == 130, text
+    assert text.replace("^C", "").strip().splitlines()[-1] == "vllm-tap: interrupted while the engine started", text
     assert "Traceback" not in text
+    psutil.wait_procs(engine, timeout=60)
     assert not any(process.is_running() for process in engine)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]

@@ -17,6 +17,7 @@ from vllm_tap.client.interruption import Interruption
 
 START = """
 import subprocess, sys, time
+from multiprocessing.shared_memory import SharedMemory
 from vllm_tap.cli.interrupts import Interrupts
 
 CHILD = "import signal, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit(1)); print(flush=True); sys.stdin.read()"
@@ -29,6 +30,7 @@ def spawn():
 
 WHILE_STARTING = """
 with Interrupts(keeps=True) as interrupts, interrupts.starting():
+    left = SharedMemory(create=True, size=1)  # removed later by a process that says so
     child = spawn()
     print(child.pid, flush=True)
     time.sleep(600)
@@ -84,7 +86,7 @@ def test_the_first_ends_what_starts(begin: Callable[[str], Any]) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err == "vllm-tap: interrupted while the engine started\n"
-    assert not process.child.is_running()
+    process.child.wait(timeout=60)
 
 
 def test_the_first_ends_all_if_nothing_is_kept(begin: Callable[[str], Any]) -> None:
@@ -93,7 +95,7 @@ def test_the_first_ends_all_if_nothing_is_kept(begin: Callable[[str], Any]) -> N
     interrupt(process)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "the draft is removed\n", "vllm-tap: interrupted\n")
-    assert not process.child.is_running()
+    process.child.wait(timeout=60)
 
 
 def test_the_second_ends_all(begin: Callable[[str], Any]) -> None:
@@ -107,7 +109,7 @@ def test_the_second_ends_all(begin: Callable[[str], Any]) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "the draft is removed\n")
     assert err == "vllm-tap: interrupted twice: ended at once\n"
-    assert not process.child.is_running()
+    process.child.wait(timeout=60)
 
 
 def test_an_interrupt_waits_until_nothing_is_half_done() -> None:

@@ -31,6 +31,7 @@ def add_command(commands: Any) -> None:
     group = add_run_options(parser)
     group.add_argument("--save", type=Path, metavar="FILE", help="write the rows to this safetensors file")
     group.add_argument("--force", action="store_true", help="replace the file if it exists")
+    arguments.add_json_option(parser)
     arguments.add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -69,7 +70,6 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> Any:
     """Add options of a run; return their group."""
-    arguments.add_json_option(parser)
     group = parser.add_argument_group("how")
     group.add_argument(
         "--max-tokens",

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Final
@@ -32,18 +32,19 @@ class Interrupts(Interruption):
     """Takes SIGINT in a block of the main thread. The first raises KeyboardInterrupt there, a second ends the process.
 
     Args:
-        keeps: There is something to keep. Else the first ends the process.
+        keeps: There is something to keep that is not kept yet. Else the first ends the process.
+        says: Said then.
 
     Attributes:
         at_end: Called before the process ends at once.
         came: The first has been raised.
     """
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: bool, says: str = "interrupted") -> None:
         super().__init__()
         self.at_end: list[Callable[[], object]] = []
         self.came = False
-        self._keeps, self._starting = keeps, False
+        self._keeps, self._says, self._starting = keeps, says, False
         self._first = -math.inf
 
     def __enter__(self) -> Interrupts:
@@ -64,7 +65,7 @@ class Interrupts(Interruption):
     @contextmanager
     def starting(self) -> Iterator[None]:
         """Shield processes that start in the block. Ctrl-C ends them and this one at once: there is nothing to keep."""
-        resource_tracker.ensure_running()  # now: it would unblock the signal
+        _start_tracker()
         self._starting = True
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -96,16 +97,20 @@ class Interrupts(Interruption):
                 if self._starting:
                     self._end("interrupted while the engine started")
                 if not self._keeps:
-                    self._end("interrupted")
+                    self._end(self._says)
                 if now > self._first + REPEAT_SECONDS:
                     self._end("interrupted twice: ended at once")
 
     def _end(self, what: str) -> None:
         """End this process and all that it has started."""
-        end_children()
         for call in self.at_end:
             call()
+        children = _children()
         say(what)
+        # The interpreter is not let go of in between: the main thread would tell that its engine is gone.
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         os._exit(EXIT_CODE)
 
 
@@ -115,15 +120,24 @@ def say(what: str) -> None:
     os.write(sys.stderr.fileno(), f"{newline}vllm-tap: {what}\n".encode())
 
 
-def end_children() -> None:
-    """Kill the processes that this one has started, and theirs; but what cleans up behind them may do so."""
+def _start_tracker() -> None:
+    """Start the process that cleans up behind others, which would unblock the signal later.
+
+    Behind processes that were killed it cleans up too, and would warn of that.
+    """
+    given = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, "ignore:resource_tracker:UserWarning"]))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if given is not None:
+            os.environ["PYTHONWARNINGS"] = given
+
+
+def _children() -> list[int]:
+    """Return the processes that this one has started, and theirs, but not the one that cleans up behind them."""
     import psutil  # comes with vLLM, and nothing has started without it
 
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
-    children = [child for child in psutil.Process().children(recursive=True) if child.pid != tracker]
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(children, timeout=1)
+    return [child.pid for child in psutil.Process().children(recursive=True) if child.pid != tracker]

@@ -133,7 +133,7 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         yield False
         return
     num_requests = sum(getattr(given, "n", 1) or 1 for given in params)
-    bar = Bar(recording.counts, ExpectedRows(llm, recording.spec.positions, num_requests))
+    bar = Bar(recording.counts, ExpectedRows(llm, recording.spec.shipped_positions, num_requests))
     try:
         with frontend.ticking(llm, REFRESH_SECONDS, bar.tick):
             yield bar.make
