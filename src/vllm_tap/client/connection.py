@@ -73,12 +73,9 @@ class Connection:
         self = cls.__new__(cls)
         self._prepare(None)
         self._callers = dict(enumerate(Caller(address) for address in addresses))
-        replies = self._send(messages.Greet(), shared=True)()
-        self.hellos = _expect(messages.Hello, replies, "Greet")
-        self._callers = {
-            hello.rank.rank: caller for hello, caller in zip(self.hellos, self._callers.values(), strict=True)
-        }
-        self.hellos.sort(key=lambda hello: hello.rank.rank)
+        hellos = _expect(messages.Hello, self._send(messages.Greet(), shared=True)(), "Greet")
+        self._callers = {hello.rank.rank: caller for hello, caller in zip(hellos, self._callers.values(), strict=True)}
+        self._met(hellos)
         self._require_able()
         return self
 
@@ -118,6 +115,9 @@ class Connection:
             hellos = self.call(messages.Hello, "open")
         except PluginNotLoadedError as error:
             raise _not_loaded(str(error)) from error.__cause__
+        self._met(hellos)
+
+    def _met(self, hellos: Iterable[messages.Hello]) -> None:
         self.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
         self.routing = {layer: found for hello in self.hellos for layer, found in hello.routing.items()}
         self.routing_versions = {hello.rank.rank: hello.routing_version for hello in self.hellos}
