@@ -35,7 +35,7 @@ def everything(dataset: Dataset) -> list[object]:
     """Return all that can be read of a dataset; what lies in shards as bytes."""
     found: list[object] = [len(dataset), dataset.num_rows, dataset.spec, dataset.layers, dataset.conventions]
     for sample in dataset.sequences():
-        found += [sample.number, sample.completion, sample.positions.tolist(), sample.token_ids.tolist()]
+        found += [sample.index, sample.completion, sample.positions.tolist(), sample.token_ids.tolist()]
         found += [sample.prompt, sample.text, sample.metadata, sample.finish_reason]
     for stream in LAYERS:
         for layer in dataset.layers.get(stream, ()):

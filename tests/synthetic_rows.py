@@ -90,7 +90,7 @@ def check_dataset(dataset: Any, prompts: Sequence[str], num_completions: int = 1
         for completion in output.outputs:
             sample = dataset.sample(number, completion.index)
             ids = output.prompt_token_ids + completion.token_ids[:-1]
-            assert sample.number == number
+            assert sample.index == number
             assert sample.positions.tolist() == list(range(len(ids)))
             assert sample.token_ids.tolist() == ids
             for stream, layers in LAYERS.items():

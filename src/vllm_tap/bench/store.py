@@ -29,7 +29,7 @@ from vllm_tap.spec import Spec
 from vllm_tap.store import writer
 from vllm_tap.store.dataset import Dataset, open_dataset
 from vllm_tap.store.facts import facts_of
-from vllm_tap.store.place import place_of
+from vllm_tap.store.places import place_of
 
 WIDTH: Final = 4096
 LAYERS: Final = (8, 16, 24, 31)

@@ -13,7 +13,7 @@ from vllm_tap.cli.table import columns, size_text
 
 def is_dataset(name: str) -> bool:
     """Tell whether what was named is a dataset rather than a model."""
-    from vllm_tap.store.place import place_of
+    from vllm_tap.store.places import place_of
 
     if "://" in name:
         return True

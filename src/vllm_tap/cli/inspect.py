@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+from vllm_tap.cli import arguments
 from vllm_tap.cli.table import columns, layer_text, size_text
 from vllm_tap.errors import RowsMissingError
 
@@ -23,7 +24,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, or a URL that fsspec knows")
     parser.add_argument("--sample", type=int, metavar="N", help="a sample; negative numbers count from the last")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    arguments.add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         sample = dataset.sample(options.sample)
     except IndexError as error:
         raise RowsMissingError(f"{error}.", sample=options.sample) from error
-    row = dataset.record(sample.number, sample.completion)._asdict()
+    row = dataset.record(sample.index, sample.completion)._asdict()
     if options.json:
         print(json.dumps(row, ensure_ascii=False))
     else:

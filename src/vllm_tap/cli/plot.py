@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_tap.cli import arguments
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import nearest
 
@@ -30,7 +31,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--svg", action="store_true", help="write SVG rather than PNG")
     parser.add_argument("--layer", type=int, default=-1, metavar="N", help="layer of pca (default: the last one)")
     parser.add_argument("--label", metavar="KEY", help="key of the metadata by which pca is coloured")
-    parser.add_argument("--json", action="store_true", help="print the files as a JSON object")
+    arguments.add_json_option(parser)
     parser.set_defaults(run=run)
 
 

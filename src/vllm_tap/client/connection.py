@@ -124,7 +124,7 @@ class Connection:
 
     @property
     def may_change(self) -> bool:
-        """Whether forward passes since the greeting may let the workers say more."""
+        """True if forward passes since the greeting may let the workers say more."""
         return any(hello.may_change for hello in self.hellos)
 
     def _learn(self, descriptors: Iterable[messages.Descriptor]) -> None:

@@ -80,7 +80,7 @@ def record(
             raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")
 
     def captured(piece: list[Any]) -> Any:
-        return capture(
+        result = capture(
             llm,
             piece,
             spec,
@@ -92,6 +92,9 @@ def record(
             sampling_params=sampling_params,
             **sampling,
         )
+        if any(output is None for output in result.outputs):
+            raise KeyboardInterrupt  # which ended the capture early: a part holds all of its samples
+        return result
 
     run = Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, sampling), versions())
     options: dict[str, Any] = {} if on_part is None else {"on_part": on_part}

@@ -17,8 +17,9 @@ from vllm_tap.vllm import frontend, stepping
 
 ON_FULL: Final = ("wait", "fail")
 
-PART_OF_BUDGET: Final = 2
-"""Of the budget, one part in so many is for what the workers reserve ahead and for rows that wait to be read."""
+PART_OF_BUDGET: Final = 3
+"""Running requests may need one part in so many of the budget: workers reserve ahead, and memory is free again when the
+last row in it has been read."""
 
 BATCH: Final = 64
 """Prompts of one call to an engine that pools."""
@@ -219,7 +220,7 @@ class _Run:
     def __init__(self, llm: Any, prompts: Iterable[Any], recording: Recording, plan: Plan, budget: int | None) -> None:
         self._llm, self._recording, self._plan = llm, recording, plan
         self._prompts = enumerate(_each(prompts))
-        self._budget = None if budget is None else budget - budget // PART_OF_BUDGET
+        self._budget = None if budget is None else budget // PART_OF_BUDGET
         self._collector = Collector(recording)
         self._running: dict[str, _Running] = {}
         self._sent: dict[int, int] = {}  # by sample: rows of earlier positions have been yielded

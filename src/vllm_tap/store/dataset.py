@@ -17,7 +17,8 @@ from vllm_tap.spec import Spec
 from vllm_tap.store.facts import Facts, require_same
 from vllm_tap.store.index import IndexRow, rows_of
 from vllm_tap.store.part import Part, sealed_parts
-from vllm_tap.store.place import Place, place_of
+from vllm_tap.store.place import Place
+from vllm_tap.store.places import place_of
 from vllm_tap.store.rows import Rows
 from vllm_tap.store.sample import Sample
 
@@ -235,11 +236,18 @@ class Dataset(Sequence[Sample]):
         Raises:
             RowsMissingError: There is no such sequence.
         """
+        for row in self.completions(sample):
+            if row.completion == completion:
+                return row
+        raise RowsMissingError(f"there is no completion {completion} of sample {sample}", sample=sample)
+
+    def completions(self, sample: int) -> list[IndexRow]:
+        """Return what the index says of all sequences of a sample, which is named by its number."""
         number = bisect_right(self._firsts, sample) - 1
-        found = self._find(self._parts[number], sample, completion) if number >= 0 else None
-        if found is None:
-            raise RowsMissingError(f"there is no completion {completion} of sample {sample}", sample=sample)
-        return rows_of(self._table(number).slice(found, 1))[0]
+        if number < 0:
+            return []
+        first, stop = np.searchsorted(self._parts[number].labels.samples, [sample, sample + 1]).tolist()
+        return rows_of(self._table(number).slice(first, stop - first))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the index of all parts as one table: a row for each sequence; see docs/format.md for the columns.

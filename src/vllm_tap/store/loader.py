@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,18 @@ from vllm_tap.store.rows import Rows
 if TYPE_CHECKING:
     import torch
 
-    from vllm_tap.store.dataset import Dataset
+
+class RowViews(Protocol):
+    """A dataset, as far as batches of its rows need it."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of each layer."""
+        ...
+
+    def rows(self, stream: str, layer: int) -> Rows:
+        """Return all rows of a layer."""
+        ...
 
 
 class Order:
@@ -112,7 +123,7 @@ class Batches(Sequence[RowBatch]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: RowViews,
         stream: str,
         layers: int | Sequence[int],
         *,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from vllm_tap.errors import DatasetError
 from vllm_tap.store.dtypes import Bytes
 
 
@@ -63,27 +60,3 @@ PART_PREFIX = "part-"
 def part_name(first_sample: int) -> str:
     """Return the folder of the part that begins with a sample: two of one name cannot be."""
     return f"{PART_PREFIX}{first_sample:012d}"
-
-
-def place_of(path: Any) -> Place:
-    """Return the place that a path names: a `Path`, a text, or a URL such as `s3://bucket/run`.
-
-    Raises:
-        DatasetError: The URL needs fsspec, which is not installed, or a file system that it does not know.
-    """
-    text = os.fspath(path)
-    scheme, found, rest = text.partition("://")
-    if not found:
-        from vllm_tap.store.local import LocalPlace
-
-        return LocalPlace(Path(text))
-    if scheme == "file":
-        from vllm_tap.store.local import LocalPlace
-
-        return LocalPlace(Path(rest))
-    try:
-        from vllm_tap.store.remote import RemotePlace
-
-        return RemotePlace(text)
-    except (ImportError, ValueError) as error:
-        raise DatasetError(f"{text}: {error}. URLs need fsspec: pip install 'vllm-tap[store]'.", path=text) from error

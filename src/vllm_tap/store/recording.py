@@ -15,7 +15,8 @@ from vllm_tap.store.facts import Facts, facts_of, require_same
 from vllm_tap.store.manifest import Manifest
 from vllm_tap.store.part import sealed_parts
 from vllm_tap.store.pieces import Metadata, Piece, Share, pieces
-from vllm_tap.store.place import Place, place_of
+from vllm_tap.store.place import Place
+from vllm_tap.store.places import place_of
 from vllm_tap.store.source import RowSource
 from vllm_tap.store.writer import write_part
 

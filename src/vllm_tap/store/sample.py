@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -48,6 +49,29 @@ class SampleSource(Protocol):
 
     def record(self, sample: int, completion: int) -> IndexRow:
         """Return what the index says of a sequence."""
+
+    def completions(self, sample: int) -> list[IndexRow]:
+        """Return what the index says of all sequences of a sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCompletion:
+    """A completion, as far as it is kept."""
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedOutput:
+    """An output, as far as it is kept."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[RecordedCompletion]
 
 
 class LayerMap(Mapping[int, "torch.Tensor"]):
@@ -95,18 +119,18 @@ class Sample:
     """The rows of one sequence: a prompt and one of its completions.
 
     Attributes:
-        number: Number of the sample: the place of its prompt among all that were recorded.
+        index: Number of the sample: the place of its prompt among all that were recorded.
         completion: Number of the completion.
         start: Number of its first row in `Dataset.rows`.
         stop: Number behind that of its last row.
     """
 
-    def __init__(self, source: SampleSource, number: int, completion: int, start: int, stop: int) -> None:
+    def __init__(self, source: SampleSource, index: int, completion: int, start: int, stop: int) -> None:
         self._source = source
-        self.number, self.completion, self.start, self.stop = number, completion, start, stop
+        self.index, self.completion, self.start, self.stop = index, completion, start, stop
 
     def _key(self) -> tuple[int, int, int]:
-        return id(self._source), self.number, self.completion
+        return id(self._source), self.index, self.completion
 
     def __eq__(self, other: object) -> bool:
         """Tell whether this is the same sequence of the same dataset."""
@@ -175,6 +199,15 @@ class Sample:
         return LayerMap(self._source, stream, self.start, self.stop)
 
     @property
+    def output(self) -> RecordedOutput:
+        """The prompt's output with all its completions, as far as it is kept, by the names that vLLM uses."""
+        rows = self._source.completions(self.index)
+        completions = [
+            RecordedCompletion(row.completion, row.text, row.generated_token_ids, row.finish_reason) for row in rows
+        ]
+        return RecordedOutput(rows[0].request_id, rows[0].prompt, rows[0].prompt_token_ids, completions)
+
+    @property
     def prompt(self) -> str | None:
         """Text of the prompt, where it was one."""
         return self._record.prompt
@@ -211,7 +244,7 @@ class Sample:
 
     @property
     def _record(self) -> IndexRow:
-        return self._source.record(self.number, self.completion)
+        return self._source.record(self.index, self.completion)
 
     def __repr__(self) -> str:
-        return f"<Sample {self.number}: {len(self)} rows of {', '.join(self._source.layers)}>"
+        return f"<Sample {self.index}: {len(self)} rows of {', '.join(self._source.layers)}>"

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_tap.errors import DatasetError
 from vllm_tap.store import index
 from vllm_tap.store.facts import facts_of
-from vllm_tap.store.place import place_of
+from vllm_tap.store.places import place_of
 from vllm_tap.store.source import RowSource
 from vllm_tap.store.writer import write_part
 

@@ -13,7 +13,8 @@ from vllm_tap.errors import DatasetDamagedError, DatasetError
 from vllm_tap.store import facts as facts_file
 from vllm_tap.store import manifest
 from vllm_tap.store.part import Part
-from vllm_tap.store.place import Place, part_name, place_of
+from vllm_tap.store.place import Place, part_name
+from vllm_tap.store.places import place_of
 
 CHUNK_BYTES: Final = 16 << 20
 

@@ -46,7 +46,7 @@ def _sample(dataset: Any, number: int, text_of: Callable[[int], str] | None) -> 
     positions = dataset.label("positions", sample.start, sample.stop)[:MOST_ROWS].tolist()
     num_prompt = len(sample.prompt_token_ids)
     found: dict[str, Any] = {
-        "number": sample.number,
+        "number": sample.index,
         "rows": len(sample),
         "tokens": [text_of(token) if text_of else str(token) for token in ids],
         "ids": ids,

@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model can be, and what can be its final norm: by structure alone. Worker process.
+"""Places where the decoder layers of a model can be, and what can be its final norm, by structure. Worker process.
 
 Names say little: a model may call its norm anything, and hold other lists that are as long. So everything that fits is
 found here, best first, and what runs decides between those (see `engine.model.install`).
@@ -20,7 +20,7 @@ NOT_TEXT: Final = ("visual", "vision", "image", "audio", "speech")
 """Names of parts that layers of other media lie in, where nothing better tells."""
 
 _ABSENT: Final = "PPMissingLayer"
-"""What vLLM puts in the place of a layer that another pipeline stage has."""
+"""Stand-ins that vLLM puts in the place of a layer that another pipeline stage has."""
 
 
 class Stack(NamedTuple):
@@ -56,7 +56,7 @@ class _Found(NamedTuple):
 
     @property
     def has_bounds(self) -> bool:
-        """Whether it is cut into pipeline stages, as in vLLM's own model files."""
+        """True if it is cut into pipeline stages, as in vLLM's own model files."""
         return hasattr(self.owners[0], "start_layer") and hasattr(self.owners[0], "end_layer")
 
     @property

@@ -15,7 +15,7 @@ from vllm_tap.vllm.facts import require
 
 
 class Model(NamedTuple):
-    """Where the taps go.
+    """Places for the taps.
 
     Attributes:
         stacks: Lists that may be the decoder layers, the likeliest first; usually one.

@@ -40,6 +40,10 @@ def test_a_saved_capture_is_read_back(tmp_path: Path, num_completions: int) -> N
     dataset = saved(tmp_path / "run", prompts, num_completions=num_completions)
     check_dataset(dataset, prompts, num_completions)
     assert dataset[4].metadata == {"label": 1, "text": "ä"}
+    output = SyntheticCapture(prompts, num_completions).outputs[4]
+    kept = dataset.sample(4, num_completions - 1).output
+    assert (kept.request_id, kept.prompt_token_ids) == (output.request_id, output.prompt_token_ids)
+    assert [one.token_ids for one in kept.outputs] == [one.token_ids for one in output.outputs]
     assert dataset.facts.model == MODEL
 
 

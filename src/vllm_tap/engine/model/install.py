@@ -71,12 +71,12 @@ class ModelTaps:
 
     @property
     def seen(self) -> bool:
-        """Whether a forward pass has gone through layers, so that widths and dtypes are known."""
+        """True if a forward pass has gone through layers, so that widths and dtypes are known."""
         return any(place.width for stack in self._stacks for place in stack.layers) or not self._stack.layers
 
     @property
     def may_change(self) -> bool:
-        """Whether forward passes that are still to come may change what is said here."""
+        """True if forward passes that are still to come may change what is said here."""
         return (not self._is_settled and self.model.is_last_stage) or not all(tap.width for tap in self._stack.layers)
 
     # ------------------------------------------------------------------------------------------- which layers there are
