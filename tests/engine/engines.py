@@ -227,8 +227,9 @@ def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
 
 def expected_rows(reference: Reference, stream: str, layer: int) -> torch.Tensor:
     """Return Hugging Face's rows for one stream and layer."""
+    if stream == "hidden_states":
+        return reference.hidden_states[layer]
     return {
-        "hidden_states": reference.hidden_states[layer],
         "embeddings": reference.embedding,
         "final_hidden_states": reference.final_normed,
         "router_logits": reference.router_logits.get(layer),

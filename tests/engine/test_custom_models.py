@@ -28,12 +28,12 @@ WHOLE_MODELS = {
     "Names": "hidden + residual",
     "Lists": "hidden",
 }
-"""What the layers of each return."""
+"""Conventions of the layers of each."""
 
 
 @pytest.fixture(scope="module")
 def said(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the program says of each model."""
+    """Lines of the program, by model."""
     folder, short = tiny_model("llama"), tmp_path_factory.mktemp("custom") / "short"
     shutil.copytree(folder, short)
     config = json.loads((short / "config.json").read_text())

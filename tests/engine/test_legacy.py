@@ -245,13 +245,13 @@ def sequence_of(engine: Engine, text: str) -> tuple[list[int], Any]:
     return sequence(output), output
 
 
-def test_worker_calls_and_captures_keep_out_of_each_others_way(engine, calls):
-    """While worker calls are enabled a capture is refused by all ranks; afterwards it works."""
+def test_worker_calls_and_captures_go_on_beside_each_other(engine, calls):
+    """Worker calls take the rows of a capture's requests, too; both have the same."""
     calls("enable_hidden_states_capture")
-    with pytest.raises(CaptureError, match="disable_hidden_states_capture"):
-        engine.capture(prompts([3]), Spec(hidden_states=[0]))
+    result = engine.capture(prompts([3]), Spec(hidden_states=[0]))
+    taken = get(calls, "hidden_states")[0]
     calls("disable_hidden_states_capture")
-    assert len(engine.capture(prompts([3]), Spec(hidden_states=[0]))) == 1
+    assert torch.equal(taken, result[0].hidden_states[0])
 
 
 def test_rows_from_the_prefix_cache_are_an_error_of_worker_calls(engine, calls):

@@ -33,17 +33,18 @@ class Interrupts(Interruption):
 
     Args:
         keeps: There is something to keep that is not kept yet. Else the first ends the process.
+        says: Said then.
 
     Attributes:
         at_end: Called before the process ends at once.
         came: The first has been raised.
     """
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self, keeps: bool, says: str = "interrupted") -> None:
         super().__init__()
         self.at_end: list[Callable[[], object]] = []
         self.came = False
-        self._keeps, self._starting = keeps, False
+        self._keeps, self._says, self._starting = keeps, says, False
         self._first = -math.inf
 
     def __enter__(self) -> Interrupts:
@@ -96,7 +97,7 @@ class Interrupts(Interruption):
                 if self._starting:
                     self._end("interrupted while the engine started")
                 if not self._keeps:
-                    self._end("interrupted")
+                    self._end(self._says)
                 if now > self._first + REPEAT_SECONDS:
                     self._end("interrupted twice: ended at once")
 

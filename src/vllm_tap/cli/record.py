@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, Final
 
 from vllm_tap.cli import arguments, capture
 from vllm_tap.cli.engine import engine
 from vllm_tap.cli.inspect import print_facts
-from vllm_tap.cli.interrupts import EXIT_CODE, Interrupts, say
+from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError, SpecError, TapError
+
+INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
 
 
 def add_command(commands: Any) -> None:
@@ -45,14 +47,8 @@ def run(options: argparse.Namespace) -> int:
     _require_free(options.dataset, options.resume)
     capture.require_plugin()
     capture.check_layers(spec, options)
-    with Interrupts(keeps=True) as interrupts:
-        try:
-            with engine(options, interrupts) as llm:
-                dataset = _record(llm, prompts, spec, options)
-                interrupts.hold()
-        except KeyboardInterrupt:
-            say(f"interrupted: what is sealed in {options.dataset} stays; add --resume to go on")
-            return EXIT_CODE
+    with Interrupts(keeps=False, says=INTERRUPTED) as interrupts, engine(options, interrupts) as llm:
+        dataset = _record(llm, prompts, spec, options)
     print_facts(dataset, options.json)
     return 0
 

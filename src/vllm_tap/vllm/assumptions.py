@@ -141,9 +141,13 @@ PARTS: Final = (
                 ("rank_in_group", "world_size", "is_first_rank", "is_last_rank"), "to know the ranks",
             ),
             Assumption(
-                "vllm.model_executor.models.llama.LlamaModel", ("start_layer", "end_layer", "layers", "norm"),
-                "to find decoder layers and the final norm; other models have the same",
-                "another list of as many layers is taken, or capturing is refused",
+                "vllm.model_executor.layers.attention_layer_base.AttentionLayerBase", ("get_kv_cache_spec",),
+                "to tell decoder layers, which keep something of the tokens before, from other lists",
+                "the list of as many layers as the configuration says is taken, or capturing is refused",
+            ),
+            Assumption(
+                "vllm.model_executor.models.llama.LlamaModel", ("start_layer", "end_layer"),
+                "to choose between lists of layers", "the one with most weights is taken",
             ),
             Assumption("torch.nn.Module", ("forward",), "to tap what decoder layers and the final norm return"),
         ),

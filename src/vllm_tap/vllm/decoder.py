@@ -1,4 +1,4 @@
-"""Places where the decoder layers of a model can be, and what can be its final norm, by structure. Worker process.
+"""Lists that can be the decoder layers of a model, and modules that can be its final norm. Worker process.
 
 Names say little: a model may call its norm anything, and hold other lists that are as long. So everything that fits is
 found here, best first, and what runs decides between those (see `engine.model.install`).
@@ -20,7 +20,7 @@ NOT_TEXT: Final = ("visual", "vision", "image", "audio", "speech")
 """Names of parts that layers of other media lie in, where nothing better tells."""
 
 _ABSENT: Final = "PPMissingLayer"
-"""Stand-ins that vLLM puts in the place of a layer that another pipeline stage has."""
+"""The module that vLLM puts in the place of a layer that another pipeline stage has."""
 
 
 class Stack(NamedTuple):

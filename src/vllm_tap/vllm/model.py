@@ -15,7 +15,7 @@ from vllm_tap.vllm.facts import require
 
 
 class Model(NamedTuple):
-    """Places for the taps.
+    """Places for taps.
 
     Attributes:
         stacks: Lists that may be the decoder layers, the likeliest first; usually one.

@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model can be, on models of a few empty modules. Needs no vLLM."""
+"""Lists that can be the decoder layers, on models of a few empty modules. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layer(torch.nn.Module):
 
 
 class PPMissingLayer(torch.nn.Identity):
-    """What vLLM puts in the place of a layer that another pipeline stage has."""
+    """The module that vLLM puts in the place of a layer that another pipeline stage has."""
 
 
 class ByName(torch.nn.Module):

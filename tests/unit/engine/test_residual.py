@@ -1,4 +1,4 @@
-"""What a layer returns, told by a norm: of rows that we know, without a model."""
+"""Conventions of layers, told by a norm: of rows that we know, without a model."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def test_rows_without_values_tell_nothing_yet() -> None:
     for value in (0.0, float("nan")):
         empty = torch.full((16, WIDTH), value)
         assert decide(Probe(empty, empty), [(NORM, Probe(empty, None))]) == UNUSABLE._replace(has_residual=True)
+        assert decide(Probe(empty, None), [(NORM, Probe(empty, None))]).convention == WHOLE, "there is no other"
 
 
 def test_without_a_norm_one_tensor_is_the_stream_and_two_are_not_told() -> None:

@@ -1,4 +1,4 @@
-"""What is said of routers stays true when their bias changes, without an engine."""
+"""Statements about routers stay true when their bias changes, without an engine."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_rows_refute_too(layers: Layers) -> None:
 
 
 def test_a_capture_confirms_what_dummy_rows_did_not() -> None:
-    """Where only padding had been seen."""
+    """As if only padding had been seen."""
     layers = Layers()
     assert {found.reason for found in layers.routers.read().values()} == {NO_ROWS}
     _, routing = layers.capture()

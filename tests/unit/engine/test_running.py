@@ -1,4 +1,4 @@
-"""What runs decides which layers and which norm a model has: models of a few small modules, without vLLM.
+"""Modules that run decide which layers and which norm a model has: models of a few small modules, without vLLM.
 
 Nothing in them is called as vLLM's own files call it.
 """
@@ -183,7 +183,7 @@ def test_an_idle_engine_keeps_rows_of_its_last_layer_alone() -> None:
 
 def test_what_is_refused_is_looked_at_again() -> None:
     """Weights may come later: dummy ones are zero, and say nothing."""
-    model = Decoder()
+    model = PairDecoder(PairLayer)
     kept = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     with torch.no_grad():
         for weight in model.parameters():
@@ -196,7 +196,7 @@ def test_what_is_refused_is_looked_at_again() -> None:
     model.load_state_dict(kept)
     assert taps.residual() == refused
     run(taps, model)
-    assert taps.residual().convention == WHOLE
+    assert taps.residual().convention == SUM
     assert not taps.reasons()
 
 

@@ -74,7 +74,11 @@ def decide(last_layer: Probe, norms: list[tuple[Norm, Probe]]) -> Verdict:
         return Verdict(UNDECIDED, "the layers return two tensors and no norm ran behind them to tell them by")
     verdicts = [_by(norm, candidates, last_layer, final) for norm, final in norms]
     told = next((index for index, verdict in enumerate(verdicts) if verdict.convention), -1)
-    return verdicts[max(told, 0)]._replace(has_residual=has_residual, norm=told)
+    verdict = verdicts[max(told, 0)]
+    if verdict == UNUSABLE and not has_residual:
+        # One tensor is the stream. A decoder without what its encoder heard, as in dummy passes, may give no numbers.
+        verdict = Verdict(WHOLE, "")
+    return verdict._replace(has_residual=has_residual, norm=told)
 
 
 def _by(norm: Norm, candidates: dict[str, torch.Tensor], last_layer: Probe, final: Probe) -> Verdict:

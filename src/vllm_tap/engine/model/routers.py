@@ -1,4 +1,4 @@
-"""Statements on the routers of a model, kept true when its weights change. Worker process.
+"""Statements about the routers of a model, kept true when its weights change. Worker process.
 
 Weights change in many ways (a reload, an adapter, a trainer that writes into them), and few of them pass a place where
 one could listen. A bias is a tensor of the model, so it is read with each capture, and compared.
