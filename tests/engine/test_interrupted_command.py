@@ -92,7 +92,7 @@ def test_what_is_finished_is_saved(
     assert terminal.wait() == 130, text
     (line,) = [line for line in re.split(r"[\r\n]+", text.replace("^C", "")) if line and "%|" not in line]
     found = re.match(r"vllm-tap: interrupted: ([\d,]+) of 4,000 samples were finished, saved .*rows.safetensors", line)
-    assert found
+    assert found, line
     num_finished = int(found[1].replace(",", ""))
     assert 0 < num_finished < NUM_PROMPTS
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
