@@ -141,7 +141,7 @@ def _stack(one: _Found) -> Stack:
 
 def _may_be_norm(module: torch.nn.Module) -> bool:
     """Tell whether a module could be a norm: it has vectors alone, or nothing and such a name."""
-    if isinstance(module, LISTS) or type(module).__name__ == _ABSENT:
-        return False
+    if type(module).__name__ == _ABSENT or any(isinstance(part, LISTS) for part in module.modules()):
+        return False  # what holds layers may have vectors alone, too: some kernels keep their weights elsewhere
     weights = list(module.parameters())
     return all(weight.dim() == 1 for weight in weights) if weights else "norm" in type(module).__name__.lower()

@@ -94,7 +94,7 @@ def test_a_kernel_that_cannot_be_put_at_the_end_of_a_graph_ends_captures_alone(
 ) -> None:
     """The engine starts and runs; who wants to capture is told."""
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(deferred_experts, "launch_gather_experts", fails)

@@ -78,7 +78,7 @@ def watched_runner() -> Runner:
     return runner
 
 
-OUTPUT = SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=1)
+OUTPUT = SimpleNamespace(scheduled_new_reqs=[], finished_req_ids=set(), total_num_scheduled_tokens=1)
 
 
 def test_steps_of_a_runner_have_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_a_recorder_sees_each_step_and_when_there_is_none(monkeypatch: pytest.Mo
     for name in ("arm", "drain", "sampled", "rest", "disarm"):
         monkeypatch.setattr(recorder, name, lambda *_, name=name: runner.said.append(name))
     vllm_runner.watch_runner(runner, recorder)
-    step, nothing = (SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=n) for n in (3, 0))
+    step, nothing = (
+        SimpleNamespace(scheduled_new_reqs=[], finished_req_ids=set(), total_num_scheduled_tokens=n) for n in (3, 0)
+    )
     runner.execute_model(step)
     runner.sample_tokens()
     runner.execute_model(nothing)

@@ -88,7 +88,7 @@ def test_every_name_that_host_looks_for_is_listed() -> None:
         and isinstance(node.args[1], ast.Constant)
     }
     ours = {"vllm_tap", "vllm_tap_open"}
-    of_models = {"start_layer", "end_layer", "num_hidden_layers"}
+    of_models = {"start_layer", "end_layer", "num_hidden_layers", "hidden_size"}
     assert asked - LISTED - ours - of_models == set()
     assert set(experts.OTHER_WAYS) <= LISTED
 
