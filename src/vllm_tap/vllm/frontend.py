@@ -222,9 +222,7 @@ def generate(
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
-                outputs = llm.encode(
-                    prompts, pooling_params=params, pooling_task=pooling_task(llm, params[0]), **options
-                )
+                outputs = llm.encode(prompts, pooling_params=params, pooling_task=_one_task(llm, params), **options)
             else:
                 with _first_step_first(llm):
                     enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
