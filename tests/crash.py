@@ -20,8 +20,9 @@ from pathlib import Path
 import pyarrow.parquet  # noqa: F401 (once, not in each fork)
 
 from synthetic_rows import MODEL, SyntheticCapture, check_dataset, prompts_of
-from vllm_tap.store import part, place, writer
+from vllm_tap.store import part, writer
 from vllm_tap.store.dataset import Dataset, open_dataset
+from vllm_tap.store.places import place_of
 from vllm_tap.store.recording import Run, record_with
 from vllm_tap.store.verify import verify
 
@@ -90,7 +91,7 @@ def resumed(folder: Path, attempt: Callable[[Path], bool]) -> int:
     kills, held = 0, 0
     while not attempt(folder):
         kills += 1
-        sealed = part.sealed_parts(place.place_of(folder))
+        sealed = part.sealed_parts(place_of(folder))
         assert len(sealed) >= held, "a sealed part is gone"
         held = len(sealed)
         if sealed:
@@ -103,7 +104,7 @@ def check(folder: Path, whole: Path) -> None:
     """Compare a dataset with one that was written without kills: rows, files, and nothing beside them."""
     check_dataset(open_dataset(folder), prompts_of(NUM_PROMPTS))
     assert verify(folder).problems == []
-    mine, other = ([one.manifest for one in part.sealed_parts(place.place_of(at))] for at in (folder, whole))
+    mine, other = ([one.manifest for one in part.sealed_parts(place_of(at))] for at in (folder, whole))
     assert [one.files for one in mine] == [one.files for one in other]
     left = [path.name for path in folder.iterdir() if not path.name.startswith("part-")]
     assert left == [".lock"], left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -14,4 +15,5 @@ def test_killed_writers_lose_and_double_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "crash.py"), "--kills", "6", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    assert "'random': 6, 'operations': 6" in done.stdout
+    counts = ast.literal_eval(done.stdout)
+    assert min(counts["random"], counts["operations"]) >= 6, "a kill more may end the last dataset"
