@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from made_rows import NUM_LAYERS, made
+from readers import reader
 from vllm_tap.interchange import export
 
 LAYERS = [1, NUM_LAYERS // 2 - 1, NUM_LAYERS - 4]
@@ -17,7 +18,7 @@ LAYERS = [1, NUM_LAYERS // 2 - 1, NUM_LAYERS - 4]
 @pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
 def test_specforge_reads_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
     """Its manifest reader validates each file; its normaliser returns our states."""
-    pytest.importorskip("specforge")
+    reader("specforge")
     from specforge.algorithms.common import dflash_family_data
     from specforge.algorithms.eagle3 import data as eagle3
     from specforge.runtime.data_plane.offline_reader import OfflineManifestReader, list_feature_files
@@ -41,15 +42,15 @@ def test_specforge_reads_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert last is None or torch.equal(read[last], sample.final_hidden_states[None])
         assert read["input_ids"][0].tolist() == sample.token_ids.tolist()
     keys = tuple(raw)
-    reader = OfflineManifestReader(str(tmp_path / "out"), feature_keys=keys, strategy=algorithm, validate_files=True)
-    refs = [reader._ref_for(number, path) for number, path in enumerate(paths)]
+    manifest = OfflineManifestReader(str(tmp_path / "out"), feature_keys=keys, strategy=algorithm, validate_files=True)
+    refs = [manifest._ref_for(number, path) for number, path in enumerate(paths)]
     assert [ref.num_tokens for ref in refs] == [len(sample) for sample in capture]
 
 
 @pytest.mark.parametrize("last", ["pre-norm", "post-norm"])
 def test_modelopt_reads_every_file(tmp_path: Path, last: str) -> None:
     """`OfflineSupervisedDataset` with our loss mask, its collator behind it; it knows on which side of the norm."""
-    pytest.importorskip("modelopt")
+    reader("modelopt")
     from modelopt.torch.speculative.eagle.utils import EagleOfflineDataCollator, OfflineSupervisedDataset
 
     capture = made()
@@ -70,7 +71,7 @@ def test_modelopt_reads_every_file(tmp_path: Path, last: str) -> None:
 
 def test_datasets_reads_the_folder(tmp_path: Path) -> None:
     """`load_from_disk` of the plain form: ragged columns, in numpy's types."""
-    datasets = pytest.importorskip("datasets")
+    datasets = reader("datasets")
     capture = made(experts=True)
     export(capture, "hf", tmp_path / "out")
     read = datasets.load_from_disk(str(tmp_path / "out"))

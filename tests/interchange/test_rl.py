@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import replay_records
+from readers import allow_typed_dicts, reader
 from vllm_tap.interchange import envelopes
 
 
-def test_skyrl_accepts_the_array_and_the_envelope() -> None:
+def test_skyrl_accepts_the_array_and_the_envelope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its compaction changes nothing, its decoder reads our envelope, its trace joins two turns."""
-    pytest.importorskip("skyrl")
+    reader("skyrl")
+    allow_typed_dicts(monkeypatch)
     from skyrl.backends.skyrl_train.inference_servers.generate_wire import decode_packed_routed_experts
     from skyrl.backends.skyrl_train.utils.routed_experts import RoutedExpertTrace, compact_routed_expert_indices
 
@@ -37,8 +39,8 @@ def test_skyrl_accepts_the_array_and_the_envelope() -> None:
 
 def test_verl_lays_it_out_as_we_do() -> None:
     """`AgentLoopOutput.as_dict` of the array is our layout without padding."""
-    pytest.importorskip("verl")
-    agent_loop = pytest.importorskip("verl.experimental.agent_loop.agent_loop")
+    reader("verl")
+    agent_loop = reader("verl.experimental.agent_loop.agent_loop")
     for record in replay_records.records():
         output = agent_loop.AgentLoopOutput(
             prompt_ids=list(range(5)),
@@ -55,7 +57,7 @@ def test_verl_lays_it_out_as_we_do() -> None:
 
 def test_verifiers_attributes_rows_to_messages() -> None:
     """Two turns with `start`: a row for each token of a message; the next turn corrects the last row of one."""
-    graph = pytest.importorskip("verifiers.v1.graph")
+    graph = reader("verifiers.v1.graph")
     from types import SimpleNamespace
 
     whole = replay_records.record(20)
@@ -76,7 +78,7 @@ def test_verifiers_attributes_rows_to_messages() -> None:
 
 def test_vllm_encodes_it_the_same() -> None:
     """The text of vLLM's server is ours."""
-    serial_utils = pytest.importorskip("vllm.utils.serial_utils")
+    serial_utils = reader("vllm.utils.serial_utils")
     for record in replay_records.records():
         if hasattr(serial_utils, "numpy2base64"):
             assert serial_utils.numpy2base64(envelopes.vllm(record)) == envelopes.vllm_http(record)

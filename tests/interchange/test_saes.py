@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from made_rows import made
+from readers import reader
 from vllm_tap import open_dataset
 from vllm_tap.interchange import activations, export
 from vllm_tap.interchange.source import sequences
@@ -56,7 +57,7 @@ def store_of(path: Path, batch_size: int) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_saelens_store_yields_our_rows(dataset: Any, tmp_path: Path, dtype: str) -> None:
     """Each row of the store is one of the dataset with its token, and none comes twice in a pass."""
-    pytest.importorskip("sae_lens")
+    reader("sae_lens")
     facts = export(dataset, "saelens", tmp_path / "out", context_size=CONTEXT, packing="within", dtype=dtype)
     rows = {}
     for sample in sequences(dataset):
@@ -95,7 +96,7 @@ def train(provider: Any) -> list[float]:
 @pytest.mark.parametrize("way", ["store", "iterator"])
 def test_saelens_trainer_learns(dataset: Any, tmp_path: Path, way: str) -> None:
     """100 steps over the store and over our iterator; the error falls by more than half."""
-    pytest.importorskip("sae_lens")
+    reader("sae_lens")
     if way == "store":
         export(dataset, "saelens", tmp_path / "out", context_size=CONTEXT, packing="across")
         errors = train(store_of(tmp_path / "out", 32).get_data_loader())
@@ -107,7 +108,7 @@ def test_saelens_trainer_learns(dataset: Any, tmp_path: Path, way: str) -> None:
 
 def test_dictionary_learning_trains(dataset: Any, tmp_path: Path) -> None:
     """`trainSAE` over our iterator; the autoencoder that it saves rebuilds rows better than a new one."""
-    pytest.importorskip("dictionary_learning")
+    reader("dictionary_learning")
     from dictionary_learning import AutoEncoder
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.training import trainSAE

@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("speculators")
-
-from speculators.data_generation.offline import check_hidden_states, find_corrupt_hidden_state_indices
-from speculators.train.data import ArrowDataset, CollateFn
-
+from readers import reader
 from vllm_tap import Spec
 from vllm_tap.client.owned import OwnedRows
 from vllm_tap.client.result import Capture
@@ -28,6 +24,12 @@ THEIR_IDS = [2, NUM_LAYERS // 2, NUM_LAYERS - 3, NUM_LAYERS]
 """What speculators asks of vLLM: the input of these layers, and the last output."""
 
 MAX_LEN = 256
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    """Its module of datasets."""
+    return reader("speculators.train.data")
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +113,15 @@ def exported(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset(exported: Path) -> ArrowDataset:
-    """Their dataset, which raises where a file is missing."""
-    return ArrowDataset(MAX_LEN, exported, on_missing="raise", hidden_states_dtype=torch.float32)
+def dataset(data: Any, exported: Path) -> Any:
+    """Its dataset, which raises where a file is missing."""
+    return data.ArrowDataset(MAX_LEN, exported, on_missing="raise", hidden_states_dtype=torch.float32)
 
 
-def test_its_dataset_reads_every_sample(dataset: ArrowDataset, inputs: Any, exported: Path) -> None:
+def test_its_dataset_reads_every_sample(dataset: Any, inputs: Any, exported: Path) -> None:
     """States of its layer ids by vLLM's definition, bit for bit; the last one before the norm."""
+    from speculators.data_generation.offline import check_hidden_states, find_corrupt_hidden_state_indices
+
     assert len(dataset) == len(inputs)
     assert find_corrupt_hidden_state_indices(exported / "hidden_states", list(range(len(inputs)))) == {}
     for number, (ids, seen) in enumerate(inputs):
@@ -130,16 +134,16 @@ def test_its_dataset_reads_every_sample(dataset: ArrowDataset, inputs: Any, expo
         check_hidden_states(dataset.transfer.get_cached(number), ids)
 
 
-def test_its_collate_packs_them(dataset: ArrowDataset) -> None:
+def test_its_collate_packs_them(data: Any, dataset: Any) -> None:
     """All samples stand behind one another, none is dropped."""
-    collate = CollateFn(MAX_LEN, WIDTH, dtype=torch.float32)
+    collate = data.CollateFn(MAX_LEN, WIDTH, dtype=torch.float32)
     batch = collate([dataset[number] for number in range(len(dataset))])
     assert batch["hidden_states"].shape == (1, MAX_LEN, 3 * WIDTH)
     assert batch["error_records"] == 0
     assert (batch["document_ids"] >= 0).sum() == sum(dataset.approx_lengths)
 
 
-def test_its_draft_learns(dataset: ArrowDataset, verifier: Path) -> None:
+def test_its_draft_learns(data: Any, dataset: Any, verifier: Path) -> None:
     """Twenty steps of AdamW on its EAGLE-3 model: the loss stays finite and falls.
 
     Its `Trainer` puts models on an accelerator, so the loop is here; the model, its weights from the verifier, and the
@@ -166,7 +170,7 @@ def test_its_draft_learns(dataset: ArrowDataset, verifier: Path) -> None:
     call, _ = Eagle3DraftModel.get_trainer_kwargs(**kwargs)
     model.float().train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
-    collate = CollateFn(MAX_LEN, WIDTH, dtype=torch.float32)
+    collate = data.CollateFn(MAX_LEN, WIDTH, dtype=torch.float32)
     batch = collate([dataset[number] for number in range(len(dataset))])
     batch.pop("error_records")
     losses = []

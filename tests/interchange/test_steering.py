@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from made_rows import made
+from readers import reader
 from vllm_tap.interchange.directions import control_vector, steering_vector
 from vllm_tap.interchange.proofs import toploc_activations, toploc_proofs
 from vllm_tap.store.accumulators import LabelMeans
@@ -44,9 +45,13 @@ def direction() -> np.ndarray:
 
 
 def after(model: Any, layer: int) -> torch.Tensor:
-    """Return the residual stream after a layer, by Hugging Face's numbers one further."""
+    """Return the residual stream behind a layer: what goes into the next one."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[layer + 1].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with torch.no_grad():
-        return model(torch.arange(7)[None], output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
+        model(torch.arange(7)[None], use_cache=False)
+    hook.remove()
+    return seen[0]
 
 
 def check(model: Any, plain: torch.Tensor, direction: np.ndarray) -> None:
@@ -57,7 +62,7 @@ def check(model: Any, plain: torch.Tensor, direction: np.ndarray) -> None:
 
 def test_steering_vectors_adds_the_direction(model: Any, direction: np.ndarray) -> None:
     """After the layer of our number, to every token."""
-    pytest.importorskip("steering_vectors")
+    reader("steering_vectors")
     plain, before = after(model, LAYER), after(model, LAYER - 1)
     with steering_vector({LAYER: direction}).apply(model):
         check(model, plain, direction)
@@ -66,7 +71,7 @@ def test_steering_vectors_adds_the_direction(model: Any, direction: np.ndarray) 
 
 def test_repeng_adds_the_direction(model: Any, direction: np.ndarray) -> None:
     """After the layer of our number, to every token."""
-    pytest.importorskip("repeng")
+    reader("repeng")
     from repeng import ControlModel
 
     plain = after(model, LAYER)
@@ -80,7 +85,7 @@ def test_repeng_adds_the_direction(model: Any, direction: np.ndarray) -> None:
 
 def test_toploc_verifies_another_run() -> None:
     """Proofs hold for the states of a second capture, and not for those of other prompts."""
-    toploc = pytest.importorskip("toploc")
+    toploc = reader("toploc")
     sample, again, other = made(width=256)[0], made(width=256)[0], made(width=256)[1]
     proofs = toploc_proofs(sample, decode_batching_size=4, topk=16)
     results = toploc.verify_proofs_bytes(toploc_activations(again), proofs, 4, 16)

@@ -82,7 +82,7 @@ class Drafts:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What an export says of itself, when all samples were taken."""
+        """Statement of an export about itself, when all samples were taken."""
         return {"layers": self.layers, "last": self.last, "loss": self._loss, "samples": self.num_samples}
 
     def __iter__(self) -> Iterator[DraftSample]:
