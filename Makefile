@@ -115,9 +115,10 @@ saes := dictionary-learning==0.1.0 nnsight==0.3.7
 saes_needs := sae-lens==6.54.12 einops python-socketio
 drafts := specforge==0.2.0 nvidia-modelopt==0.47.0
 drafts_needs := "datasets<=5.1.0" omegaconf pulp scipy rich ninja regex nvidia-ml-py
-rl := verl==0.9.1 skyrl==0.4.0
+rl := verl==0.9.1 skyrl==0.4.0 verifiers==0.4.0 renderers
 rl_needs := ray==2.60.0 hydra-core codetiming datasets peft typer pylatexenc torchdata "tensordict<=0.10.0" orjson \
-    pybase64 cloudpathlib
+    pybase64 cloudpathlib prime-pydantic-config prime-sandboxes prime-runs prime-tunnel math-verify gepa mcp anthropic \
+    tomli-w tenacity
 steering := steering-vectors==0.12.2
 steering_needs := scikit-learn pandas
 repeng := repeng==0.4.0
@@ -126,7 +127,7 @@ repeng_needs := --ignore-installed "numpy<2" "scikit-learn<1.7" "scipy<1.14"
 speculators_modules := speculators
 saes_modules := sae_lens dictionary_learning
 drafts_modules := specforge modelopt datasets
-rl_modules := verl skyrl vllm
+rl_modules := verl skyrl verifiers vllm
 steering_modules := steering_vectors
 repeng_modules := repeng
 
