@@ -120,13 +120,13 @@ rl_needs := ray==2.60.0 hydra-core codetiming datasets peft typer pylatexenc tor
     pybase64 cloudpathlib prime-pydantic-config prime-sandboxes prime-runs prime-tunnel math-verify gepa mcp anthropic \
     tomli-w tenacity
 steering := steering-vectors==0.12.2
-steering_needs := scikit-learn pandas
+steering_needs := scikit-learn
 repeng := repeng==0.4.0
 repeng_needs := --ignore-installed "numpy<2" "scikit-learn<1.7" "scipy<1.14"
 # Modules whose tests must not skip.
 speculators_modules := speculators
 saes_modules := sae_lens dictionary_learning
-drafts_modules := specforge modelopt datasets
+drafts_modules := specforge modelopt datasets pandas
 rl_modules := verl skyrl verifiers vllm
 steering_modules := steering_vectors
 repeng_modules := repeng
@@ -135,8 +135,7 @@ test-interchange: $(READERS:%=test-interchange-%)  ## packages that read our exp
 
 test-interchange-%: $(VENV)/.dev
 	$(MAKE) $(VENV)-interchange/$*/.installed
-	PYTHONPATH=src VLLM_TAP_READERS="$($*_modules)" $(VENV)-interchange/$*/bin/python -m pytest \
-	    tests/interchange tests/unit/interchange
+	PYTHONPATH=src VLLM_TAP_READERS="$($*_modules)" $(VENV)-interchange/$*/bin/python -m pytest tests/interchange
 
 $(VENV)-interchange/%/.installed: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)-interchange/$*

@@ -1,4 +1,4 @@
-"""Loaders of SpecForge, Model-Optimizer and `datasets` over our exports. Skips where they are not installed."""
+"""Loaders of SpecForge, Model-Optimizer, datasets and pandas over our rows. Skips where they are not installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from made_rows import NUM_LAYERS, made
 from readers import reader
 from vllm_tap.interchange import export
+from vllm_tap.interchange.arrays import frame
 
 LAYERS = [1, NUM_LAYERS // 2 - 1, NUM_LAYERS - 4]
 
@@ -82,3 +83,14 @@ def test_datasets_reads_the_folder(tmp_path: Path) -> None:
         assert np.array_equal(row["expert_ids.1"], sample.expert_ids[1].numpy())
         assert row["token_ids"].tolist() == sample.token_ids.tolist()
     assert read[0]["text"] == "text 0"
+
+
+def test_pandas_finds_rows_by_their_labels() -> None:
+    """A row of a frame is found by sample, completion and position."""
+    reader("pandas")
+    capture = made(num_completions=2)
+    found = frame(capture, "hidden_states", 3)
+    assert found.index.names == ["sample", "completion", "position", "token_id"]
+    sample = capture.sample(4, 1)
+    assert np.array_equal(found.loc[(4, 1)].to_numpy(), sample.hidden_states[3].float().numpy())
+    assert found.loc[(4, 1)].index.get_level_values("token_id").tolist() == sample.token_ids.tolist()

@@ -25,6 +25,7 @@ HOOK = f"blocks.{LAYER}.hook_resid_post"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A dataset of some hundreds of rows."""
+    reader("datasets")  # both packages need it
     folder = tmp_path_factory.mktemp("run") / "run"
     made(40).save(folder)
     return open_dataset(folder)

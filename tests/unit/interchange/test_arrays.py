@@ -14,7 +14,7 @@ from made_rows import made
 from vllm_tap import open_dataset
 from vllm_tap.errors import LayerError, RowsMissingError
 from vllm_tap.interchange import activations
-from vllm_tap.interchange.arrays import array, frame, labels
+from vllm_tap.interchange.arrays import array, labels
 from vllm_tap.interchange.proofs import toploc_activations
 
 
@@ -37,15 +37,6 @@ def test_arrays_and_their_labels(source: Any) -> None:
         at = sample.positions.tolist().index(int(names["positions"][number]))
         assert np.array_equal(rows[number], sample.hidden_states[3][at].float().numpy())
         assert sample.token_ids[at] == names["token_ids"][number]
-
-
-def test_frames(source: Any) -> None:
-    """A row is found by sample, completion and position."""
-    pytest.importorskip("pandas")
-    found = frame(source, "hidden_states", 3)
-    assert found.index.names == ["sample", "completion", "position", "token_id"]
-    rows = found.loc[(4, 1)].to_numpy()
-    assert np.array_equal(rows, source.sample(4, 1).hidden_states[3].float().numpy())
 
 
 def test_batches_pass_over_all_rows(source: Any) -> None:
