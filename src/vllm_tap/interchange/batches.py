@@ -48,8 +48,7 @@ def activations(
     Cost:
         One gather for each layer.
     """
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    chosen = [layer + source.num_layers if layer < 0 else layer for layer in chosen]
+    chosen = rows_of.absolute(source, [layers] if isinstance(layers, int) else layers)
     rows_of.require(source, stream, chosen, "activations")
     if source.num_rows < batch_size:
         raise RowsMissingError(f"{source.num_rows} rows do not fill a batch of {batch_size}: lower batch_size.")

@@ -74,7 +74,7 @@ def _layers(source: Any, given: Sequence[int] | str | None) -> list[int]:
         given = source.layers.get("hidden_states", [])
     if given == "all" or not given:
         given = range(source.num_layers)
-    chosen = [layer + source.num_layers if layer < 0 else layer for layer in map(int, given)]
+    chosen = rows_of.absolute(source, map(int, given))
     rows_of.require(source, "hidden_states", chosen, "saelens")
     return sorted(set(chosen))
 

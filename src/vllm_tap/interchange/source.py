@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +111,11 @@ def require_whole(sample: Any, reader: str, start: int = 0) -> int:
             completion=sample.completion,
         )
     return len(positions)
+
+
+def absolute(source: Any, layers: Iterable[int]) -> list[int]:
+    """Return numbers of layers from the first on; negative ones count from the end."""
+    return [layer + source.num_layers if layer < 0 else layer for layer in layers]
 
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> None:
