@@ -10,6 +10,7 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +24,12 @@ from engine.engines import (
     compare,
     greedy,
     prompts,
+    sequence,
 )
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec
 from vllm_tap.client.sequences import TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.positions import Tokens
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -128,6 +131,44 @@ def test_positions_are_those_that_were_named(engine, known, positions, expected)
     compare(result, known, expected)
     if isinstance(positions, str) and positions.startswith("last"):
         assert [len(sample) for sample in result] == [1] * len(PROMPT_LENGTHS)
+
+
+EXPRESSIONS = [
+    Positions.prompt(-8) | Positions.generated(step=3),
+    Positions.prompt(2, -1, 7) - Positions.at([9, 16]),
+    Positions.tokens(range(0, 256, 2)) & (Positions.prompt(5) | Positions.generated()),
+    Positions.generated(-2) | Positions.mask([True, False, False, True]),
+    Positions.generated(0, -1) - Positions.tokens(range(100)),
+]
+
+
+@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("positions", EXPRESSIONS)
+def test_an_expression_takes_what_would_be_selected_afterwards(engine, known, positions, transport):
+    """Chunked prompts in one batch with others, two completions each: the rows that are chosen of everything."""
+    params = greedy(n=2, temperature=1.0)
+    lengths = PROMPT_LENGTHS if transport == "segment" else PROMPT_LENGTHS[:2]
+    spec = Spec(hidden_states=[0, 3], positions=positions)
+    result = engine.capture(prompts(lengths), spec, sampling_params=params, transport=transport)
+    assert Spec.from_json(spec.to_json()) == spec
+    for completion in range(2):
+        at = {}
+        for output in result.outputs:
+            tokens = np.array(sequence(output, completion))
+            whole = (
+                np.arange(len(tokens)),
+                *(np.full(len(tokens), n) for n in (len(output.prompt_token_ids), len(tokens))),
+            )
+            at[len(output.prompt_token_ids)] = np.flatnonzero(positions.choose(Tokens(*whole, tokens))).tolist()
+        compare(result, known, lambda prompt_len, num_rows, at=at: at[prompt_len], completion)
+
+
+def test_an_expression_that_finds_nothing_gives_no_rows(engine):
+    """As a slice does; workers wrote what cannot be told from what was meant."""
+    spec = Spec(hidden_states=[1], positions=Positions.prompt(100) | Positions.tokens([0]))
+    result = engine.capture([[5, 6, 7], [5, 0, 7]], spec)
+    assert [sample.positions.tolist() for sample in result][1] == [1]
+    assert result[0].hidden_states[1].shape[1] == 128
 
 
 def test_completions_of_one_prompt_have_their_own_rows(engine, known):

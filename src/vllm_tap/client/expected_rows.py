@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from vllm_tap.positions import Positions, Tokens
+from vllm_tap.spec import Choice
 from vllm_tap.vllm import frontend
 
 
@@ -16,7 +20,7 @@ class ExpectedRows:
         num_requests: Requests that there will be; those that were not queued yet count like the others.
     """
 
-    def __init__(self, llm: Any, positions: str | tuple[int, ...], num_requests: int) -> None:
+    def __init__(self, llm: Any, positions: Choice, num_requests: int) -> None:
         self._llm, self._positions, self._num_requests = llm, positions, num_requests
         self._running: dict[str, Any] = {}
         self._num_known = self._num_rows = 0
@@ -42,8 +46,8 @@ class ExpectedRows:
         return num_rows(self._positions, progress.num_prompt, progress.num_generated)
 
 
-def num_rows(positions: Any, num_prompt: int, num_generated: int) -> int:
-    """Return how many rows of a sequence are asked for, or of what is not understood, how many there may be.
+def num_rows(positions: Choice, num_prompt: int, num_generated: int) -> int:
+    """Return how many rows of a sequence workers write.
 
     The last token of a sequence never enters the model.
     """
@@ -51,6 +55,7 @@ def num_rows(positions: Any, num_prompt: int, num_generated: int) -> int:
     counts = {"all": num_prompt + behind, "prompt": num_prompt, "generated": behind}
     if isinstance(positions, str):
         return counts.get(positions, 1)
-    if isinstance(positions, tuple):
-        return len({position % num_prompt for position in positions if -num_prompt <= position < num_prompt})
-    return counts["all"]
+    if isinstance(positions, Positions):
+        tokens = Tokens(np.arange(counts["all"]), np.full(counts["all"], num_prompt))
+        return int(positions.bounds(tokens).possible.sum())
+    return len({position % num_prompt for position in positions if -num_prompt <= position < num_prompt})

@@ -83,7 +83,8 @@ def lacking_rows(spec: Spec, sequences: Sequences) -> npt.NDArray[np.int64]:
 
 
 def _too_short(spec: Spec, sample: int, prompt_len: int) -> PositionError:
-    absent = [number for number in spec.positions if not -prompt_len <= int(number) < prompt_len]
+    assert isinstance(spec.positions, tuple)
+    absent = [number for number in spec.positions if not -prompt_len <= number < prompt_len]
     listed = ", ".join(map(str, absent))
     return PositionError(
         f"prompt {sample} has {prompt_len} tokens and no position {listed}, which is asked for by "

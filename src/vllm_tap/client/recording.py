@@ -27,7 +27,7 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
 from vllm_tap.labels import NUM_LABELS, mark
-from vllm_tap.spec import Layers, Spec, nearest, resolve_layers
+from vllm_tap.spec import Layers, Spec, nearest, plain_positions, resolve_layers
 from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, streams_of
 from vllm_tap.vllm import frontend
 
@@ -93,7 +93,7 @@ class Recording:
         self._start = messages.Start(
             capture_id=new_capture_id(),
             streams=_resolve(connection, spec),
-            positions=spec.shipped_positions,
+            positions=plain_positions(spec.shipped_positions),
             residual=connection.residual,
             shared=shared,
             clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},

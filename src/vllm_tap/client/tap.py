@@ -127,7 +127,8 @@ class Tap:
 
         Returns:
             Stream: an iterator of `RowBlock`s, those of one sequence in order of position. Positions that nobody asked
-            for make no block. The last one of a sequence has `finished`.
+            for make no block. The last one of a sequence has `finished`. Where positions count from the end of what is
+            generated, it is the only one.
 
         Raises:
             SpecError: The engine pools, or `n` is above 1.
@@ -262,7 +263,7 @@ class _Run:
             return
         generated = len(output.outputs[0].token_ids)
         begin, end = self._sent.get(running.sample, 0), len(output.prompt_token_ids) + generated - 1
-        if not generated or (self._recording.spec.positions == "last_generated" and not is_last):
+        if not generated or (self._recording.spec.needs_end and not is_last):
             return
         if end > begin or is_last:
             result = self._collector.rows_until(running.sample, output, begin, end)
