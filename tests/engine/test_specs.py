@@ -27,7 +27,7 @@ from engine.engines import (
     sequence,
 )
 from vllm_tap import Positions, Spec
-from vllm_tap.client.sequences import TokenArrays
+from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 from vllm_tap.positions import Tokens
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
@@ -276,6 +276,52 @@ def test_captured_requests_do_not_read_the_prefix_cache(engine, known):
     assert [output.num_cached_tokens for output in result.outputs] == [0, 0]
     compare(result, known)
     assert min(cached(engine, following)) >= 3 * BLOCK_SIZE
+
+
+SHARED = 6 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("positions", "num_cached"),
+    [
+        ("last", SHARED),
+        ("generated", SHARED),
+        ("last_generated", SHARED),
+        ([-1], SHARED),
+        (Positions.prompt(-1) | Positions.generated(step=3), SHARED),
+        (Positions.prompt(-9, -3), SHARED),
+        (Positions.prompt(2 * BLOCK_SIZE + 5) - Positions.at([2 * BLOCK_SIZE + 7]), 2 * BLOCK_SIZE),
+        ([3 * BLOCK_SIZE, -1], 3 * BLOCK_SIZE),
+        ([3 * BLOCK_SIZE - 1, -1], 2 * BLOCK_SIZE),
+        (Positions.prompt(-BLOCK_SIZE), 5 * BLOCK_SIZE),
+        (Positions.tokens(range(256)), 0),
+        ("prompt", 0),
+        ("all", 0),
+    ],
+    ids=str,
+)
+def test_a_request_reads_the_prefix_cache_up_to_its_first_wanted_position(engine, known, positions, num_cached):
+    """Rows behind what was cached equal those of a forward pass without a cache; what is asked for is complete."""
+    (given,) = prompts([SHARED + 10], seed=15)
+    engine.generate([given])
+    result = engine.capture([given], Spec(hidden_states=[0, 3], positions=positions))
+    assert result.outputs[0].num_cached_tokens == num_cached
+    tokens = sequence(result.outputs[0])
+    at = result[0].positions.tolist()
+    assert at == Sequences(result.outputs, result.spec.positions).wanted.tolist() != []
+    compare(result, known, lambda *_: at)
+    assert result[0].token_ids.tolist() == [tokens[position] for position in at]
+
+
+def test_parameters_that_skip_the_cache_still_do(engine, known):
+    """Of one who asks for it, or for log probabilities of the prompt."""
+    given = prompts([SHARED + 10], seed=15)
+    engine.generate(given)
+    for fields in ({"skip_reading_prefix_cache": True}, {"prompt_logprobs": 1}):
+        for positions in ("last", Positions.prompt(-9)):
+            spec = Spec(hidden_states=[1], positions=positions)
+            result = engine.capture(given, spec, sampling_params=greedy(**fields))
+            assert result.outputs[0].num_cached_tokens == 0
 
 
 def test_captured_requests_fill_the_prefix_cache(engine):

@@ -27,7 +27,7 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
 from vllm_tap.labels import NUM_LABELS, mark
-from vllm_tap.spec import Layers, Spec, nearest, plain_positions, resolve_layers
+from vllm_tap.spec import Layers, Spec, begin_of, nearest, plain_positions, resolve_layers
 from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, streams_of
 from vllm_tap.vllm import frontend
 
@@ -132,8 +132,8 @@ class Recording:
     def mark(self, params: Any, sample: int) -> Any:
         """Return a copy of a request's parameters that makes the engine capture it as this sample.
 
-        Rows that the prefix cache holds never go through the model, so captured requests do not read it; others still
-        do.
+        Positions that the prefix cache holds never go through the model, so a captured request reads it up to the first
+        position that is asked for; not at all for "all" and "prompt".
 
         Args:
             params: The request's `vllm.SamplingParams`, or `PoolingParams` where the engine pools.
@@ -185,9 +185,12 @@ class Recording:
         self._marked_samples.add(sample)
         marked = copy.copy(copied)
         field = "extra_args" if hasattr(marked, "extra_args") else "extra_kwargs"
-        label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1)
+        begin, reads_cache = begin_of(self.spec.positions), None
+        if not begin.is_last_or_later:
+            reads_cache = marks.cache_bound(marked, begin)
+            marked.skip_reading_prefix_cache = True
+        label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1, None, reads_cache)
         setattr(marked, field, {**(getattr(marked, field) or {}), **label})
-        marked.skip_reading_prefix_cache = True
         if hasattr(marked, "skip_clone"):
             # vLLM copies the parameters of each request deeply, to keep what it writes into them from the caller's.
             marked.skip_clone = True
