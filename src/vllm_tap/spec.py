@@ -40,6 +40,14 @@ AS_SHIPPED: Final = {"last_prompt": "last", "last_generated": "generated"}
 
 MISSING: Final = ("error", "skip")
 
+LATER: Final = ("reduce", "dtype")
+"""Fields that files of earlier versions lack."""
+
+REDUCTIONS: Final = ("last", "mean", "max", "sum")
+
+DTYPES: Final = ("float32", "float16")
+"""Dtypes that rows may be asked for in, beside their own."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as ` Did you mean 'router_logits'?`, or the list of what is known."""
@@ -66,12 +74,19 @@ class Spec:
         missing: For listed positions that a prompt does not have, generated rows of a completion of one token, and
             router streams of a model without experts: `"error"`, or `"skip"`, which leaves out what cannot be.
             `Positions` choose as a slice does: where they find nothing a sample has no rows, and that is no error.
+        reduce: `"last"`, `"mean"`, `"max"` or `"sum"` over the positions: a sample has one row, or none where it has no
+            position. Computed in float32. Its label is that of the last position that went into it. Of
+            `routed_experts` there is `"last"` alone.
+        dtype: `"float32"` or `"float16"`; by default the model's, also of what was computed in float32. Expert ids are
+            integers in any case.
 
     Cost:
         Rows of positions that are not asked for are never written, with these exceptions: for `"last_generated"`, for
         `Positions.generated` from the end and for `Positions.tokens` workers write all rows that could be meant, since
         none knows which step will be the last nor which tokens come, and the result keeps these in memory. So they do
-        for all generated tokens that an expression may take where the engine decodes speculatively.
+        for all generated tokens that an expression may take where the engine decodes speculatively. `reduce` and
+        `dtype` are computed here each time a tensor is read: workers write, and the result keeps, all rows in the
+        model's dtype.
 
     Raises:
         SpecError: A field that does not exist, a value of the wrong kind, or nothing to capture.
@@ -84,6 +99,8 @@ class Spec:
     final_hidden_states: bool
     positions: Choice
     missing: str
+    reduce: str | None
+    dtype: str | None
 
     def __init__(
         self,
@@ -95,6 +112,8 @@ class Spec:
         final_hidden_states: bool = False,
         positions: str | Iterable[int] | Positions | Mapping[str, Any] = "all",
         missing: str = "error",
+        reduce: str | None = None,
+        dtype: str | None = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -110,6 +129,14 @@ class Spec:
         if missing not in MISSING:
             raise SpecError(f'Spec(missing=...) is "error" or "skip", got {missing!r}.')
         object.__setattr__(self, "missing", missing)
+        for name, given, values in (("reduce", reduce, REDUCTIONS), ("dtype", dtype, DTYPES)):
+            if given is not None and given not in values:
+                raise SpecError(f"Spec({name}={given!r}) is not known.{nearest(str(given), values)}")
+            object.__setattr__(self, name, given)
+        if reduce not in (None, "last") and routed_experts is not None:
+            raise SpecError(
+                f'Spec(reduce={reduce!r}) of expert ids means nothing: leave out routed_experts, or "last".'
+            )
         if not self.streams:
             raise SpecError('This Spec captures nothing: choose a stream, for example Spec(hidden_states="all").')
 
@@ -137,9 +164,18 @@ class Spec:
             return self.positions.needs_end
         return self.positions == "last_generated"
 
+    def __repr__(self) -> str:
+        """Return a call that makes this, with the fields that were given."""
+        plain = {"positions": "all", "missing": "error"}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        given = [f"{name}={value!r}" for name, value in fields.items() if value not in (None, False, plain.get(name))]
+        return f"Spec({', '.join(given)})"
+
     def to_json(self) -> str:
         """Return this specification as a JSON object; `from_json` gives an equal one back."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        # Fields of later versions are left out where they say nothing: earlier ones read it, and it stays equal.
+        fields = {name: value for name, value in fields.items() if name not in LATER or value is not None}
         return json.dumps({**fields, "positions": plain_positions(self.positions)})
 
     @classmethod

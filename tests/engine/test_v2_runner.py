@@ -25,7 +25,7 @@ from vllm_tap import Positions, Spec
 from vllm_tap.client.connection import connect
 
 if __name__ == "__main__":
-    engine = Engine(Path(sys.argv[1]), enforce_eager=True, block_size=16)
+    engine = Engine(Path(sys.argv[1]), enforce_eager=True, block_size=32)
     known = References(Path(sys.argv[1]))
     assert [hello.runner for hello in connect(engine.llm).hellos] == ["V2"]
     compare(engine.capture(prompts(), Spec(hidden_states="all", embeddings=True, final_hidden_states=True)), known)
