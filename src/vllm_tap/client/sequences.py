@@ -107,8 +107,8 @@ class Sequences:
 
     def _chosen(self, choice: Choice, numbers: Ints) -> Ints:
         """Return the flat indices, ascending, that a choice takes of some sequences."""
-        if choice == "all" and len(numbers) == len(self.slots):
-            return np.arange(self.starts[-1])
+        if not isinstance(choice, Positions) and len(numbers) == len(self.slots):
+            return wanted_tokens(choice, self.prompt_lens, self.starts, np.zeros_like(self.prompt_lens))
         firsts, prompt_lens = self.starts[:-1][numbers], self.prompt_lens[numbers]
         lengths = self.starts[1:][numbers] - firsts
         flat = ranges(firsts, lengths)
