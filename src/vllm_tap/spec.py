@@ -84,9 +84,9 @@ class Spec:
         Rows of positions that are not asked for are never written, with these exceptions: for `"last_generated"`, for
         `Positions.generated` from the end and for `Positions.tokens` workers write all rows that could be meant, since
         none knows which step will be the last nor which tokens come, and the result keeps these in memory. So they do
-        for all generated tokens that an expression may take where the engine decodes speculatively. `reduce` and
-        `dtype` are computed here each time a tensor is read: workers write, and the result keeps, all rows in the
-        model's dtype.
+        for all generated tokens that an expression may take where the engine decodes speculatively. Workers write
+        all rows that are chosen in the model's dtype: `reduce` is computed from them in the user's process at the end,
+        in one pass after which their memory is free, and `dtype` each time a tensor is read.
 
     Raises:
         SpecError: A field that does not exist, a value of the wrong kind, or nothing to capture.

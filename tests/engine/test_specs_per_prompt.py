@@ -26,6 +26,7 @@ from engine.engines import (
     prompts,
     rows_of,
     sequence,
+    wait_until,
 )
 from vllm_tap import DatasetError, LayerError, PositionError, Positions, Spec, SpecError, Tap, open_dataset
 from vllm_tap.positions import Tokens
@@ -215,7 +216,10 @@ def test_one_row_for_each_sample_is_made_of_all_its_rows(engine, tmp_path):
             sample.as_hf()
     with pytest.raises(SpecError, match="as they come, not their max"):
         Tap(engine.llm).stream_rows([given], specs[1])
+    del result, sample
+    wait_until(lambda: not engine.used_bytes(), "the end of the last lease")
     alone = engine.capture(prompts(), specs[0])
+    wait_until(lambda: not engine.used_bytes(), "the end of a lease of rows that have been reduced")
     alone.save(tmp_path / "run")
     dataset = open_dataset(tmp_path / "run")
     assert dataset.spec == dataset[0].spec == specs[0]

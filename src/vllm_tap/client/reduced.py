@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from vllm_tap.client.owned import Place, RowSource
-from vllm_tap.client.sequences import Ints, Sequences
+from vllm_tap.client.owned import OwnedRows, Place, RowSource
+from vllm_tap.client.sequences import Sequences
 from vllm_tap.spec import Spec
 
 REDUCTIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -34,10 +34,24 @@ def with_one_row_each(sequences: Sequences) -> Sequences:
 
 
 def made_of(source: RowSource, spec: Spec, sequences: Sequences) -> RowSource:
-    """Return the rows that a Spec asks for, made of those of a source."""
+    """Return the rows that a Spec asks for, made of those of a source; one for each sequence own their memory."""
     if spec.reduce is not None:
-        return ReducedRows(source, spec.reduce, spec.dtype, sequences.wanted_starts)
+        lengths = np.diff(sequences.wanted_starts)
+        return OwnedRows(
+            {place: _reduced(source, place, spec, lengths[lengths > 0].tolist()) for place in source.places}
+        )
     return source if spec.dtype is None else CastRows(source, spec.dtype)
+
+
+def _reduced(source: RowSource, place: Place, spec: Spec, lengths: list[int]) -> torch.Tensor:
+    """Return a row for each run of rows of these lengths, computed in float32."""
+    rows = source.rows(*place, 0, sum(lengths))
+    dtype = spec.dtype or str(rows.dtype).removeprefix("torch.")
+    if not lengths:
+        return _cast(rows, dtype)
+    how = spec.reduce or "last"
+    exact = rows if how == "last" or not rows.is_floating_point() else rows.to(torch.float32)
+    return _cast(torch.stack([REDUCTIONS[how](part) for part in exact.split(lengths)]), dtype)
 
 
 class CastRows:
@@ -54,37 +68,6 @@ class CastRows:
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop`, in a copy where their dtype changes."""
         return _cast(self._source.rows(stream, layer, start, stop), self._dtype)
-
-
-class ReducedRows:
-    """One row for each sequence that has any, computed in float32.
-
-    Args:
-        source: Rows of all sequences, one behind the other.
-        how: Name of the reduction.
-        dtype: Of the result; that of the source if None.
-        starts: Where the rows of each sequence begin in the source, and where the last one's end, [S + 1].
-    """
-
-    def __init__(self, source: RowSource, how: str, dtype: str | None, starts: Ints) -> None:
-        self._source, self._how, self._dtype = source, how, dtype
-        self._starts = np.concatenate((starts[:1], starts[1:][np.diff(starts) > 0]))
-
-    @property
-    def places(self) -> Collection[Place]:
-        """The streams and layers of the source."""
-        return self._source.places
-
-    def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
-        """Return the rows of sequences `start` to `stop` of those that have any."""
-        starts = self._starts[start : stop + 1].tolist() or [0]
-        rows = self._source.rows(stream, layer, starts[0], starts[-1])
-        dtype = self._dtype or str(rows.dtype).removeprefix("torch.")
-        if len(starts) == 1:
-            return _cast(rows, dtype)
-        reduce = REDUCTIONS[self._how]
-        exact = rows if self._how == "last" or not rows.is_floating_point() else rows.to(torch.float32)
-        return _cast(torch.stack([reduce(part) for part in exact.split(np.diff(starts).tolist())]), dtype)
 
 
 def _cast(rows: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -16,8 +16,10 @@ from vllm_tap.positions import Begin
 
 def install() -> None:
     """Hook into vLLM's look-up; without the names that are needed captured requests skip the cache."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-
+    try:
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+    except ImportError:
+        return
     look_up = getattr(KVCacheManager, "get_computed_blocks", None)
     if look_up is not None and not hasattr(look_up, "vllm_tap"):
         KVCacheManager.get_computed_blocks = _capped(look_up)
