@@ -15,16 +15,26 @@ class Wishes:
     Args:
         given: A `Spec`, or a sequence with one for each sample.
 
+    Attributes:
+        distinct: Those that differ, in the order of the first sample of each.
+        is_one: Whether all are equal.
+        shipped: The positions that workers are asked for: {positions: samples}.
+
     Raises:
         SpecError: It is something else.
     """
 
     def __init__(self, given: Any) -> None:
-        self._all = [given] if isinstance(given, Spec) else _listed(given)
-        distinct = dict.fromkeys(self._all)
-        self.is_one = len(distinct) == 1
         self._is_list = not isinstance(given, Spec)
-        self.distinct = list(distinct)
+        self._all = _listed(given) if self._is_list else [given]
+        numbers: dict[Spec, int] = {}
+        self._number_of = [numbers.setdefault(spec, len(numbers)) for spec in self._all]
+        self._numbers = numbers
+        self.distinct = list(numbers)
+        self.is_one = len(numbers) == 1
+        self.shipped: dict[Choice, int] = {}
+        for spec in self._all:
+            self.shipped[spec.shipped_positions] = self.shipped.get(spec.shipped_positions, 0) + 1
 
     def __iter__(self) -> Iterator[Spec]:
         """Go through the distinct ones, in the order of the first sample of each."""
@@ -56,16 +66,9 @@ class Wishes:
         return [self.of(sample) for sample in range(start, stop)] if self._is_list else self._all[0]
 
     def has(self, spec: Spec) -> Callable[[int], bool]:
-        """Return a function that tells of a sample whether it has this Spec."""
-        return lambda sample: self.of(sample) == spec
-
-    @property
-    def shipped(self) -> dict[Choice, int]:
-        """The positions that workers are asked for: {positions: samples}."""
-        counts: dict[Choice, int] = {}
-        for spec in self._all:
-            counts[spec.shipped_positions] = counts.get(spec.shipped_positions, 0) + 1
-        return counts
+        """Return a function that tells of a sample whether it has this Spec, one of these."""
+        number = self._numbers[spec]
+        return lambda sample: self.is_one or self._number_of[sample] == number
 
 
 def _listed(given: Any) -> list[Spec]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vllm_tap.engine.model.tap import Run
 from vllm_tap.positions import Positions, Tokens
-from vllm_tap.spec import Choice, takes_generated, wanted_tokens
+from vllm_tap.spec import Choice, ranges, takes_generated, wanted_tokens
 from vllm_tap.vllm.runner import Batch
 
 Int32 = npt.NDArray[np.int32]
@@ -135,28 +135,34 @@ class Selector:
 
     def _sources(self, starts: Int32, begins: Int32, has_others: bool) -> tuple[Ints, Ints]:
         """Return the tokens that are asked for, ascending, and the place of the request of each in the batch."""
-        found = []
-        for number, choice in self._in_batch:
-            sources = self._tokens_of(choice, starts, begins)
+        if len(self._in_batch) == 1:
+            sources = self._tokens_of(self._in_batch[0][1], self._prompt_lens, starts, begins)
             requests = np.searchsorted(starts, sources, "right") - 1
-            if has_others or len(self._in_batch) > 1:
-                mine = self._choice_of[requests] == number
+            if has_others:
+                mine = self._numbers[requests] >= 0
                 sources, requests = sources[mine], requests[mine]
-            found.append((sources, requests))
-        if len(found) == 1:
-            return found[0]
+            return sources, requests
+        found = [self._sources_of(number, choice, starts, begins) for number, choice in self._in_batch]
         sources, requests = (np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*found, strict=True))
         order = np.argsort(sources)
         return sources[order], requests[order]
 
-    def _tokens_of(self, choice: Choice, starts: Int32, begins: Int32) -> Ints:
-        """Return the tokens that a choice takes, of all requests of the batch."""
+    def _sources_of(self, number: int, choice: Choice, starts: Int32, begins: Int32) -> tuple[Ints, Ints]:
+        """Return the same of the requests with one choice of positions: one of many looks at no others."""
+        mine = np.flatnonzero(self._choice_of == number)
+        firsts, counts = starts[:-1][mine], (starts[1:] - starts[:-1])[mine]
+        own_starts = np.concatenate(([0], np.cumsum(counts)))
+        tokens = self._tokens_of(choice, self._prompt_lens[mine], own_starts, begins[mine])
+        return ranges(firsts, counts)[tokens], mine[np.searchsorted(own_starts, tokens, "right") - 1]
+
+    def _tokens_of(self, choice: Choice, prompt_lens: Int32, starts: Ints | Int32, begins: Int32) -> Ints:
+        """Return the tokens that a choice takes, of requests whose tokens lie behind one another."""
         if not isinstance(choice, Positions):
-            return wanted_tokens(choice, self._prompt_lens, starts, begins)
+            return wanted_tokens(choice, prompt_lens, starts, begins)
         counts = starts[1:] - starts[:-1]
-        prompt_lens = np.repeat(self._prompt_lens, counts).astype(np.int64)
+        lens = np.repeat(prompt_lens, counts).astype(np.int64)
         positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - begins, counts)
-        possible = choice.bounds(Tokens(positions, prompt_lens)).possible
+        possible = choice.bounds(Tokens(positions, lens)).possible
         if self._drafts and choice.takes_generated:
-            possible = possible | (positions >= prompt_lens)
+            possible = possible | (positions >= lens)
         return np.flatnonzero(possible)
