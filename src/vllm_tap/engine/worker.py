@@ -303,6 +303,7 @@ class TapWorker(vllm_runner.Recorder):
             TapError: It cannot begin; nothing has been taken.
         """
         self._require_new(start.capture_id)
+        start.choice()  # before anything is taken
         pools = self._memory()
         pool = pools.of(owner)
         pools.keep(owner)
@@ -311,7 +312,8 @@ class TapWorker(vllm_runner.Recorder):
         except Exception:
             pools.linger(owner)
             raise
-        session = new_session(start, self.rank, streams, sink, pool.open_account(start.budget_bytes))
+        drafts = vllm_runner.request_rows(self._worker) > 1
+        session = new_session(start, self.rank, streams, sink, pool.open_account(start.budget_bytes), drafts)
         self._sessions[start.capture_id] = session
         self._closing.append(session)
         return session
