@@ -44,7 +44,8 @@ def capture(
             them, encodings of a tokenizer (padding that the attention mask leaves out falls away), or conversations as
             `LLM.chat` takes them, which go through the engine's chat template.
         spec: What to capture.
-        transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
+        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+            (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.
         progress: Show a progress bar; by default when standard error is a terminal.

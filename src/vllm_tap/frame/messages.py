@@ -18,7 +18,7 @@ from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -72,7 +72,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
     of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
     `routing_version` rises whenever it changes.
-    `address` is the socket that hands out segments, `calls` the one that takes calls.
+    `address` is the socket that hands out segments, `calls` the one that takes calls. `network` is where clients of
+    other hosts connect, empty if the worker does not listen, and then `no_network` says why not; `secret` is what they
+    have to know, for the process that has the engine object, where the worker made it; `host` tells hosts apart.
     """
 
     rank: Rank
@@ -90,6 +92,10 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     may_change: bool = False
     address: str
     calls: str
+    network: str = ""
+    no_network: str = ""
+    secret: str = ""
+    host: str = ""
     refusal: str
 
 
