@@ -129,7 +129,7 @@ class Connection:
 
     @property
     def network_addresses(self) -> list[str]:
-        """Where workers that were started with VLLM_TAP_LISTEN serve other hosts; for `at`, with their secret."""
+        """Network addresses of workers that were started with VLLM_TAP_LISTEN; for `at`, with their secret."""
         return [hello.network for hello in self.hellos if hello.network]
 
     def _terms(self) -> Access:

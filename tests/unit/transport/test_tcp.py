@@ -19,7 +19,7 @@ from vllm_tap.codec.choose import RATES, best
 from vllm_tap.errors import DescriptorError, SpecError, TransportError
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import Block, SegmentPool
-from vllm_tap.transport.tcp import settings
+from vllm_tap.transport.tcp import address, settings
 from vllm_tap.transport.tcp.access import ANSWER, PREFACE, Access, read_secret
 from vllm_tap.transport.tcp.address import Address, parse
 from vllm_tap.transport.tcp.reader import NetworkReader, caller
@@ -249,9 +249,9 @@ def test_connections_that_break_are_made_anew(worker):
 
 def test_bytes_that_mean_nothing_harm_nobody(worker):
     """Connections that say anything, before and after they were let in, end alone."""
-    chance, address = random.Random(0), parse(worker.server.address)
+    chance, where = random.Random(0), parse(worker.server.address)
     for _ in range(100):
-        with socket.create_connection(address) as connection:
+        with socket.create_connection(where) as connection:
             start = chance.choice([b"", b"vtpn", b"\x16\x03\x01", b"vtpn\x01\x00\x03\x00"])
             connection.sendall(start + chance.randbytes(chance.choice([0, 1, 60, 500])))
     reader = worker.reader()
@@ -289,3 +289,19 @@ def test_a_worker_listens_where_it_was_told_and_nowhere_without(monkeypatch):
 def test_the_codec_follows_the_link(gbit_per_s, name):
     """A link that is slower than the cores takes fewer bytes; a faster one takes them as they are."""
     assert best(gbit_per_s * 1e9 / 8, RATES, 4) == name
+
+
+def test_rows_of_another_host_arrive_unchanged_while_the_link_is_measured(worker, monkeypatch):
+    """The first pieces tell the rate of the link; whatever codec follows, the bytes are the same."""
+    monkeypatch.setattr(address, "host_id", lambda: bytes(16))
+    reader = worker.reader()
+    assert not reader.same_host
+    assert reader.meter.is_probing
+    for slow in (False, True):
+        if slow:  # from here on rows are worth a codec
+            monkeypatch.setattr(type(reader.meter), "choose", lambda self: "bytesplit")
+        blocks, contents = worker.put(reader, *SIZES)
+        held = reader.hold(blocks)
+        assert [held.lease(index).array.tobytes() for index in range(len(blocks))] == contents
+    assert reader.meter.link_bytes_per_second > 0
+    reader.close()
