@@ -245,7 +245,10 @@ class Connection:
         if not way:
             return lambda: self._replies("call", data)
         self._require_alive()
-        return _exchange([self._callers[rank, self._way(rank, way)] for rank in self._ranks()], data)
+        keys = [(rank, self._way(rank, way)) for rank in self._ranks()]
+        if any(key not in self._callers for key in keys):  # the connection over a network was lost before
+            raise EngineDiedError(GONE)
+        return _exchange([self._callers[key] for key in keys], data)
 
     def hand_over(self, call: messages.Finish | messages.Take, way: str) -> Callable[[], HandedOver]:
         """Have all workers hand over what a capture has; return a function that takes hold of it.
