@@ -52,7 +52,8 @@ class Recording:
         llm: A `vllm.LLM`, started without any special argument; or what `Connection.at` returns, in a process that has
             no engine object.
         spec: What to capture; or a list with a Spec for each sample, whose layers workers write for all of them.
-        transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
+        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+            (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
             write to pinned host memory: no device memory, slower for many rows), or "auto".
@@ -91,25 +92,25 @@ class Recording:
         self._marked_samples: set[int] = set()
         self._connection = connection = connect(llm)
         connection.stop_lost()
-        shared = connection.choose_transport(transport)
+        self._way = way = connection.choose_transport(transport)
         self._layers = {_kind(wish): _resolve(connection, wish) for wish in wishes}
         self._start = messages.Start(
             capture_id=new_capture_id(),
             streams=_union(self._layers.values()),
             positions=plain_positions(self.spec.shipped_positions),
             residual=connection.residual,
-            shared=shared,
-            clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},
+            shared=bool(way),
+            clients={rank: reader.client for rank, reader in connection.readers(way).items()} if way else {},
             budget_bytes=budget // len(connection.hellos),
             staging=staging,
             expected_rows=expected_rows if list(wishes.shipped) == ["all"] else 0,
             routing_versions=connection.routing_versions,
         )
         self._starting: Callable[[], object] | None = None
-        connection.expect_end(self, self._start)
+        connection.expect_end(self, self._start, way)
         try:
-            self._starting = connection.ask(messages.Started, self._start, shared)
-            if wait:
+            self._starting = connection.ask(messages.Started, self._start, way)
+            if wait or connection.goes_over_network(way):
                 self.started()
         except BaseException:
             self.stop()  # where it has begun: a rank may have failed alone, or the call been interrupted
@@ -236,7 +237,7 @@ class Recording:
         """
         self.started()
         call = messages.Take(capture_id=self.capture_id)
-        return self._connection.hand_over(call, self._start.shared)()
+        return self._connection.hand_over(call, self._way)()
 
     def end(self) -> None:
         """Have the workers end the capture, without a wait: `finish` is to follow, and takes what they hand over.
@@ -248,9 +249,7 @@ class Recording:
         """
         self.started()
         if self._finishing is None:
-            self._finishing = self._connection.hand_over(
-                messages.Finish(capture_id=self.capture_id), self._start.shared
-            )
+            self._finishing = self._connection.hand_over(messages.Finish(capture_id=self.capture_id), self._way)
 
     def finish(self, outputs: Sequence[Any]) -> Capture:
         """End the capture and return its rows, checked against what the engine returned.
@@ -366,7 +365,7 @@ class Recording:
                 self._finished()  # and let go of it
                 return
             stop = messages.Stop(capture_id=self._start.capture_id)
-            self._connection.ask(messages.Stopped, stop, self._start.shared)()
+            self._connection.ask(messages.Stopped, stop, self._way)()
             self._ended()
         except TapError as error:
             if current is None:

@@ -73,7 +73,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
     of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
     `routing_version` rises whenever it changes.
-    `address` is the socket that hands out segments, `calls` the one that takes calls.
+    `address` is the socket that hands out segments, `calls` the one that takes calls. `network` is where clients of
+    other hosts connect, empty if the worker does not listen, and then `no_network` says why not; `secret` is what they
+    have to know, for the process that has the engine object, where the worker made it; `host` tells hosts apart.
     """
 
     rank: Rank
@@ -91,6 +93,10 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     may_change: bool = False
     address: str
     calls: str
+    network: str = ""
+    no_network: str = ""
+    secret: str = ""
+    host: str = ""
     refusal: str
 
 
