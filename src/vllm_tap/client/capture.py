@@ -141,19 +141,21 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         bar.close()
 
 
-def _finished(llm: Any, num_prompts: int, generate: Callable[[], list[Any]]) -> Sequence[Any]:
+def _finished(llm: Any, num_prompts: int, generate: Callable[..., list[Any]]) -> Sequence[Any]:
     """Return the outputs; if an `Interruption` ends the wait, of the prompts that are finished, None for the others."""
     interruption = current()
     if interruption is None:
         return generate()
     finished: dict[int, Any] = {}
     try:
-        with frontend.interruptible(llm, interruption, finished):
-            return generate()
+        with frontend.interruptible(llm, interruption, finished) as read_arrived:
+            return generate(interrupted=read_arrived)
     except KeyboardInterrupt:
         if not finished:
             raise
         return [finished.get(number) for number in range(num_prompts)]
+    finally:
+        interruption.hold()
 
 
 def _require_no_others(llm: Any) -> None:
