@@ -19,6 +19,7 @@ from vllm_tap.client.result import Capture
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.token_types import with_types
 
 
 def capture(
@@ -41,8 +42,8 @@ def capture(
     Args:
         llm: A `vllm.LLM`, started without any special argument.
         prompts: A prompt or an iterable of them: strings, lists or arrays of token ids, dicts as `LLM.generate` takes
-            them, encodings of a tokenizer (padding that the attention mask leaves out falls away), or conversations as
-            `LLM.chat` takes them, which go through the engine's chat template.
+            them, encodings of a tokenizer (padding that the attention mask leaves out falls away; a cross-encoder gets
+            their token types), or conversations as `LLM.chat` takes them, which go through the engine's chat template.
         spec: What to capture.
         transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
@@ -84,7 +85,7 @@ def capture(
     if read.are_chats:
         frontend.require_chat(llm)
     prompts = read.items
-    params = _params(llm, len(prompts), sampling_params, sampling)
+    params = with_types(llm, prompts, _params(llm, len(prompts), sampling_params, sampling))
     recording = Recording(
         llm,
         spec,

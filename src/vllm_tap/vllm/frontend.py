@@ -144,7 +144,10 @@ def require_chat(llm: Any) -> None:
         SpecError: It pools, or this vLLM queues none.
     """
     if pools(llm):
-        raise SpecError("this engine pools, and its model has no chat template: pass texts instead of conversations.")
+        raise SpecError(
+            "this engine pools, and vLLM takes no conversations there: render them with "
+            "llm.get_tokenizer().apply_chat_template, if its tokenizer has a chat template, and pass what that returns."
+        )
     if not hasattr(llm, "enqueue_chat"):
         raise SpecError(
             "this vLLM has no LLM.enqueue_chat: render conversations with llm.get_tokenizer().apply_chat_template, and "
