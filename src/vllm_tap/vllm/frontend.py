@@ -117,15 +117,21 @@ def pooling_task(llm: Any, params: Any) -> str:
     """Return the task of pooling parameters, or the model's own.
 
     Raises:
-        SpecError: A task that this engine does not have.
+        SpecError: A task that this engine does not have, or was not started for.
     """
     supported = tuple(llm.supported_tasks)
     asked = getattr(params, "task", None)
     if asked is not None and asked not in supported:
         tasks = [task for task in supported if task in POOLING_TASKS]
         raise SpecError(f"this engine has no pooling task {asked!r}: it has {', '.join(tasks) or 'none'}.")
-    own = asked or getattr(llm, "pooling_task", None)
-    return str(own or next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0]))
+    own = getattr(llm, "pooling_task", None)
+    if asked is not None and own not in (None, asked):
+        raise SpecError(
+            f"this engine was started for the pooling task {own!r}, and vLLM runs no other in it: start it with "
+            f"pooler_config=PoolerConfig(task={asked!r})."
+        )
+    first = next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0])
+    return str(asked or own or first)
 
 
 def _one_task(llm: Any, params: Sequence[Any]) -> str:
