@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
 from vllm_tap import Positions, Spec
@@ -23,7 +27,7 @@ from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
 from vllm_tap.errors import SpecError
-from vllm_tap.vllm import launch
+from vllm_tap.vllm import hub, launch
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -194,6 +198,47 @@ def test_layers_of_an_unreadable_configuration_are_left_to_the_engine(tmp_path: 
     model = str(write_config(tmp_path / "llama", "llama", num_hidden_layers=7))
     assert launch.count_layers(model) == 7
     assert launch.count_layers(model, hf_overrides={"num_hidden_layers": 3}) is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "match"),
+    [
+        (ConnectionError("no route"), "nosuch/model is no folder, and https://.* cannot be reached \\(no route\\)"),
+        (
+            RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "x"))),
+            "check its name",
+        ),
+        (HfHubHTTPError("500", response=httpx.Response(500, request=httpx.Request("GET", "x"))), ""),
+        (None, ""),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_told_at_once(
+    run: Run, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None, match: str
+) -> None:
+    """Asked once, and only for what is neither a folder nor in the cache."""
+    asked: list[str] = []
+
+    def model_info(self: object, model: str, **_: object) -> None:
+        asked.append(model)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    hub.require_found.cache_clear()
+    if match:
+        code, _, err = run("capture", "nosuch/model", "--prompts", str(prompts), "--layers", "0")
+        assert (code, asked) == (1, ["nosuch/model"])
+        assert re.search(match, one_line(err))
+    else:
+        hub.require_found("nosuch/model")
+        hub.require_found("nosuch/model")
+        assert asked == ["nosuch/model"]
+    (tmp_path / "models--its--here").mkdir()
+    for other in (str(tmp_path), "its/here", "s3://bucket/model"):
+        hub.require_found(other)
+    assert asked == ["nosuch/model"]
 
 
 # -------------------------------------------------------------------------------------------------------- prompt files

@@ -123,9 +123,12 @@ def run(options: argparse.Namespace) -> int:
     require_plugin()
     check_layers(spec, options)
     with Interrupts(keeps=bool(options.save)) as interrupts:
-        with engine(options, interrupts) as llm:
-            result = _capture(llm, prompts, spec, options)
-            interrupts.hold()
+        try:
+            with engine(options, interrupts) as llm:
+                result = _capture(llm, prompts, spec, options)
+        except KeyboardInterrupt:
+            say(f"interrupted: no sample was finished, {options.save} is not written")
+            return EXIT_CODE
         # The rows outlive the engine, whose memory is free for writing the file.
         return _report(result, options, interrupts)
 

@@ -21,6 +21,7 @@ from vllm_tap.client.wishes import Wishes
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.token_types import with_types
 
 MOST_AVERAGED: Final = 16
 """Choices of positions by which the rows of all requests are guessed."""
@@ -46,8 +47,8 @@ def capture(
     Args:
         llm: A `vllm.LLM`, started without any special argument.
         prompts: A prompt or an iterable of them: strings, lists or arrays of token ids, dicts as `LLM.generate` takes
-            them, encodings of a tokenizer (padding that the attention mask leaves out falls away), or conversations as
-            `LLM.chat` takes them, which go through the engine's chat template.
+            them, encodings of a tokenizer (padding that the attention mask leaves out falls away; a cross-encoder gets
+            their token types), or conversations as `LLM.chat` takes them, which go through the engine's chat template.
         spec: What to capture; or a list with a Spec for each prompt. Then a sample has what its own Spec asks for.
             Workers write the layers of all Specs for each request, of the positions that its Spec asks for, and the
             rest is dropped here: capture prompts whose layers have nothing in common in calls of their own.
@@ -93,7 +94,7 @@ def capture(
     if read.are_chats:
         frontend.require_chat(llm)
     prompts = read.items
-    params = _params(llm, len(prompts), sampling_params, sampling)
+    params = with_types(llm, prompts, _params(llm, len(prompts), sampling_params, sampling))
     wishes = Wishes(spec)
     wishes.require(len(prompts))
     recording = Recording(
@@ -154,19 +155,21 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         bar.close()
 
 
-def _finished(llm: Any, num_prompts: int, generate: Callable[[], list[Any]]) -> Sequence[Any]:
+def _finished(llm: Any, num_prompts: int, generate: Callable[..., list[Any]]) -> Sequence[Any]:
     """Return the outputs; if an `Interruption` ends the wait, of the prompts that are finished, None for the others."""
     interruption = current()
     if interruption is None:
         return generate()
     finished: dict[int, Any] = {}
     try:
-        with frontend.interruptible(llm, interruption, finished):
-            return generate()
+        with frontend.interruptible(llm, interruption, finished) as read_arrived:
+            return generate(interrupted=read_arrived)
     except KeyboardInterrupt:
         if not finished:
             raise
         return [finished.get(number) for number in range(num_prompts)]
+    finally:
+        interruption.hold()
 
 
 def _require_no_others(llm: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_tap.client.capture import capture
 from vllm_tap.client.identity import full_model_facts, versions
+from vllm_tap.client.prompts import unpacked
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store.dataset import Dataset
@@ -101,7 +102,7 @@ def record(
     run = Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, sampling), versions())
     options: dict[str, Any] = {} if on_part is None else {"on_part": on_part}
     return record_with(
-        captured, prompts, path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
+        captured, unpacked(prompts), path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
-from vllm_tap.client.prompts import is_conversation, read_prompts
+from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.wishes import Wishes
@@ -171,7 +171,7 @@ class Tap:
     ) -> Iterator[Sample]:
         """Yield samples of an engine that pools: captures of some prompts, one after another."""
         number, wishes = 0, Wishes(spec)
-        for batch in _batches(_each(prompts)):
+        for batch in _batches(each_prompt(prompts)):
             result = capture(
                 self._llm,
                 batch,
@@ -233,7 +233,7 @@ class _Run:
 
     def __init__(self, llm: Any, prompts: Iterable[Any], recording: Recording, plan: Plan, budget: int | None) -> None:
         self._llm, self._recording, self._plan = llm, recording, plan
-        self._prompts = enumerate(_each(prompts))
+        self._prompts = enumerate(each_prompt(prompts))
         self._budget = None if budget is None else budget // PART_OF_BUDGET
         self._collector = Collector(recording)
         self._running: dict[str, _Running] = {}
@@ -320,13 +320,6 @@ class _Run:
         self._running.clear()
         if not self._recording.has_ended:
             self._recording.stop()
-
-
-def _each(prompts: Iterable[Any]) -> Iterator[Any]:
-    """Yield prompts one by one as `read_prompts` makes them."""
-    single = isinstance(prompts, str | dict) or is_conversation(prompts) or not isinstance(prompts, Iterable)
-    for prompt in [prompts] if single else prompts:
-        yield from read_prompts([prompt]).items
 
 
 def _batches(prompts: Iterator[Any]) -> Iterator[list[Any]]:
