@@ -9,6 +9,7 @@ from vllm_tap.legacy.install import offer_vllm_hidden_states
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vllm_tap.client.async_tap import AsyncTap
     from vllm_tap.client.capture import capture
     from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vllm_tap.vllm.frontend import shutdown
 
 __all__ = [
+    "AsyncTap",
     "BudgetError",
     "Capture",
     "CaptureError",
@@ -67,6 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncTap": "vllm_tap.client.async_tap",
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
     "Dataset": "vllm_tap.store.dataset",

@@ -73,11 +73,14 @@ class Connection:
         self = cls.__new__(cls)
         self._prepare(None)
         self._callers = dict(enumerate(Caller(address) for address in addresses))
-        hellos = _expect(messages.Hello, self._send(messages.Greet(), shared=True)(), "Greet")
+        hellos = self._greeted()
         self._callers = {hello.rank.rank: caller for hello, caller in zip(hellos, self._callers.values(), strict=True)}
         self._met(hellos)
         self._require_able()
         return self
+
+    def _greeted(self) -> list[messages.Hello]:
+        return expect(messages.Hello, self._send(messages.Greet(), shared=True)(), "Greet")
 
     def _prepare(self, llm: weakref.ref[Any] | None) -> None:
         self._llm = llm
@@ -111,10 +114,13 @@ class Connection:
 
     def greet(self) -> None:
         """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
+        if self._llm is None:
+            self._met(self._greeted())
+            return
         try:
             hellos = self.call(messages.Hello, "open")
         except PluginNotLoadedError as error:
-            raise _not_loaded(str(error)) from error.__cause__
+            raise not_loaded(str(error)) from error.__cause__
         self._met(hellos)
 
     def _met(self, hellos: Iterable[messages.Hello]) -> None:
@@ -176,9 +182,9 @@ class Connection:
         """
         wait, name = self._send(call, shared), type(call).__name__
         if shared:
-            return lambda: _expect(kind, wait(), name)
+            return lambda: expect(kind, wait(), name)
         replies = wait()
-        return lambda: _expect(kind, replies, name)
+        return lambda: expect(kind, replies, name)
 
     def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
         """Call a method of all workers through vLLM and return their replies.
@@ -186,7 +192,7 @@ class Connection:
         Raises:
             TapError: The first failure that came back, or what kept the workers from answering.
         """
-        return _expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
+        return expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
 
     def _send(self, call: messages.Call, shared: bool) -> Callable[[], list[messages.Reply]]:
         """Send a call to all workers; return a function that waits for the replies.
@@ -230,7 +236,7 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, shared))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, type(call).__name__)
+            expect(messages.Descriptor, replies, type(call).__name__)
             self._learn(descriptors)
             return held
 
@@ -269,7 +275,7 @@ class Connection:
         except EngineDiedError:
             raise
         except Exception as error:
-            raise _explain(error) from error
+            raise explain(error) from error
 
     def _require_alive(self) -> Any:
         """Return the engine object, None in a process that has none."""
@@ -344,7 +350,7 @@ def _engine_is_gone() -> Iterator[None]:
         raise EngineDiedError(GONE) from error
 
 
-def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
+def expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
     """Return the replies to a call if all are what was expected; raise the first failure."""
     for reply in replies:
         if isinstance(reply, messages.Failure):
@@ -354,7 +360,7 @@ def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
     return replies  # type: ignore[return-value]
 
 
-def _explain(error: Exception) -> Exception:
+def explain(error: Exception) -> Exception:
     """Turn what vLLM raised for a call into an error that says what to do."""
     text = f"{type(error).__name__}: {error}"
     if "vllm_tap_open" in text:
@@ -364,7 +370,7 @@ def _explain(error: Exception) -> Exception:
     return CaptureError(f"a call to the workers failed: {text}")
 
 
-def _not_loaded(reason: str) -> PluginNotLoadedError:
+def not_loaded(reason: str) -> PluginNotLoadedError:
     """Return what to raise where the workers have no taps; of what this process can see, the reason is better."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "vllm_tap" not in allowed.split(","):

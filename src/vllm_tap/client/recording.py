@@ -92,7 +92,7 @@ class Recording:
         shared = connection.choose_transport(transport)
         self._start = messages.Start(
             capture_id=new_capture_id(),
-            streams=_resolve(connection, spec),
+            streams=resolve(connection, spec),
             positions=spec.shipped_positions,
             residual=connection.residual,
             shared=shared,
@@ -170,6 +170,10 @@ class Recording:
     def note_marked(self, samples: Iterable[int]) -> None:
         """Take note of samples whose requests another process sends, marked by `labels.mark` with this `capture_id`."""
         self._marked_samples.update(samples)
+
+    def forget_marked(self, sample: int) -> None:
+        """Forget a sample of which `finish` will get no output, in a capture that goes on and on."""
+        self._marked_samples.discard(sample)
 
     def _checked(self, params: Any, sample: int) -> int:
         """Return the number of a sample that may be marked with these parameters."""
@@ -337,8 +341,13 @@ class Recording:
             current.add_note(f"(and the capture could not be stopped: {error})")
 
 
-def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Return the layers of each of the workers' streams that the specification asks for."""
+def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Return the layers of each of the workers' streams that the specification asks for.
+
+    Raises:
+        LayerError: A layer that the model does not have.
+        EngineUnsupportedError: A stream that it does not have.
+    """
     has_experts = bool(connection.available("router_logits"))
     streams: dict[str, tuple[int, ...]] = {}
     for field in spec.streams:
