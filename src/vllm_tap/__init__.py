@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vllm_tap.client.async_tap import AsyncTap
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.http_tap import HttpTap
     from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
     from vllm_tap.client.result import Capture, LayerMap, RowLabels, Sample
@@ -46,6 +47,7 @@ __all__ = [
     "DescriptorError",
     "EngineDiedError",
     "EngineUnsupportedError",
+    "HttpTap",
     "LayerError",
     "LayerMap",
     "PluginNotLoadedError",
@@ -73,6 +75,7 @@ _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
     "Dataset": "vllm_tap.store.dataset",
+    "HttpTap": "vllm_tap.client.http_tap",
     "LayerMap": "vllm_tap.client.result",
     "Recording": "vllm_tap.client.recording",
     "RowBlock": "vllm_tap.client.tap",

@@ -96,6 +96,18 @@ class Sequences:
         wanted = wanted_tokens(positions, self.prompt_lens, self.starts, np.zeros_like(self.prompt_lens))
         return wanted, np.searchsorted(wanted, self.starts)
 
+    @classmethod
+    def of_rows(cls, completion: int, positions: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]) -> Sequences:
+        """Return one sequence of which some rows are known, and nothing else."""
+        known = cls.__new__(cls)
+        length = int(positions.max(initial=-1)) + 1
+        known.slots, known.request_ids, known.prompt_lens = {(0, completion): 0}, {}, np.zeros(1, np.int64)
+        known.starts, known.wanted_starts = np.array([0, length]), np.array([0, len(positions)])
+        known.wanted = positions.astype(np.int64)
+        known.token_ids = np.zeros(length, np.int32)
+        known.token_ids[positions] = token_ids
+        return known
+
     def only(self, number: int) -> Sequences:
         """Return one sequence alone, as that of the first sample."""
         alone = copy.copy(self)
