@@ -7,7 +7,7 @@ import contextvars
 import json
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -28,7 +28,9 @@ from vllm_tap.spec import Spec
 from vllm_tap.store.dtypes import bytes_of
 from vllm_tap.vllm import asynchronous
 
-ROUTE = "/v1/tap/rows"
+ROUTE: Final = "/v1/tap/rows"
+
+ABORTED: Final = "the request was aborted."
 
 
 class Call:
@@ -127,6 +129,10 @@ class Reply:
         )
         return frame, positions.tolist()
 
+    def close(self) -> None:
+        """End the result where a prompt has not ended, or never began, with its HTTP request."""
+        self._results.end(self.result, ABORTED)
+
     def end(self, prompt: int, tokens: asynchronous.Tokens, error: str = "") -> None:
         """Say that a prompt has ended; the first error ends the result of all."""
         self._pending -= 1
@@ -221,7 +227,9 @@ class Captures:
             )
 
     def _open(self, call: Call, request_id: str, spec: Spec) -> Reply:
-        names = {call.name, request_id, request_id.rpartition("-")[0]} - {"", "cmpl", "chatcmpl"}
+        # vLLM puts the number of the prompt behind the id of a reply with completions.
+        name = request_id.rpartition("-")[0] if request_id.startswith("cmpl-") else request_id
+        names = {call.name, name} - {""}
         try:
             result = self._results.open(call.key, names)
         except BudgetError as error:
@@ -242,7 +250,7 @@ class Captures:
     ) -> AsyncGenerator[Any, None]:
         """Yield the outputs of a request, and put its rows into the reply as they come."""
         tokens = asynchronous.Tokens(asynchronous.is_delta(params))
-        error = "the request was aborted."
+        error = ABORTED
         options = {**options, **asynchronous.route(self._llm)}
         self._metrics.requests.inc()
         try:
@@ -266,7 +274,7 @@ class Captures:
                     yield output
         finally:
             if number >= 0:
-                reply.end(number, tokens, error or "the request was aborted.")
+                reply.end(number, tokens, error or ABORTED)
 
     async def _take(self, reply: Reply, number: int, request: Any, tokens: Any, num_completions: int) -> str:
         """Put rows that there are into the reply; return what kept them from it."""

@@ -53,11 +53,14 @@ class Caller:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        token = current.set(Call(service.key_of(headers), headers.get("x-request-id", "")))
+        call = Call(service.key_of(headers), headers.get("x-request-id", ""))
+        token = current.set(call)
         try:
             await self._app(scope, receive, send)
         finally:
             current.reset(token)
+            if call.reply is not None:
+                call.reply.close()
 
 
 def new_router(holder: Any) -> APIRouter:
