@@ -9,6 +9,10 @@ import sys
 def main() -> None:
     """Run the command."""
     import vllm
+    from vllm.platforms import current_platform
+
+    # Chosen now, also by the name of the distribution.
+    _ = current_platform.device_type
     from vllm.entrypoints.cli.main import main as command
 
     installed = importlib.metadata.version
