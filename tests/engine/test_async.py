@@ -174,8 +174,8 @@ def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: A
 
     async def run() -> None:
         stays = asyncio.create_task(whole())
-        capturing = asyncio.create_task(tap.capture(prompts(), EVERYTHING, **long))
-        streaming = asyncio.create_task(anext(tap.stream(prompts(), Spec(hidden_states=[0]), **long)))
+        capturing = asyncio.create_task(tap.capture(prompts((5, 9)), EVERYTHING, **long))
+        streaming = asyncio.create_task(anext(tap.stream(prompts((5, 9)), Spec(hidden_states=[0]), **long)))
         await asyncio.gather(*(first_block(name) for name in range(4)))
         for task in (capturing, streaming):
             task.cancel()

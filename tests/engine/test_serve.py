@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(device.ON_CUDA, reason="the
 
 KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
-START_S = 120.0
+START_S = 300.0
 TTL_S = 5.0
 SPEC = Spec(hidden_states="all", embeddings=True)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
