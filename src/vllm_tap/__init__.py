@@ -9,7 +9,9 @@ from vllm_tap.legacy.install import offer_vllm_hidden_states
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vllm_tap.client.async_tap import AsyncTap
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.http_tap import HttpTap
     from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
     from vllm_tap.client.result import Capture, LayerMap, RowLabels, Sample
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from vllm_tap.vllm.frontend import shutdown
 
 __all__ = [
+    "AsyncTap",
     "BudgetError",
     "Capture",
     "CaptureError",
@@ -47,6 +50,7 @@ __all__ = [
     "DeviceError",
     "EngineDiedError",
     "EngineUnsupportedError",
+    "HttpTap",
     "LayerError",
     "LayerMap",
     "PluginNotLoadedError",
@@ -71,9 +75,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncTap": "vllm_tap.client.async_tap",
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
     "Dataset": "vllm_tap.store.dataset",
+    "HttpTap": "vllm_tap.client.http_tap",
     "LayerMap": "vllm_tap.client.result",
     "Positions": "vllm_tap.positions",
     "Recording": "vllm_tap.client.recording",

@@ -92,9 +92,11 @@ def plugin_list() -> Finding:
     """VLLM_PLUGINS, the list of plugins that vLLM may load."""
     value = os.environ.get("VLLM_PLUGINS")
     if value is None:
-        return Finding(OK, "VLLM_PLUGINS", "not set: vLLM loads every plugin")
+        text = "not set: vLLM loads every plugin, but no routes of a server, for which vllm-tap serve sets it"
+        return Finding(OK, "VLLM_PLUGINS", text)
     if PLUGIN in value.split(","):
-        return Finding(OK, "VLLM_PLUGINS", f"{value!r} names {PLUGIN}")
+        text = f"{value!r} names {PLUGIN}, for taps and routes of a server; plugins that it does not name are off"
+        return Finding(OK, "VLLM_PLUGINS", text)
     return Finding(NO, "VLLM_PLUGINS", f"{value!r} leaves {PLUGIN} out: add it to the list, or unset the variable")
 
 

@@ -98,7 +98,7 @@ class Connection:
         if any(map(is_network, addresses)):
             self._access = Access(read_secret(secret), tls, codec)
         callers = [caller(where, self._terms()) if is_network(where) else Caller(where) for where in addresses]
-        hellos = _expect(messages.Hello, _exchange(callers, messages.encode(messages.Greet()))(), "Greet")
+        hellos = _greeted(callers)
         for hello, where, known in zip(hellos, addresses, callers, strict=True):
             rank, way = hello.rank.rank, NETWORK if is_network(where) else SEGMENT
             self._callers[rank, way] = known
@@ -158,10 +158,13 @@ class Connection:
 
     def greet(self) -> None:
         """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
+        if self._llm is None:
+            self._met(_greeted(list(self._callers.values())))
+            return
         try:
             hellos = self.call(messages.Hello, "open")
         except PluginNotLoadedError as error:
-            raise _not_loaded(str(error)) from error.__cause__
+            raise not_loaded(str(error)) from error.__cause__
         self._met(hellos)
 
     def _met(self, hellos: Iterable[messages.Hello]) -> None:
@@ -223,9 +226,9 @@ class Connection:
         """
         wait, name = self._send(call, way), type(call).__name__
         if way:
-            return lambda: _expect(kind, wait(), name)
+            return lambda: expect(kind, wait(), name)
         replies = wait()
-        return lambda: _expect(kind, replies, name)
+        return lambda: expect(kind, replies, name)
 
     def call(self, kind: type[T], name: str, *args: Any) -> list[T]:
         """Call a method of all workers through vLLM and return their replies.
@@ -233,7 +236,7 @@ class Connection:
         Raises:
             TapError: The first failure that came back, or what kept the workers from answering.
         """
-        return _expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
+        return expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
 
     def _send(self, call: messages.Call, way: str) -> Callable[[], list[messages.Reply]]:
         """Send a call to all workers; return a function that waits for the replies.
@@ -269,7 +272,7 @@ class Connection:
                 (descriptor, self._memory(descriptor, where, way))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
-            _expect(messages.Descriptor, replies, type(call).__name__)
+            expect(messages.Descriptor, replies, type(call).__name__)
             self._learn(descriptors)
             return held
 
@@ -308,7 +311,7 @@ class Connection:
         except EngineDiedError:
             raise
         except Exception as error:
-            raise _explain(error) from error
+            raise explain(error) from error
 
     def _require_alive(self) -> Any:
         """Return the engine object, None in a process that has none."""
@@ -420,6 +423,11 @@ def _from_network(descriptor: messages.Descriptor, placed: Layout[IntArray], rea
     return memory
 
 
+def _greeted(callers: Sequence[Caller]) -> list[messages.Hello]:
+    """Return what each worker says of itself."""
+    return expect(messages.Hello, _exchange(callers, messages.encode(messages.Greet()))(), "Greet")
+
+
 def _exchange(callers: Sequence[Caller], data: bytes) -> Callable[[], list[messages.Reply]]:
     """Send the same call to workers; return a function that waits for the replies."""
     with _engine_is_gone():
@@ -444,7 +452,7 @@ def _engine_is_gone() -> Iterator[None]:
         raise EngineDiedError(GONE) from error
 
 
-def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
+def expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
     """Return the replies to a call if all are what was expected; raise the first failure."""
     for reply in replies:
         if isinstance(reply, messages.Failure):
@@ -454,7 +462,7 @@ def _expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
     return replies  # type: ignore[return-value]
 
 
-def _explain(error: Exception) -> Exception:
+def explain(error: Exception) -> Exception:
     """Turn what vLLM raised for a call into an error that says what to do."""
     text = f"{type(error).__name__}: {error}"
     if "vllm_tap_open" in text:
@@ -464,7 +472,7 @@ def _explain(error: Exception) -> Exception:
     return CaptureError(f"a call to the workers failed: {text}")
 
 
-def _not_loaded(reason: str) -> PluginNotLoadedError:
+def not_loaded(reason: str) -> PluginNotLoadedError:
     """Return what to raise where the workers have no taps; of what this process can see, the reason is better."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "vllm_tap" not in allowed.split(","):

@@ -93,7 +93,7 @@ class Recording:
         self._connection = connection = connect(llm)
         connection.stop_lost()
         self._way = way = connection.choose_transport(transport)
-        self._layers = {_kind(wish): _resolve(connection, wish) for wish in wishes}
+        self._layers = {_kind(wish): resolve(connection, wish) for wish in wishes}
         self._start = messages.Start(
             capture_id=new_capture_id(),
             streams=_union(self._layers.values()),
@@ -174,6 +174,10 @@ class Recording:
     def note_marked(self, samples: Iterable[int]) -> None:
         """Take note of samples whose requests another process sends, marked by `labels.mark` with this `capture_id`."""
         self._marked_samples.update(samples)
+
+    def forget_marked(self, sample: int) -> None:
+        """Forget a sample of which `finish` will get no output, in a capture that goes on and on."""
+        self._marked_samples.discard(sample)
 
     def _checked(self, params: Any, sample: int) -> int:
         """Return the number of a sample that may be marked with these parameters."""
@@ -387,8 +391,13 @@ def _union(streams: Iterable[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int
     return {stream: tuple(sorted(layers)) for stream, layers in union.items()}
 
 
-def _resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Return the layers of each of the workers' streams that the specification asks for."""
+def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Return the layers of each of the workers' streams that the specification asks for.
+
+    Raises:
+        LayerError: A layer that the model does not have.
+        EngineUnsupportedError: A stream that it does not have.
+    """
     has_experts = bool(connection.available("router_logits"))
     streams: dict[str, tuple[int, ...]] = {}
     for field in spec.streams:

@@ -119,6 +119,18 @@ class Sequences:
         tokens = Tokens(flat - firsts, prompt_lens, of_each, self.token_ids[flat])
         return flat[choice.choose(tokens)]
 
+    @classmethod
+    def of_rows(cls, completion: int, positions: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]) -> Sequences:
+        """Return one sequence of which some rows are known, and nothing else."""
+        known = cls.__new__(cls)
+        length = int(positions.max(initial=-1)) + 1
+        known.slots, known.request_ids, known.prompt_lens = {(0, completion): 0}, {}, np.zeros(1, np.int64)
+        known.starts, known.wanted_starts = np.array([0, length]), np.array([0, len(positions)])
+        known.wanted = positions.astype(np.int64)
+        known.token_ids = np.zeros(length, np.int32)
+        known.token_ids[positions] = token_ids
+        return known
+
     def only(self, number: int) -> Sequences:
         """Return one sequence alone, as that of the first sample."""
         alone = copy.copy(self)

@@ -53,17 +53,18 @@ class CallServer:
         address: abstract name of the socket, without the leading zero byte; random, so that nothing shares it.
     """
 
-    def __init__(self, handle: Callable[[bytes], bytes]) -> None:
+    def __init__(self, handle: Callable[[bytes], bytes], name: str = "calls") -> None:
         """Listen, and answer calls from now on.
 
         Args:
             handle: turns a request into its reply. Threads call it, several at a time if several connections have a
                 call. It must not raise: that ends the connection.
+            name: begins the address, behind "vllm-tap-".
 
         Raises:
             TransportError: the worker cannot listen.
         """
-        self.address = f"vllm-tap-calls-{secrets.token_hex(8)}"
+        self.address = f"vllm-tap-{name}-{secrets.token_hex(8)}"
         self._handle = handle
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)

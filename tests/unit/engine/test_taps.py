@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_tap import Spec
-from vllm_tap.client.recording import _resolve
+from vllm_tap.client.recording import resolve
 from vllm_tap.engine.capture.selection import Run
 from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.tap import ADD, Group, Plane, Rows, Tap
@@ -95,12 +95,12 @@ def test_a_router_is_tapped_and_what_it_states_is_confirmed() -> None:
     """Experts and weights arrive in layers that have them, and the rows that went through confirm the router."""
     taps = tapped(Layer(None), Layer(Experts()))
     spec = Spec(router_logits="all", routed_experts="all")
-    assert _resolve(connection_of(taps), spec) == dict.fromkeys(("router_logits", "expert_ids", "expert_weights"), (1,))
+    assert resolve(connection_of(taps), spec) == dict.fromkeys(("router_logits", "expert_ids", "expert_weights"), (1,))
     assert {layer: str(routing) for layer, routing in taps.routing().items()} == {
         1: "softmax, the 2 highest experts, scores of the chosen"
     }
     with pytest.raises(LayerError, match=r"layer 0 has no experts. Layers with expert_ids: \[1\]"):
-        _resolve(connection_of(taps), Spec(routed_experts=[0]))
+        resolve(connection_of(taps), Spec(routed_experts=[0]))
 
 
 def test_replicas_of_experts_have_no_logits_of_their_own() -> None:
@@ -138,7 +138,7 @@ def test_a_choice_that_cannot_be_seen_is_refused(settings: dict[str, bool], reas
     expected = rf"expert_ids cannot be captured.*layer 0.*{reason}.*Capture router_logits; Capture.routing says"
     for layers in ("all", [0]):
         with pytest.raises(EngineUnsupportedError, match=expected):
-            _resolve(connection, Spec(routed_experts=layers))
+            resolve(connection, Spec(routed_experts=layers))
     routing = taps.routing()[0]
     assert (routing.scoring, routing.num_chosen, routing.checked) == ("softmax", 2, False)
     assert "no rows have confirmed it" in str(routing)
@@ -148,13 +148,13 @@ def test_a_model_without_experts() -> None:
     """All of its layers with experts are none, which is refused unless that may be; one that is named is refused."""
     connection = connection_of(tapped(Layer(None), Layer(None)))
     streams = {"router_logits": (), "expert_ids": (), "expert_weights": ()}
-    assert _resolve(connection, Spec(router_logits="all", routed_experts="all", missing="skip")) == streams
+    assert resolve(connection, Spec(router_logits="all", routed_experts="all", missing="skip")) == streams
     for field in ("router_logits", "routed_experts"):
         with pytest.raises(SpecError, match=rf'{field}="all" chooses no layer.*Leave {field} out.*missing="skip"'):
-            _resolve(connection, Spec(**{field: "all"}))
+            resolve(connection, Spec(**{field: "all"}))
     for spec in (Spec(router_logits=[1]), Spec(routed_experts=[-1])):
         with pytest.raises(LayerError, match="belongs to a model without experts"):
-            _resolve(connection, spec)
+            resolve(connection, spec)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -1,0 +1,270 @@
+"""`AsyncTap`: captures from vLLM's `AsyncLLM`, beside requests that nobody captures. Client process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any, Final, TypeVar
+
+from vllm_tap.client.live import Lives, Request, connect_async
+from vllm_tap.client.missing import check_prompts
+from vllm_tap.client.prompts import is_conversation, read_prompts
+from vllm_tap.client.recording import Recording
+from vllm_tap.client.result import Capture, Sample
+from vllm_tap.client.tap import RowBlock
+from vllm_tap.errors import SpecError
+from vllm_tap.spec import Spec
+from vllm_tap.vllm import asynchronous
+
+MOST_WAITING: Final = 64
+"""Samples or blocks that wait for their reader, beyond which requests wait to hand over more."""
+
+T = TypeVar("T", bound=Sample)
+
+
+class AsyncTap:
+    """Captures from an `AsyncLLM`, any number at a time, in the event loop that runs it.
+
+    Requests of one Spec share a capture in the engine. Of data parallel engines, captured requests go to the first.
+
+    Args:
+        async_llm: A `vllm.v1.engine.async_llm.AsyncLLM`, started without any special argument.
+        budget_bytes: Most memory for rows of each Spec that have not been read, over all workers; by default a quarter
+            of RAM, at most 8 GiB.
+        staging: As for `Recording`.
+
+    Raises:
+        SpecError: It is something else, or it pools.
+    """
+
+    def __init__(self, async_llm: Any, *, budget_bytes: int | None = None, staging: str = "auto") -> None:
+        asynchronous.require_async(async_llm)
+        self._llm = async_llm
+        self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "staging": staging}
+        self._connecting = asyncio.Lock()
+        self._lives: Lives | None = None
+
+    async def capture(
+        self, prompts: Any, spec: Spec, *, lora_request: Any = None, sampling_params: Any = None, **sampling: Any
+    ) -> Capture:
+        """Generate from prompts and return all rows at the end; see `vllm_tap.capture`.
+
+        Cancelled, it aborts its requests and gives the memory back.
+
+        Args:
+            prompts: As `vllm_tap.capture` takes them, but for conversations.
+            spec: What to capture.
+            lora_request: A `vllm.lora.request.LoRARequest` for all prompts.
+            sampling_params: A `vllm.SamplingParams` for all prompts.
+            **sampling: Its fields.
+
+        Raises:
+            TapError: As for `vllm_tap.capture`.
+        """
+        items = _checked(prompts)
+        params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
+        check_prompts(spec, items)
+        connection = (await self._connected()).connection
+        starting = asyncio.create_task(asyncio.to_thread(Recording, connection, spec, **self._options))
+        try:
+            recording = await asyncio.shield(starting)
+            async with asyncio.TaskGroup() as group:
+                running = [
+                    group.create_task(self._final(prompt, recording.mark(params, number), lora_request))
+                    for number, prompt in enumerate(items)
+                ]
+            outputs = [task.result() for task in running]
+            return await asyncio.shield(asyncio.to_thread(recording.finish, outputs))
+        except BaseException as error:
+            await _stop(starting)
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+
+    async def _final(self, prompt: Any, params: Any, lora_request: Any) -> Any:
+        """Return the output of a prompt."""
+        last = None
+        async for output in self._outputs(prompt, params, lora_request):
+            last = output
+        return last
+
+    async def _outputs(self, prompt: Any, params: Any, lora_request: Any) -> AsyncGenerator[Any, None]:
+        name = f"tap-{secrets.token_hex(8)}"
+        outputs = asynchronous.generate(self._llm, prompt, params, name, lora_request=lora_request)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def stream(
+        self,
+        prompts: Any,
+        spec: Spec,
+        *,
+        most_running: int = 64,
+        lora_request: Any = None,
+        sampling_params: Any = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[Sample, None]:
+        """Generate from prompts and yield samples as they end, while others run.
+
+        Close it (`contextlib.aclosing`), or cancel its task, to abort what runs and give the memory back.
+
+        Args:
+            prompts: As for `capture`, of any number: they are read as requests end.
+            spec: What to capture.
+            most_running: Prompts that run at a time.
+            lora_request: As for `capture`.
+            sampling_params: As for `capture`.
+            **sampling: As for `capture`.
+
+        Yields:
+            Sample: as of `Tap.stream`; samples own their rows.
+
+        Raises:
+            TapError: As for `capture`.
+        """
+        params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
+
+        async def samples(number: int, prompt: Any, request: Request) -> AsyncGenerator[Sample, None]:
+            output = await self._final(prompt, request.params, lora_request)
+            result = await request.result(output)
+            result.first_sample = number
+            for sample, completion in result.sequences.slots:
+                yield result.sample(sample, completion)
+
+        async with contextlib.aclosing(self._merged(prompts, spec, params, samples, most_running)) as items:
+            async for item in items:
+                yield item
+
+    async def stream_rows(
+        self,
+        prompts: Any,
+        spec: Spec,
+        *,
+        most_running: int = 64,
+        lora_request: Any = None,
+        sampling_params: Any = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[RowBlock, None]:
+        """Generate from prompts and yield rows while their sequences are generated.
+
+        Args:
+            prompts: As for `stream`.
+            spec: What to capture.
+            most_running: As for `stream`.
+            lora_request: As for `stream`.
+            sampling_params: As for `capture`; of one completion.
+            **sampling: As for `capture`.
+
+        Yields:
+            RowBlock: as of `Tap.stream_rows`; its `output` has the tokens that were known.
+
+        Raises:
+            SpecError: `n` is above 1.
+            TapError: As for `capture`.
+
+        Cost:
+            A call to each worker for every step, which requests of the same Spec share.
+        """
+        params = asynchronous.new_params(self._llm, sampling_params, sampling, "DELTA")
+        if (params.n or 1) > 1:
+            raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
+
+        async def blocks(number: int, prompt: Any, request: Request) -> AsyncGenerator[RowBlock, None]:
+            tokens = asynchronous.Tokens(is_delta=True)
+            async with contextlib.aclosing(self._outputs(prompt, request.params, lora_request)) as outputs:
+                async for output in outputs:
+                    tokens.add(output)
+                    result = await request.rows(tokens)
+                    if result is not None:
+                        result.first_sample = number
+                        block = RowBlock(result, 0)
+                        block.finished = tokens.finished
+                        yield block
+
+        async with contextlib.aclosing(self._merged(prompts, spec, params, blocks, most_running)) as items:
+            async for item in items:
+                yield item
+
+    async def _merged(
+        self,
+        prompts: Any,
+        spec: Spec,
+        params: Any,
+        run: Callable[[int, Any, Request], AsyncGenerator[T, None]],
+        most_running: int,
+    ) -> AsyncGenerator[T, None]:
+        """Yield what the prompts' generators yield, in the order in which it comes."""
+        lives = await self._connected()
+        numbered = enumerate(_each(prompts))
+        ready: asyncio.Queue[T | BaseException | None] = asyncio.Queue(MOST_WAITING)
+
+        async def work() -> None:
+            try:
+                for number, prompt in numbered:
+                    check_prompts(spec, [prompt])
+                    async with (
+                        lives.request(spec, params) as request,
+                        contextlib.aclosing(run(number, prompt, request)) as items,
+                    ):
+                        async for item in items:
+                            await ready.put(item)
+                await ready.put(None)
+            except Exception as error:
+                await ready.put(error)
+
+        workers = [asyncio.create_task(work()) for _ in range(most_running)]
+        try:
+            for _ in workers:
+                while (item := await ready.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            await lives.idle()
+
+    async def _connected(self) -> Lives:
+        """Connect on first use."""
+        async with self._connecting:
+            if self._lives is None:
+                self._lives = Lives(await connect_async(self._llm), **self._options)
+        return self._lives
+
+
+async def _stop(starting: asyncio.Task[Recording]) -> None:
+    """Stop a recording that may be about to begin, whatever happens."""
+
+    async def stop() -> None:
+        recording = await starting
+        if not recording.has_ended:
+            await asyncio.to_thread(recording.stop)
+
+    with contextlib.suppress(Exception):
+        await asyncio.shield(asyncio.create_task(stop()))
+
+
+def _checked(prompts: Any) -> list[Any]:
+    """Return prompts as vLLM takes them.
+
+    Raises:
+        SpecError: There are none, or conversations.
+    """
+    read = read_prompts(prompts)
+    if read.are_chats:
+        raise SpecError(
+            "AsyncLLM takes no conversations: render them with the tokenizer's apply_chat_template, and pass the "
+            "token ids."
+        )
+    return read.items
+
+
+def _each(prompts: Any) -> Iterable[Any]:
+    """Yield prompts one by one as vLLM takes them."""
+    single = isinstance(prompts, str | dict) or is_conversation(prompts) or not isinstance(prompts, Iterable)
+    return itertools.chain.from_iterable(_checked([prompt]) for prompt in ([prompts] if single else prompts))

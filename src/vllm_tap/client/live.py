@@ -1,0 +1,258 @@
+"""Captures that many requests of one event loop share, one for each Spec. Client process.
+
+Calls to workers block, so they run in threads of the event loop; a lock orders them. What is cancelled here goes on
+there to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from vllm_tap.client.collector import Collector
+from vllm_tap.client.connection import PROBE_TOKENS, Connection, expect, explain, not_loaded
+from vllm_tap.client.recording import Recording
+from vllm_tap.client.result import Capture
+from vllm_tap.errors import PluginNotLoadedError, TapError
+from vllm_tap.frame import messages
+from vllm_tap.spec import Spec
+from vllm_tap.vllm import asynchronous
+
+T = TypeVar("T")
+
+
+async def connect_async(llm: Any) -> Connection:
+    """Return a connection to the workers of an `AsyncLLM`.
+
+    Raises:
+        PluginNotLoadedError: The workers do not know this package.
+        EngineUnsupportedError: They know it and cannot capture.
+        EngineDiedError: The engine ended.
+    """
+    asynchronous.require_async(llm)
+    addresses = await _addresses(llm)
+    connection = await asyncio.to_thread(Connection.at, addresses)
+    if connection.wants_rows:
+        longest = llm.vllm_config.model_config.max_model_len - 1
+        ids = list(itertools.islice(itertools.cycle(PROBE_TOKENS), min(connection.wants_rows, longest)))
+        params = asynchronous.new_params(llm, None, {"max_tokens": 1, "temperature": 0.0}, "FINAL_ONLY")
+        params.skip_reading_prefix_cache = True
+        async for _ in asynchronous.generate(llm, {"prompt_token_ids": ids}, params, f"vllm-tap-probe-{id(params)}"):
+            pass
+        await asyncio.to_thread(connection.greet)
+    return connection
+
+
+async def _addresses(llm: Any) -> list[str]:
+    try:
+        replies = await asynchronous.call(llm, "vllm_tap_open")
+        hellos = expect(messages.Hello, [messages.decode_reply(data) for data in replies], "vllm_tap_open")
+    except PluginNotLoadedError as error:
+        raise not_loaded(str(error)) from error
+    except TapError:
+        raise
+    except Exception as error:
+        told = explain(error)
+        raise not_loaded(str(told)) if isinstance(told, PluginNotLoadedError) else told from error
+    return [hello.calls for hello in hellos]
+
+
+class Request:
+    """A request that is captured.
+
+    Attributes:
+        params: Its sampling parameters, marked.
+    """
+
+    def __init__(self, live: Live, params: Any) -> None:
+        self._live = live
+        self.sample = live.new_sample()
+        self.params = live.recording.mark(params, self.sample)
+        self._sent = 0  # rows of positions before have been handed out
+
+    async def rows(self, tokens: asynchronous.Tokens) -> Capture | None:
+        """Return the rows that are final and have not been returned; None for none. For requests of one completion.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        completions = tokens.outputs
+        generated = len(completions[0].token_ids) if completions else 0
+        end = len(tokens.prompt_token_ids) + generated - 1
+        waits = self._live.spec.positions == "last_generated" and not tokens.finished
+        if not generated or waits or (end <= self._sent and not tokens.finished):
+            return None
+        begin, self._sent = self._sent, end
+        await self._live.take()
+        result = await self._live.locked(lambda collector: collector.rows_until(self.sample, tokens, begin, end))
+        return result if result.num_rows or tokens.finished else None
+
+    async def result(self, output: Any) -> Capture:
+        """Return all rows of a request that has ended.
+
+        Raises:
+            TapError: What ended the capture early, or rows are missing.
+        """
+        await self._live.take()
+        return await self._live.locked(lambda collector: collector.result(self.sample, output))
+
+
+class Live:
+    """A capture under way, as long as requests use it."""
+
+    def __init__(self, connection: Connection, spec: Spec, options: dict[str, Any], tasks: Tasks) -> None:
+        self.spec, self.num_users, self.error = spec, 0, None
+        self._connection, self._options, self._tasks = connection, options, tasks
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._begun = self._done = 0
+        self._taking: asyncio.Task[None] | None = None
+        self._starting = tasks.run(asyncio.to_thread(self._start))
+
+    error: BaseException | None
+    recording: Recording
+
+    def _start(self) -> None:
+        if self._connection.may_change:
+            self._connection.greet()
+        self.recording = Recording(self._connection, self.spec, **self._options)
+        self._collector = Collector(self.recording)
+
+    async def started(self) -> None:
+        """Wait until the workers have begun.
+
+        Raises:
+            TapError: They could not.
+        """
+        try:
+            await asyncio.shield(self._starting)
+        except TapError as error:
+            self.error = error
+            raise
+
+    def new_sample(self) -> int:
+        """Return a number that no other request has."""
+        return next(self._numbers)
+
+    async def take(self) -> None:
+        """Have the rows taken that there are now. Requests that wait at the same time share a call.
+
+        Raises:
+            TapError: What ended the capture early.
+        """
+        wanted = self._begun + 1
+        while self._done < wanted:
+            if self._taking is None or self._taking.done():
+                self._begun += 1
+                self._taking = self._tasks.run(self._take(self._begun))
+            await asyncio.shield(self._taking)
+
+    async def _take(self, number: int) -> None:
+        try:
+            await self.locked(lambda collector: collector.take())
+        except TapError as error:
+            self.error = error
+            raise
+        self._done = number
+
+    async def locked(self, function: Callable[[Collector], T]) -> T:
+        """Run a function of the collector in a thread, one at a time, and return what it returns."""
+
+        def run() -> T:
+            with self._lock:
+                return function(self._collector)
+
+        return await asyncio.shield(self._tasks.run(asyncio.to_thread(run)))
+
+    def drop(self, request: Request) -> None:
+        """Let go of a request, wherever it is."""
+        self.recording.forget_marked(request.sample)
+        if self.error is None and self.num_users > 1:  # else the capture ends
+            self._tasks.run(self._drop(request.sample))
+
+    async def _drop(self, sample: int) -> None:
+        with contextlib.suppress(TapError):
+            await self.take()  # what came of it since
+            await self.locked(lambda collector: collector.drop(sample))
+
+    async def close(self) -> None:
+        """End the capture."""
+        with contextlib.suppress(TapError):
+            await asyncio.shield(self._starting)
+            await self.locked(lambda collector: self.recording.stop())
+
+
+class Tasks:
+    """Tasks of an event loop that are kept until they have ended."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task, whose failure is not reported when nobody waits for it."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+
+class Lives:
+    """Captures by their Spec.
+
+    Args:
+        connection: To the workers.
+        **options: As `Recording` takes them.
+    """
+
+    def __init__(self, connection: Connection, **options: Any) -> None:
+        self.connection, self._options = connection, options
+        self._by_spec: dict[Spec, Live] = {}
+        self.tasks = Tasks()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._by_spec)
+
+    async def idle(self) -> None:
+        """Wait until captures that nobody uses have ended."""
+        await asyncio.shield(asyncio.gather(*self._closing, return_exceptions=True))
+
+    def __contains__(self, spec: object) -> bool:
+        return spec in self._by_spec
+
+    @contextlib.asynccontextmanager
+    async def request(self, spec: Spec, params: Any) -> AsyncIterator[Request]:
+        """Mark a request for the block, beside others of the same Spec. At the end of the block it has ended.
+
+        Raises:
+            TapError: It cannot be captured.
+        """
+        live = self._by_spec.get(spec)
+        if live is None or live.error is not None:
+            live = self._by_spec[spec] = Live(self.connection, spec, self._options, self.tasks)
+        live.num_users += 1
+        request = None
+        try:
+            await live.started()
+            request = Request(live, params)
+            yield request
+        finally:
+            if request is not None:
+                live.drop(request)
+            live.num_users -= 1
+            if not live.num_users or live.error is not None:
+                if self._by_spec.get(spec) is live:
+                    del self._by_spec[spec]
+                if not live.num_users:
+                    closing = self.tasks.run(live.close())
+                    self._closing.add(closing)
+                    closing.add_done_callback(self._closing.discard)

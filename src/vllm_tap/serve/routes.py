@@ -1,0 +1,136 @@
+"""Routes of rows, and the middleware that says whose request is handled. In each API process."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from typing import Any, Final
+
+from fastapi import APIRouter, HTTPException, Request
+from starlette.datastructures import Headers
+from starlette.responses import Response, StreamingResponse
+
+from vllm_tap.frame import body
+from vllm_tap.serve import formats
+from vllm_tap.serve.captures import ROUTE, Call, current
+from vllm_tap.serve.metrics import Metrics
+from vllm_tap.serve.peers import Peers, RemoteResult
+from vllm_tap.serve.results import Result, Results
+
+MOST_WAIT_S: Final = 60.0
+POLL_S: Final = 0.05
+
+
+class Service:
+    """Results of a server, and who may read them.
+
+    Attributes:
+        guarded: Whether the server wants an API key.
+    """
+
+    def __init__(self, results: Results, peers: Peers, metrics: Metrics, guarded: bool) -> None:
+        self.results, self.peers, self.metrics, self.guarded = results, peers, metrics, guarded
+
+    def key_of(self, headers: Headers) -> str:
+        """Return the digest of the API key of a request; nothing where the server wants none."""
+        if not self.guarded:
+            return ""
+        _, _, key = headers.get("authorization", "").partition(" ")
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+class Caller:
+    """ASGI middleware: tells the handlers below whose request they handle."""
+
+    def __init__(self, app: Any, holder: Any) -> None:
+        self._app, self._holder = app, holder
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request."""
+        service = self._holder.service
+        if scope["type"] != "http" or service is None:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        call = Call(service.key_of(headers), headers.get("x-request-id", ""))
+        token = current.set(call)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            current.reset(token)
+            if call.reply is not None:
+                call.reply.close()
+
+
+def new_router(holder: Any) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        holder: Has the `service` once the server is up.
+    """
+    router = APIRouter()
+
+    async def read(
+        name: str,
+        request: Request,
+        wait: float = 0.0,
+        format: str = "frames",
+        stream: str = "",
+        layer: int = 0,
+        prompt: int = 0,
+        completion: int = 0,
+    ) -> Response:
+        """Rows of a request: as they come, to its end."""
+        service = _service(holder)
+        result = await _find(service, request, name, wait)
+        service.metrics.reads.inc()
+        if format == "frames":
+            return StreamingResponse(result.read(), media_type=body.MEDIA_TYPE)
+        if format not in formats.NAMES:
+            raise HTTPException(400, f"format is one of frames, {', '.join(formats.NAMES)}, got {format!r}.")
+        whole = [frame async for frame in result.read()]
+        try:
+            choice = formats.Choice(prompt, completion, stream, layer)
+            data = await asyncio.to_thread(formats.NAMES[format], whole, choice)
+        except LookupError as error:
+            raise HTTPException(404, str(error.args[0])) from None
+        return Response(data, media_type=body.MEDIA_TYPE)
+
+    async def delete(name: str, request: Request) -> None:
+        """Let go of rows."""
+        service = _service(holder)
+        key = service.key_of(request.headers)
+        if not (service.results.delete(key, name) or await service.peers.delete(key, name)):
+            raise _unknown(name)
+        service.metrics.deletes.inc()
+
+    router.add_api_route(ROUTE + "/{name}", read, methods=["GET"], response_class=StreamingResponse)
+    router.add_api_route(ROUTE + "/{name}", delete, methods=["DELETE"], status_code=204)
+    return router
+
+
+def _service(holder: Any) -> Service:
+    service: Service | None = holder.service
+    if service is None:
+        raise HTTPException(503, f"this server captures nothing: {holder.why_not}")
+    return service
+
+
+async def _find(service: Service, request: Request, name: str, wait: float) -> Result | RemoteResult:
+    """Return a result, which may come within some seconds."""
+    key = service.key_of(request.headers)
+    deadline = time.monotonic() + min(wait, MOST_WAIT_S)
+    while True:
+        found = service.results.find(key, name) or await service.peers.find(key, name)
+        if found is not None:
+            return found
+        if not time.monotonic() < deadline:
+            raise _unknown(name)
+        await asyncio.sleep(POLL_S)
+
+
+def _unknown(name: str) -> HTTPException:
+    return HTTPException(
+        404, f"there are no rows {name[:100]!r}: they were deleted, their time is over, or they are of another API key."
+    )

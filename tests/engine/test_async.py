@@ -1,0 +1,216 @@
+"""Captures from an `AsyncLLM`: rows at the end, samples and rows as they come, beside requests that nobody captures.
+
+Runs in the test process, beside one eager Llama engine, in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import device
+from engine.engines import (
+    ARGUMENTS,
+    TOLERANCE,
+    References,
+    compare,
+    error,
+    expected_rows,
+    greedy,
+    prompts,
+    rows_of,
+    sequence,
+)
+from vllm_tap import AsyncTap, Spec
+from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
+
+pytestmark = pytest.mark.engine
+
+EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+
+
+class Running:
+    """An engine and the event loop that runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._runner = asyncio.Runner()
+        arguments = device.engine_arguments(**{**ARGUMENTS, "enforce_eager": True})
+        start = AsyncLLM.from_engine_args
+
+        async def started() -> Any:
+            return start(AsyncEngineArgs(model=str(folder), **arguments))
+
+        self.llm: Any = self.run(started())
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine to its end."""
+        return self._runner.run(coroutine)
+
+    async def plain(self, given: Any, name: str, **fields: Any) -> list[int]:
+        """Return the tokens of a request that nobody captures."""
+        outputs = [output async for output in self.llm.generate(given, greedy(**fields), name)]
+        return list(outputs[-1].outputs[0].token_ids)
+
+    async def is_free(self) -> bool:
+        """Tell whether nothing is left in the engine."""
+        states = await self.llm.collective_rpc("vllm_tap_status")
+        return not self.llm.output_processor.request_states and not any(state["used_bytes"] for state in states)
+
+    def close(self) -> None:
+        """End the engine."""
+        self.llm.shutdown()
+        self._runner.close()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Running]:
+    """An engine that generates."""
+    engine = Running(tiny_model("llama"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def tap(engine: Running) -> AsyncTap:
+    """Its tap."""
+    return AsyncTap(engine.llm)
+
+
+async def until_free(engine: Running) -> None:
+    """Wait until nothing is left in the engine."""
+    async with asyncio.timeout(20):
+        while not await engine.is_free():
+            await asyncio.sleep(0)
+
+
+def test_captures_beside_plain_requests_are_those_of_hugging_face(
+    engine: Running, tap: AsyncTap, references: Callable[[str], References]
+) -> None:
+    """Two captures at a time; plain requests get the tokens that they get alone."""
+    others = prompts((7, 40), seed=3)
+
+    async def run() -> None:
+        alone = [await engine.plain(one, f"alone-{i}") for i, one in enumerate(others)]
+        first, second, *beside = await asyncio.gather(
+            tap.capture(prompts(), EVERYTHING, **GREEDY),
+            tap.capture(prompts((5, 90)), Spec(hidden_states=[1], positions="generated"), **GREEDY),
+            *(engine.plain(one, f"beside-{i}") for i, one in enumerate(others)),
+        )
+        assert beside == alone
+        compare(first, references("llama"))
+        compare(second, references("llama"), lambda prompt, rows: list(range(prompt, rows)))
+        del first, second
+        await until_free(engine)
+
+    engine.run(run())
+
+
+def test_samples_come_as_they_end(engine: Running, tap: AsyncTap, references: Callable[[str], References]) -> None:
+    """With `n` of 2, each completion once, with its rows."""
+
+    async def run() -> None:
+        seen = []
+        async for sample in tap.stream(iter(prompts()), EVERYTHING, **{**GREEDY, "temperature": 1.0, "n": 2}):
+            seen.append((sample.index, sample.completion))
+            number = [one.index for one in sample.output.outputs].index(sample.completion)
+            tokens = sequence(sample.output, number)
+            assert sample.token_ids.tolist() == tokens
+            expected = expected_rows(references("llama").of(tokens), "hidden_states", 3)
+            assert error(rows_of(sample, "hidden_states", 3), expected, expected.square().mean().sqrt()) < TOLERANCE
+        assert sorted(seen) == [(i, c) for i in range(len(prompts())) for c in (0, 1)]
+        await until_free(engine)
+
+    engine.run(run())
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "last", "last_generated", [0, -1]], ids=str)
+def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Running, tap: AsyncTap, positions: Any) -> None:
+    """Put together; each row comes before eight more tokens are generated."""
+    spec = Spec(hidden_states="all", positions=positions)
+
+    async def run() -> None:
+        whole = await tap.capture(prompts((5, 33, 9)), spec, **GREEDY)
+        found: dict[int, list[Any]] = {}
+        async for block in tap.stream_rows(prompts((5, 33, 9)), spec, **GREEDY):
+            found.setdefault(block.index, []).append(block)
+            late = len(block.output.prompt_token_ids) + len(block.output.outputs[0].token_ids) - 1
+            assert not len(block) or positions in ("last", [0, -1]) or late - int(block.positions[-1]) < 8
+        for index, sample in enumerate(whole):
+            assert [block.finished for block in found[index]] == [False] * (len(found[index]) - 1) + [True]
+            assert torch.cat([b.positions for b in found[index]]).tolist() == sample.positions.tolist()
+            for layer in range(4):
+                rows = torch.cat([block.hidden_states[layer] for block in found[index]])
+                expected = sample.hidden_states[layer].clone()  # a view would hold the memory
+                assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
+        assert positions != "all" or all(len(blocks) > 3 for blocks in found.values())
+        del whole, sample
+        await until_free(engine)
+
+    engine.run(run())
+
+
+def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: AsyncTap) -> None:
+    """Also beside a stream of the same Spec that goes on, which loses nothing."""
+    long = {**GREEDY, "max_tokens": 100}
+
+    async def first_block(name: int) -> None:
+        async with contextlib.aclosing(tap.stream_rows(prompts((20,), seed=name), EVERYTHING, **long)) as blocks:
+            async for _ in blocks:
+                return
+
+    async def whole() -> None:
+        blocks = [block async for block in tap.stream_rows(prompts((9,)), EVERYTHING, **long)]
+        assert torch.cat([block.positions for block in blocks]).tolist() == list(range(108))
+
+    async def run() -> None:
+        stays = asyncio.create_task(whole())
+        capturing = asyncio.create_task(tap.capture(prompts((5, 9)), EVERYTHING, **long))
+        streaming = asyncio.create_task(anext(tap.stream(prompts((5, 9)), Spec(hidden_states=[0]), **long)))
+        await asyncio.gather(*(first_block(name) for name in range(4)))
+        for task in (capturing, streaming):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await stays
+        await until_free(engine)
+
+    engine.run(run())
+
+
+def test_a_capture_that_cannot_be_leaves_the_others_alone(engine: Running, tap: AsyncTap) -> None:
+    """Each failure says what it says of an offline engine."""
+
+    async def refused(kind: type[Exception], match: str, **arguments: Any) -> None:
+        given: dict[str, Any] = {"prompts": prompts(), "spec": EVERYTHING, **GREEDY, **arguments}
+        with pytest.raises(kind, match=match):
+            await tap.capture(**given)
+        with pytest.raises(kind, match=match):
+            async for _ in tap.stream(**given):
+                pass
+
+    async def run() -> None:
+        small = AsyncTap(engine.llm, budget_bytes=1 << 16)
+        with pytest.raises(BudgetError):
+            await small.capture(prompts(), EVERYTHING, **GREEDY)
+        await refused(LayerError, "no layer 9", spec=Spec(hidden_states=[9]))
+        await refused(PositionError, "no position 50", spec=Spec(hidden_states=[0], positions=[50]))
+        await refused(SpecError, "has no field 'maxtokens'", maxtokens=3)
+        await refused(SpecError, "no conversations", prompts=[{"role": "user", "content": "hello"}])
+        with pytest.raises(SpecError, match="one sequence is generated for each prompt"):
+            await anext(tap.stream_rows(prompts(), EVERYTHING, n=2))
+        with pytest.raises(SpecError, match="expected a vLLM AsyncLLM"):
+            AsyncTap("model")
+        await until_free(engine)
+        assert len((await tap.capture(prompts((5,)), EVERYTHING, **GREEDY))[0]) == 12
+
+    engine.run(run())

@@ -1,0 +1,195 @@
+"""Routes of rows without an engine: who gets what, in one process and from another; what is written is read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_tap.client.owned import OwnedRows
+from vllm_tap.client.result import Capture
+from vllm_tap.client.sequences import Sequences
+from vllm_tap.errors import CaptureError, RowsMissingError, TransportError
+from vllm_tap.frame import body
+from vllm_tap.spec import Spec
+
+httpx = pytest.importorskip("httpx")
+fastapi = pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+
+from vllm_tap import HttpTap  # noqa: E402
+from vllm_tap.serve.captures import Reply  # noqa: E402
+from vllm_tap.serve.peers import Peers  # noqa: E402
+from vllm_tap.serve.results import Results  # noqa: E402
+from vllm_tap.serve.routes import Caller, Service, new_router  # noqa: E402
+from vllm_tap.serve.settings import Settings  # noqa: E402
+from vllm_tap.vllm.asynchronous import Tokens  # noqa: E402
+
+SPEC = Spec(hidden_states=[1, 3], positions="all")
+COUNTERS = SimpleNamespace(**{name: SimpleNamespace(inc=lambda: None) for name in ("reads", "deletes")})
+
+
+class Process:
+    """An API process with results of no engine: an event loop in a thread."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self.results, self.service = Results(Settings(ttl_s=1000)), None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        app = fastapi.FastAPI()
+        app.include_router(new_router(self))
+        app.add_middleware(Caller, holder=self)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", lifespan="off"))
+        self._thread = threading.Thread(target=self._run, args=(addresses,), daemon=True)
+        self._started = threading.Event()
+        self._thread.start()
+        assert self._started.wait(20)
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(self.url)
+        while not self._server.started:
+            self._thread.join(0.01)
+
+    url = property(lambda self: f"http://127.0.0.1:{self.port}")
+    why_not = "it is a test."
+
+    def _run(self, addresses: list[str]) -> None:
+        async def main() -> None:
+            self.loop = asyncio.get_running_loop()
+            self.service = Service(self.results, Peers(self.results, addresses, self.loop), COUNTERS, guarded=True)
+            self._started.set()
+            await self._server.serve()
+
+        asyncio.run(main())
+
+    def do(self, function: Any) -> Any:
+        """Run a function in the event loop and return what it returns."""
+
+        async def inside() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(inside(), self.loop).result(20)
+
+    def tap(self, key: str) -> HttpTap:
+        """Return a tap with a key."""
+        return HttpTap(self.url, api_key=key)
+
+    def close(self) -> None:
+        """End it."""
+        self._server.should_exit = True
+        self._thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[list[Process]]:
+    """Two API processes of one server."""
+    processes = [Process(["worker"]), Process(["worker"])]
+    yield processes
+    for process in processes:
+        process.close()
+
+
+def key_of(process: Process, key: str) -> str:
+    """Return a key as the results know it."""
+    from starlette.datastructures import Headers
+
+    assert process.service is not None
+    return process.service.key_of(Headers({"Authorization": f"Bearer {key}"}))
+
+
+def captured(first: int, last: int, output: Any) -> Capture:
+    """Return rows of some positions of a sequence."""
+    sequences = Sequences([output], "all")
+    sequences.wanted = sequences.wanted[first:last]
+    sequences.wanted_starts = sequences.wanted_starts.__class__((2,), sequences.wanted_starts.dtype)
+    sequences.wanted_starts[:] = 0, len(sequences.wanted)
+    rows = {("hidden_states", layer): torch.arange(first, last)[:, None].repeat(1, 3) * 1.0 + layer for layer in (1, 3)}
+    rows = {place: tensor.to(torch.bfloat16) for place, tensor in rows.items()}
+    return Capture(SPEC, [output], sequences, [OwnedRows(rows)], {"hidden_states": "x"}, {}, ["hidden_states"], 4, True)
+
+
+def fill(process: Process, key: str, name: str, end: int = 6) -> Reply:
+    """Put a result of one prompt of 4 and 3 tokens into a process: rows of 6 positions."""
+    tokens = Tokens(is_delta=True)
+    one = SimpleNamespace(index=0, token_ids=[7, 8, 9])
+    tokens.add(SimpleNamespace(request_id="r", finished=True, prompt_token_ids=[1, 2, 3, 4], outputs=[one]))
+
+    def inside() -> Reply:
+        reply = Reply(process.results, process.results.open(key_of(process, key), [name]), {"hidden_states": (1, 3)})
+        number = reply.expect()
+        reply.add(number, captured(0, 4, tokens), False)
+        reply.add(number, captured(4, end, tokens), True)
+        reply.end(number, tokens)
+        return reply
+
+    return process.do(inside)
+
+
+@pytest.mark.parametrize("reader", [0, 1])
+def test_any_process_hands_out_what_one_has(processes: list[Process], reader: int) -> None:
+    """Rows, blocks, other formats; to the key that made them; until they are deleted."""
+    reply = fill(processes[0], "mine", f"name-{reader}")
+    handle, tap, url = reply.handle, processes[reader].tap("mine"), processes[reader].url
+    assert handle["choices"] == [{"prompt": 0, "completion": 0, "positions": [[0, 6]]}]
+    assert (handle["dtype"], handle["width"]) == ({"hidden_states": "bfloat16"}, {"hidden_states": 3})
+    for response in ({"kv_transfer_params": {"vllm_tap": handle}}, f"name-{reader}"):
+        (sample,) = tap.samples(response)
+        assert sample.positions.tolist() == list(range(6))
+        assert sample.token_ids.tolist() == [1, 2, 3, 4, 7, 8]
+        assert sample.hidden_states[3][:, 0].tolist() == [3, 4, 5, 6, 7, 8]
+        assert sample.hidden_states[-1].dtype == torch.bfloat16
+    blocks = list(tap.stream_rows(handle["id"]))
+    assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5]]
+    assert [block.finished for block in blocks] == [False, True]
+    headers = {"Authorization": "Bearer mine"}
+    npy = {"format": "npy", "stream": "hidden_states", "layer": 1}
+    assert httpx.get(url + handle["href"], params=npy, headers=headers).content[1:6] == b"NUMPY"
+    with pytest.raises(TransportError, match="404"):
+        processes[reader].tap("other").samples(handle["id"])
+    with pytest.raises(TransportError, match="404"):
+        processes[reader].tap("other").delete(handle["id"])
+    tap.delete(handle["id"])
+    processes[0].do(lambda: None)
+    for process in processes:
+        with pytest.raises(TransportError, match="404"):
+            process.tap("mine").samples(handle["id"])
+
+
+@pytest.mark.parametrize("reader", [0, 1])
+def test_rows_are_read_while_they_come_by_who_waits_for_them(processes: list[Process], reader: int) -> None:
+    """Before the request is there."""
+    blocks: list[Any] = []
+    name = f"later-{reader}"
+
+    def read() -> None:
+        blocks.extend(processes[reader].tap("mine").stream_rows(name))
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    fill(processes[0], "mine", name)
+    reading.join(20)
+    assert [len(block) for block in blocks] == [4, 2]
+
+
+def test_what_ended_early_or_lacks_rows_is_told(processes: list[Process]) -> None:
+    """And never partial in silence."""
+    reply = fill(processes[0], "mine", "short", end=5)
+    with pytest.raises(RowsMissingError, match="5 rows came of 6"):
+        processes[1].tap("mine").samples("short")
+    failed = processes[0].do(lambda: processes[0].results.open(key_of(processes[0], "mine"), ["failed"]))
+    processes[0].do(lambda: processes[0].results.end(failed, "it broke"))
+    for process in processes:
+        with pytest.raises(CaptureError, match="it broke"):
+            process.tap("mine").samples("failed")
+    with pytest.raises(CaptureError, match="has no rows"):
+        processes[0].tap("mine").samples({"id": "x"})
+    with pytest.raises(TransportError, match="cannot be reached"):
+        HttpTap("http://127.0.0.1:9").samples("x")
+    assert body.frames(b"".join(reply.result.frames))[-1].head == {"kind": "end"}
