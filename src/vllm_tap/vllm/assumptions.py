@@ -293,7 +293,7 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
-                "vllm.v1.engine.llm_engine.LLMEngine", ("step",),
+                "vllm.v1.engine.llm_engine.LLMEngine", ("step", "add_request"),
                 "to keep what is finished when `vllm-tap capture` is interrupted", "`vllm-tap capture` fails",
             ),
             Assumption(

@@ -52,7 +52,7 @@ def require_found(model: str, revision: str | None = None) -> None:
 
 def _is_name(model: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(model)
