@@ -28,6 +28,8 @@ class StreamKind(NamedTuple):
 
 STREAMS: Final = (
     StreamKind("hidden_states", "hidden_states", True, False, ""),
+    StreamKind("attention_output", "attention_output", True, False, ""),
+    StreamKind("mlp_output", "mlp_output", True, False, ""),
     StreamKind("embeddings", "embeddings", False, False, "input of decoder layer 0"),
     StreamKind("final_hidden_states", "final_hidden_states", False, False, "output of the final norm"),
     StreamKind(
@@ -52,7 +54,7 @@ NUMBERS: Final = {kind.name: number for number, kind in enumerate(STREAMS)}
 """Number of each stream in the tables of a device."""
 
 SOURCES: Final = {kind.name: kind.source for kind in STREAMS if kind.source}
-"""The tensor of each stream; that of hidden_states is decided for each model, see `engine.model.residual`."""
+"""The tensor of each stream; of those that are left out it is decided for each model, see `engine.model.install`."""
 
 LAYERED_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if kind.per_layer))
 """Fields of a `Spec` that choose layers."""
@@ -62,6 +64,9 @@ SINGLE_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if not
 
 SINGLE_STREAMS: Final = tuple(kind.name for kind in STREAMS if not kind.per_layer)
 """Streams that exist once per model."""
+
+BLOCK_STREAMS: Final = ("attention_output", "mlp_output")
+"""Streams of the blocks of a layer: what they add to the residual stream. A layer may have one of them alone."""
 
 ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.of_router)
 """Streams of a router: what it chooses by, and what it chose."""

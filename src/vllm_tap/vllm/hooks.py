@@ -14,7 +14,7 @@ from vllm_tap import __version__
 from vllm_tap.labels import KEY
 from vllm_tap.vllm.facts import check_version, require
 
-GRAPH_VERSION: Final = 2
+GRAPH_VERSION: Final = 3
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
 
