@@ -16,9 +16,25 @@ from torch import Tensor, nn
 
 import device
 
-ATTENTION = ("post_self_attn_layernorm", "post_attention_layernorm", "self_attn", "self_attention", "attention", "attn")
+ATTENTION = (
+    "post_norm1",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "self_attn",
+    "self_attention",
+    "attention",
+    "attn",
+)
 ATTENTION += ("linear_attn", "mamba", "conv", "mixer")
-MLPS = ("post_mlp_layernorm", "post_feedforward_layernorm", "mlp", "feed_forward", "block_sparse_moe", "fc2")
+MLPS = (
+    "post_norm2",
+    "post_mlp_layernorm",
+    "post_feedforward_layernorm",
+    "mlp",
+    "feed_forward",
+    "block_sparse_moe",
+    "fc2",
+)
 """Modules of Hugging Face's layers whose output is added, the norms behind blocks first."""
 
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -189,7 +205,8 @@ def router(layer: nn.Module, config: Any) -> nn.Module | None:
 def adding_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
     """Return the first of the named modules of a layer, whose output the layer adds to the residual stream."""
     children = dict(layer.named_children())
-    if not any("feedforward" in name or "mlp" in name for name in children if name.startswith("post")):
+    norms = [name for name in children if name.startswith("post") and "norm" in name]
+    if not any(word in name for name in norms for word in ("feedforward", "mlp", "norm2")):
         children = {name: child for name, child in children.items() if not name.startswith("post")}
     return next((children[name] for name in names if name in children), None)
 

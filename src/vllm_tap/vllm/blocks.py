@@ -19,8 +19,11 @@ from vllm_tap.vllm.model import is_rows, tap_outputs
 ATTENTION: Final = "attention_output"
 MLP: Final = "mlp_output"
 
-_ATTENTION_WORDS: Final = re.compile(r"att(n|ention)")
+_ATTENTION_WORDS: Final = re.compile(r"att(n|ention)|mixer")
 _MLP_WORDS: Final = re.compile(r"feed_?forward|mlp|ffn|moe|experts|(^|_)ff($|_)")
+_NUMBERED: Final = ("post_norm1", "post_norm2")
+"""Names of norms behind blocks that do not say behind which."""
+
 _OUTPUT: Final = "output"
 """The argument into which some blocks write instead of returning anything."""
 
@@ -97,7 +100,10 @@ def _norms_behind(norms: dict[str, torch.nn.Module], scale: float) -> Iterable[B
     `post_attention_layernorm` alone does not: in most families it stands before the MLP.
     """
     behind = {name: norm for name, norm in norms.items() if name.startswith("post")}
-    if any(_MLP_WORDS.search(name) for name in behind):
+    if tuple(behind)[-2:] == _NUMBERED:
+        for stream, name in zip((ATTENTION, MLP), _NUMBERED, strict=True):
+            yield Block(stream, name, behind[name], scale, True)
+    elif any(_MLP_WORDS.search(name) for name in behind):
         for name, norm in behind.items():
             if _MLP_WORDS.search(name) or _ATTENTION_WORDS.search(name):
                 yield Block(MLP if _MLP_WORDS.search(name) else ATTENTION, name, norm, scale, True)
@@ -113,6 +119,13 @@ def _scale(layer: torch.nn.Module) -> float:
     return float(scale) if isinstance(scale, int | float) else 1.0
 
 
+def _bias(result: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    bias = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+    if isinstance(bias, torch.Tensor) and bias.shape == rows.shape[-1:]:
+        return bias.expand_as(rows)
+    return None
+
+
 def _holds(module: torch.nn.Module, name: str) -> bool:
     return any(hasattr(part, name) for part in module.modules())
 
@@ -126,8 +139,10 @@ def _is_composite(module: torch.nn.Module) -> bool:
     return any(_has_matrices(child) for child in module.children())
 
 
-def tap_block(block: Block, width: int, then: Callable[[torch.Tensor], None]) -> None:
+def tap_block(block: Block, width: int, then: Callable[[torch.Tensor, torch.Tensor | None], None]) -> None:
     """Call `then` with the rows that a block hands to the residual stream, inside whatever graph it is compiled into.
+
+    And with what the layer adds to them, where a block returns a bias beside its rows, or None.
 
     A norm that adds as well, and so returns two tensors, stands before a block and not behind one.
     """
@@ -137,6 +152,6 @@ def tap_block(block: Block, width: int, then: Callable[[torch.Tensor], None]) ->
             return
         rows = result[0] if isinstance(result, tuple | list) and result else output if result is None else result
         if is_rows(rows, width):
-            then(rows if block.scale == 1 else rows * block.scale)
+            then(rows if block.scale == 1 else rows * block.scale, _bias(result, rows))
 
     tap_outputs(block.module, pass_on, names=(_OUTPUT,))

@@ -171,7 +171,7 @@ def _picks(ran: list[Addend], stream: str) -> Iterable[Pick]:
 
 def _sums(ran: list[Addend], before: Probe, behind: Probe) -> list[Sum]:
     """Return all sums and how far off they are; none if the rows have no values in them."""
-    rows = {one: one.tap.probe.hidden.double().cpu() for one in ran if one.tap.probe is not None}
+    rows = {one: _streams(one.tap.probe)[-1] for one in ran if one.tap.probe is not None}
     starts, ends = _streams(before), _streams(behind)
     usable = torch.isfinite(ends[-1]).all(-1) & torch.isfinite(starts[-1]).all(-1) & (ends[-1] != 0).any(-1)
     if not usable.any():
@@ -200,7 +200,7 @@ def _error(before: torch.Tensor, behind: torch.Tensor, added: list[torch.Tensor]
 
 
 def _streams(probe: Probe) -> list[torch.Tensor]:
-    """Return what may be the stream in what a layer returns, in float64 on the host."""
+    """Return the first tensor that passed, and the sum of both if there were two, in float64 on the host."""
     hidden = probe.hidden.double().cpu()
     return [hidden] if probe.residual is None else [hidden, hidden + probe.residual.double().cpu()]
 

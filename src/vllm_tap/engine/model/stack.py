@@ -69,7 +69,7 @@ class StackTaps:
     def _tap_block(self, block: Block, index: int, width: int) -> Addend:
         place = Tap(block.stream, index, self.rows, self._device)
         control = place.control
-        tap_block(block, width, lambda rows: tap(rows, None, control))
+        tap_block(block, width, lambda rows, bias: tap(rows, bias, control))
         return Addend(block, place)
 
     @property
