@@ -368,9 +368,9 @@ def sums(result: Any, connection: Any) -> dict[int, float]:
     """Return how far the stream before each layer and what its blocks add are from the stream behind it."""
     from vllm_tap.streams import BLOCK_STREAMS
 
-    errors = {}
+    errors: dict[int, float] = {}
     if any(connection.why_not(name) for name in BLOCK_STREAMS):
-        return {}
+        return errors
     for layer in result.layers["hidden_states"]:
         added = [result.rows(name, layer) for name in BLOCK_STREAMS if layer in result.layers.get(name, ())]
         before = result.rows("hidden_states", layer - 1) if layer else result.rows("embeddings", 0)

@@ -152,12 +152,12 @@ class Sample:
 
     @property
     def attention_output(self) -> LayerMap:
-        """What attention, or what stands in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
+        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
         return self._layers("attention_output")
 
     @property
     def mlp_output(self) -> LayerMap:
-        """What the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
+        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
         return self._layers("mlp_output")
 
     @property

@@ -1,4 +1,4 @@
-"""What the blocks of each layer add to the residual stream: found by structure, confirmed by the sum. Worker process.
+"""Blocks of each layer and the rows that they add to the residual stream, confirmed by the sum. Worker process.
 
 Of the first rows, the stream before a layer and what is said to be added to it must be the stream behind the layer.
 Where a norm may stand behind a block, or two blocks may be added, the sum also tells what it is made of.
@@ -51,7 +51,7 @@ class Sum(NamedTuple):
 
     @property
     def names(self) -> str:
-        """What is added."""
+        """The modules whose rows are added."""
         names = [" + ".join(str(one.block) for one in pick) for pick in self.picks if pick]
         return " and ".join(names) or "no module"
 
