@@ -129,6 +129,7 @@ check-style: $(VENV)/.dev
 
 check-types: $(VENV)/.dev
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests bench examples
 
 check-layers: $(VENV)/.dev
 	$(BIN)/lint-imports

@@ -186,7 +186,7 @@ def pacing() -> Any:
     try:
         from vllm_tap.vllm import frontend
     except ImportError:  # a tree of before, see gpu_table.py
-        from vllm_tap.client import engine as frontend
+        from vllm_tap.client import engine as frontend  # type: ignore[attr-defined, no-redef]
     return frontend._first_step_first
 
 

@@ -137,7 +137,7 @@ class Model:
         tensors = [self._make(place, number, num_tokens) for number, place in enumerate(places)]
         control = self.taps[places[0].stream, places[0].layer].control
         if len(places) > 1:
-            operator._tap_experts_cuda(*[hidden for hidden, _ in tensors], control)
+            operator._tap_experts_cuda(*[hidden for hidden, _ in tensors], control)  # type: ignore[call-arg]
         else:
             operator._tap_cuda(*tensors[0], control)
 

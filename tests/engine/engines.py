@@ -130,7 +130,7 @@ class Engine:
 
 def forget_failures() -> None:
     """Let go of what Python keeps of the last test that failed: its frames, and the engine and rows in them."""
-    sys.last_exc = sys.last_value = sys.last_traceback = None
+    sys.last_exc = sys.last_value = sys.last_traceback = None  # type: ignore[attr-defined]
     gc.collect()
 
 

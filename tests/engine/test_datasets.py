@@ -101,8 +101,8 @@ def test_a_saved_capture_is_the_capture(shelf, tmp_path):
     for stream, layers in result.layers.items():
         for layer in layers:
             mine, theirs = dataset.rows(stream, layer)[:], result.rows(stream, layer)
-            assert mine.dtype == theirs.dtype
-            assert mine.view(torch.uint8).equal(theirs.contiguous().view(torch.uint8))
+            assert mine.dtype == theirs.dtype  # type: ignore[attr-defined]
+            assert mine.view(torch.uint8).equal(theirs.contiguous().view(torch.uint8))  # type: ignore[attr-defined]
     with pytest.raises(DatasetError, match="holds a dataset already"):
         result.save(tmp_path / "run")
 

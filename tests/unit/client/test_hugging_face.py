@@ -38,7 +38,7 @@ def test_every_tensor_is_in_its_place_and_a_view() -> None:
     """Embeddings, layers but the last, final norm; logits by layer with experts; no bytes are copied."""
     spec = Spec(hidden_states="all", embeddings=True, final_hidden_states=True, router_logits="all")
     sample, capture = given(spec, [1, 2])
-    hidden_states, router_logits = output_of(sample, capture).to_tuple()
+    hidden_states, router_logits = output_of(sample, capture).to_tuple()  # type: ignore[attr-defined]
     assert hidden_states is not None
     assert router_logits is not None
     assert [float(rows[0, 0, 0]) for rows in hidden_states] == [10, 20, 21, 30]

@@ -66,7 +66,7 @@ def test_a_capture_without_the_last_taps_of_the_one_before_gets_its_own_rows_alo
             engine.step(session, step)
         engine.finish(session)
         first = engine.model.rows.first_tap
-        on = [place - first for place in session._sink._place_of]
+        on = [place - first for place in session._sink._place_of]  # type: ignore[attr-defined]
         table = engine.model.rows.tables.table[:, 0]
         assert (table >= 0).nonzero().flatten().tolist() == sorted(on)
     assert cuda.conflicts == []

@@ -129,7 +129,7 @@ def test_layers_and_norm_are_those_that_run(kind: Any, convention: str) -> None:
     assert taps.residual().convention == convention
     assert list(taps.layers.values()) == list(model.blocks)
     assert taps.final_norm is not None
-    assert taps.final_norm.__self__ is model.ln_out
+    assert taps.final_norm.__self__ is model.ln_out  # type: ignore[attr-defined]
     assert ran(taps) == [0, 1, 2, 3]
     assert ran(taps, "embeddings") == [0]
     assert ran(taps, "final_hidden_states") == [3]

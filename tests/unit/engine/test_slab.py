@@ -129,7 +129,7 @@ def test_what_goes_with_a_slab_goes_first(device: Device, monkeypatch: pytest.Mo
     held = []
 
     def on_idle() -> None:
-        held.append(keeper.held_bytes)
+        held.append(keeper.held_bytes)  # type: ignore[attr-defined]
         if fails:
             raise RuntimeError
 
@@ -148,7 +148,7 @@ def test_what_is_prepared_in_pauses_is_tried_until_it_is_done(device: Device, mo
     held = []
 
     def in_pause() -> bool:
-        held.append(keeper.held_bytes)
+        held.append(keeper.held_bytes)  # type: ignore[attr-defined]
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
