@@ -122,10 +122,10 @@ class ModelTaps:
 
     def _look_at_blocks(self) -> None:
         """Decide by the last forward pass what the blocks of layers add."""
-        for stack in self._stacks:
-            if stack.open_places:
-                look_at(stack.blocks)
-                stack.take_blocks()
+        for stack in (stack for stack in self._stacks if stack.open_places):
+            look_at(stack.blocks)
+            stack.take_blocks()
+            self._let_go()
         self.by_place |= self._stack.by_place
 
     # --------------------------------------------------------------------------------------------- what they return
