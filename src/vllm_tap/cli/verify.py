@@ -111,10 +111,9 @@ def _special_ids(llm: Any) -> set[int]:
 def _spec(connection: Any) -> Spec:
     """Return a specification of everything that the model has."""
     fields = (field for field in LAYERED_FIELDS + SINGLE_FIELDS if field != "hidden_states")
-    had = {field: all(connection.available(name) for name in streams_of(field)) for field in fields}
-    return Spec(
-        hidden_states="all", **{field: "all" if field in LAYERED_FIELDS else True for field in had if had[field]}
-    )
+    had = [field for field in fields if all(connection.available(name) for name in streams_of(field))]
+    chosen: dict[str, Any] = {field: "all" if field in LAYERED_FIELDS else True for field in had}
+    return Spec(hidden_states="all", **chosen)
 
 
 def _checks(llm: Any, prompts: list[Any], options: argparse.Namespace) -> Iterator[Check]:
