@@ -124,9 +124,10 @@ def compare(result: Any, completion: Completion, reference: Reference) -> Verdic
 def _pairs(spec: Any, rows: Any, reference: Reference) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (captured, expected) for each stream and layer that was asked for."""
     num_layers = len(reference.hidden_states)
-    chosen = spec.hidden_states or ()
-    for layer in range(num_layers) if chosen == "all" else {layer % num_layers for layer in chosen}:
-        yield rows.hidden_states[layer], reference.hidden_states[layer]
+    for stream in ("hidden_states", "attention_output", "mlp_output"):
+        chosen = getattr(spec, stream) or ()
+        for layer in range(num_layers) if chosen == "all" else {layer % num_layers for layer in chosen}:
+            yield getattr(rows, stream)[layer], getattr(reference, stream)[layer]
     if spec.embeddings:
         yield rows.embeddings, reference.embedding
     if spec.final_hidden_states:

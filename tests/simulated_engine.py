@@ -64,6 +64,12 @@ class Place(NamedTuple):
 
 
 LLAMA = [Place("hidden_states", layer, 24, torch.bfloat16, True) for layer in range(3)]
+BLOCKS = [
+    Place(stream, 0, 24, torch.bfloat16, stream == "hidden_states")
+    for stream in ("attention_output", "mlp_output", "hidden_states")
+]
+"""One layer, and what its blocks add."""
+
 ROUTER = [
     place
     for layer in range(2)

@@ -22,6 +22,7 @@ from vllm_tap.spec import begin_of
 MAX_MODEL_LEN = 384
 BLOCK_SIZE = 32
 NUM_LAYERS = 4
+EVERYTHING = Spec(hidden_states="all", attention_output="all", mlp_output="all")
 FIRST_ID, LAST_ID = 3, 250
 """Prompts are made of these tokens, none of them special."""
 
@@ -114,11 +115,13 @@ class Traffic:
     def spec(self) -> Spec:
         """Return what a capture asks for: mostly everything, else some streams, layers and positions."""
         if self.chance(0.6):
-            return Spec(hidden_states="all")
+            return EVERYTHING
         layers = self.random.choice(["all", [0], [-1], sorted(self.random.sample(range(NUM_LAYERS), 2))])
         some = sorted({self.random.randint(-40, 40) for _ in range(5)})
         return Spec(
             hidden_states=layers,
+            attention_output=self.random.choice([None, "all", [1]]),
+            mlp_output=self.random.choice([None, "all", [-1]]),
             embeddings=self.chance(0.5),
             final_hidden_states=self.chance(0.5),
             positions=self.random.choice(
@@ -157,7 +160,7 @@ class Traffic:
         self.unchecked = result
         self.met["captures"] += 1
         self.met["captures through calls"] += transport == "inline"
-        self.met["captures of some rows or layers"] += spec != Spec(hidden_states="all")
+        self.met["captures of some rows or layers"] += spec != EVERYTHING
         self.seconds.update(generate=generated - begin, finish=finished - generated, check=time.monotonic() - finished)
 
     def ask(self, current: Round) -> list[tuple[str, Request]]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vllm_tap.errors import LayerError, SpecError
 from vllm_tap.positions import NEVER, Begin, Positions
-from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS
+from vllm_tap.streams import BLOCK_STREAMS, LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS
 
 Layers = Literal["all"] | tuple[int, ...] | None
 
@@ -40,7 +40,7 @@ AS_SHIPPED: Final = {"last_prompt": "last", "last_generated": "generated"}
 
 MISSING: Final = ("error", "skip")
 
-LATER: Final = ("reduce", "dtype")
+LATER: Final = ("attention_output", "mlp_output", "reduce", "dtype")
 """Fields that files of earlier versions lack."""
 
 REDUCTIONS: Final = ("last", "mean", "max", "sum")
@@ -63,6 +63,9 @@ class Spec:
     Args:
         hidden_states: `"all"`, or decoder layers (0-based; negative numbers count from the end). The residual stream
             after each layer, before the final norm.
+        attention_output: `"all"`, or layers. The attention of a layer, or what stands in its place, hands this to the
+            residual stream: behind its output projection, and any norm or scale that comes before the sum.
+        mlp_output: `"all"`, or layers. The same of the MLP or the experts.
         router_logits: `"all"`, or layers with experts. The gate's output before softmax or sigmoid.
         routed_experts: `"all"`, or layers with experts. Expert ids and weights as the router chose them.
         embeddings: The input of decoder layer 0.
@@ -93,6 +96,8 @@ class Spec:
     """
 
     hidden_states: Layers
+    attention_output: Layers
+    mlp_output: Layers
     router_logits: Layers
     routed_experts: Layers
     embeddings: bool
@@ -106,6 +111,8 @@ class Spec:
         self,
         *,
         hidden_states: str | Iterable[int] | None = None,
+        attention_output: str | Iterable[int] | None = None,
+        mlp_output: str | Iterable[int] | None = None,
         router_logits: str | Iterable[int] | None = None,
         routed_experts: str | Iterable[int] | None = None,
         embeddings: bool = False,
@@ -118,7 +125,8 @@ class Spec:
     ) -> None:
         for name in unknown:
             raise SpecError(f"Spec has no field {name!r}.{nearest(name, self.__dataclass_fields__)}")
-        chosen = {"hidden_states": hidden_states, "router_logits": router_logits, "routed_experts": routed_experts}
+        chosen = {"hidden_states": hidden_states, "attention_output": attention_output, "mlp_output": mlp_output}
+        chosen |= {"router_logits": router_logits, "routed_experts": routed_experts}
         for name, layers in chosen.items():
             object.__setattr__(self, name, _checked_layers(name, layers))
         for name, flag in (("embeddings", embeddings), ("final_hidden_states", final_hidden_states)):
@@ -292,7 +300,11 @@ def resolve_layers(name: str, layers: Layers, available: list[int], num_layers: 
             )
         if layer not in available:
             kind = "has no experts" if available else "belongs to a model without experts"
-            if name not in ROUTER_STREAMS:
+            if name in BLOCK_STREAMS:
+                kind = (
+                    "adds nothing of the kind to the residual stream, or has not run in any forward pass that was seen"
+                )
+            elif name not in ROUTER_STREAMS:
                 kind = "has not run in any forward pass that was seen: the model leaves before it, or does not use it"
             raise LayerError(f"{name}: layer {given} {kind}. Layers with {name}: {available}.", layer=given)
     return sorted(numbers)

@@ -247,6 +247,8 @@ def expected_rows(reference: Reference, stream: str, layer: int) -> torch.Tensor
         "embeddings": reference.embedding,
         "final_hidden_states": reference.final_normed,
         "router_logits": reference.router_logits.get(layer),
+        "attention_output": reference.attention_output.get(layer),
+        "mlp_output": reference.mlp_output.get(layer),
     }[stream]
 
 

@@ -28,7 +28,8 @@ if __name__ == "__main__":
     engine = Engine(Path(sys.argv[1]), enforce_eager=True, block_size=32)
     known = References(Path(sys.argv[1]))
     assert [hello.runner for hello in connect(engine.llm).hellos] == ["V2"]
-    compare(engine.capture(prompts(), Spec(hidden_states="all", embeddings=True, final_hidden_states=True)), known)
+    layers = dict.fromkeys(("hidden_states", "attention_output", "mlp_output"), "all")
+    compare(engine.capture(prompts(), Spec(**layers, embeddings=True, final_hidden_states=True)), known)
     generated = engine.capture(prompts([9, 70]), Spec(hidden_states=[-1], positions="generated"))
     compare(generated, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
     window = engine.capture(prompts([9, 70]), Spec(hidden_states=[1], positions=Positions.prompt(-20, -3)))

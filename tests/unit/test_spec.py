@@ -20,9 +20,7 @@ LAYERS = st.none() | st.just("all") | st.lists(st.integers(-200, 200), min_size=
 POSITIONS = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-300, 300), min_size=1, max_size=8)
 FIELDS = st.fixed_dictionaries(
     {
-        "hidden_states": LAYERS,
-        "router_logits": LAYERS,
-        "routed_experts": LAYERS,
+        **dict.fromkeys(LAYERED_FIELDS, LAYERS),
         "embeddings": st.booleans(),
         "final_hidden_states": st.booleans(),
         "positions": POSITIONS,
@@ -44,6 +42,8 @@ def test_json_has_every_field_by_its_name() -> None:
     """The JSON text is an object with the names of the constructor, so that stored files stay readable."""
     assert json.loads(Spec(hidden_states=[3, -1], positions="last").to_json()) == {
         "hidden_states": [3, -1],
+        "attention_output": None,
+        "mlp_output": None,
         "router_logits": None,
         "routed_experts": None,
         "embeddings": False,

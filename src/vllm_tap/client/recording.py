@@ -31,7 +31,7 @@ from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
 from vllm_tap.labels import NUM_LABELS, mark
 from vllm_tap.spec import Layers, Spec, begin_of, nearest, plain_positions, resolve_layers
-from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
+from vllm_tap.streams import BLOCK_STREAMS, LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
 from vllm_tap.vllm import frontend
 
 MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
@@ -406,6 +406,8 @@ def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
             reason = connection.why_not(stream)
             if not available and not reason and (stream not in ROUTER_STREAMS or has_experts):
                 reason = "no forward pass went through the place where it is taken"
+                if stream in BLOCK_STREAMS:
+                    reason = "no layer that has run adds the output of such a block to the residual stream"
             if reason:
                 raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
             if not available and getattr(spec, field) == "all" and spec.missing == "error":

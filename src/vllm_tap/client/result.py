@@ -157,6 +157,16 @@ class Sample:
         return self._layers("hidden_states")
 
     @property
+    def attention_output(self) -> LayerMap:
+        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("attention_output")
+
+    @property
+    def mlp_output(self) -> LayerMap:
+        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("mlp_output")
+
+    @property
     def router_logits(self) -> LayerMap:
         """The gate's output before softmax or sigmoid: {layer: Tensor [R, E]}."""
         return self._layers("router_logits")

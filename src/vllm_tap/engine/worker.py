@@ -34,7 +34,7 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
-from vllm_tap.streams import ROUTER_STREAMS, SOURCES
+from vllm_tap.streams import ROUTER_STREAMS
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
@@ -206,9 +206,13 @@ class TapWorker(vllm_runner.Recorder):
         if taps is not None and not refusal:
             refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
-            streams = tuple(self._streams(taps, verdict.convention, reasons))
+            streams = tuple(self._streams(taps, reasons))
         rank = vllm_runner.read_rank(worker)
-        wants_rows = verdict.wants_rows or any(found.reason == NO_ROWS for found in routing.values())
+        wants_rows = (
+            verdict.wants_rows
+            or (taps is not None and taps.wants_rows)
+            or any(found.reason == NO_ROWS for found in routing.values())
+        )
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
@@ -266,11 +270,11 @@ class TapWorker(vllm_runner.Recorder):
         graph_rows = vllm_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
         return max(graph_rows + 1, PROBE_ROWS)
 
-    def _streams(self, taps: ModelTaps, residual: str, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
+    def _streams(self, taps: ModelTaps, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
+        conventions = taps.conventions()
         places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
         for (stream, dtype, width), numbers in by_shape(places).items():
-            source = residual if stream == "hidden_states" else SOURCES[stream]
-            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), source)
+            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), conventions[stream])
 
     def call(self, data: bytes) -> bytes:
         """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""

@@ -150,6 +150,18 @@ PARTS: Final = (
                 "to choose between lists of layers", "the one with most weights is taken",
             ),
             Assumption("torch.nn.Module", ("forward",), "to tap what decoder layers and the final norm return"),
+            Assumption(
+                "vllm.model_executor.layers.linear.LinearBase", ("quant_method",),
+                "to find blocks with matrices where these are kept elsewhere", "`mlp_output` is refused",
+            ),
+            Assumption(
+                "vllm.model_executor.models.granite.GraniteDecoderLayer", ("residual_multiplier",),
+                "to capture what blocks add behind the layer's scale", "it does not add up, and is refused",
+            ),
+            Assumption(
+                "vllm.config.compilation.PassConfig", ("fuse_allreduce_rms",),
+                "to put no tap between what the compiler makes one kernel of", "that stays two kernels",
+            ),
         ),
     ),
     Part(

@@ -15,7 +15,7 @@ from vllm_tap.labels import KEY
 from vllm_tap.vllm import caching
 from vllm_tap.vllm.facts import check_version, require
 
-GRAPH_VERSION: Final = 2
+GRAPH_VERSION: Final = 3
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
 

@@ -35,8 +35,8 @@ from vllm_tap.errors import DeviceError
 
 logger = logging.getLogger("vllm_tap")
 
-FEW_TAPS: Final = 4
-"""Most taps of a graph that counts as a piece of a model."""
+FEW_TAPS: Final = 8
+"""Most taps of a graph that counts as a piece of a model: those of one layer with experts, or norms behind blocks."""
 
 YIELD_SECONDS: Final = 0.0002
 """Between pieces that are made ready ahead: whoever waits for one gets in between."""

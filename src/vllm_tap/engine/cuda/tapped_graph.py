@@ -151,6 +151,7 @@ class GraphPiece(TappedGraph):
             if wanted and self._enabled is None:
                 self._put_in()
                 self._look_at(on.num_groups)
+                wanted = {place: place in wanted for place in range(len(self._taps))}
             elif wanted and on.num_groups > self._num_groups:
                 self._look_at(on.num_groups)
             self._set(wanted)
