@@ -18,7 +18,7 @@ from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
 from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.cuda.tapped_graph import GraphCopy
 from vllm_tap.engine.model.tap import Tap
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import DeviceError
 from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
@@ -317,7 +317,7 @@ class Engine:
 
     def has_failed(self, session: Session, match: str) -> None:
         """Make sure that a capture ends with an error of the driver's, and that the next one is right."""
-        with pytest.raises(TransportError, match=match):
+        with pytest.raises(DeviceError, match=match):
             session.finish()
         self.abandon(session)
         session = self.start()

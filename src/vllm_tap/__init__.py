@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DatasetDamagedError,
         DatasetError,
         DescriptorError,
+        DeviceError,
         EngineDiedError,
         EngineUnsupportedError,
         LayerError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TapError,
         TransportError,
     )
+    from vllm_tap.positions import Positions
     from vllm_tap.spec import Spec
     from vllm_tap.store.dataset import Dataset, open_dataset
     from vllm_tap.vllm.frontend import shutdown
@@ -42,12 +44,14 @@ __all__ = [
     "DatasetDamagedError",
     "DatasetError",
     "DescriptorError",
+    "DeviceError",
     "EngineDiedError",
     "EngineUnsupportedError",
     "LayerError",
     "LayerMap",
     "PluginNotLoadedError",
     "PositionError",
+    "Positions",
     "Recording",
     "RowBlock",
     "RowLabels",
@@ -71,6 +75,7 @@ _HOMES = {
     "Capture": "vllm_tap.client.result",
     "Dataset": "vllm_tap.store.dataset",
     "LayerMap": "vllm_tap.client.result",
+    "Positions": "vllm_tap.positions",
     "Recording": "vllm_tap.client.recording",
     "RowBlock": "vllm_tap.client.tap",
     "RowLabels": "vllm_tap.client.result",

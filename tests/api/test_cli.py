@@ -20,7 +20,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec
 from vllm_tap.cli import checks, doctor, main
 from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
@@ -122,6 +122,8 @@ def test_lists_may_begin_with_a_negative_number() -> None:
         (["--layers", "-2,-1", "--positions", "last"], Spec(hidden_states=[-2, -1], positions="last")),
         (["--layers", "0-2,-3--2,7"], Spec(hidden_states=[0, 1, 2, -3, -2, 7])),
         (["--layers", "-1", "--positions", "-1"], Spec(hidden_states=[-1], positions=[-1])),
+        (["--positions", "last_generated"], Spec(hidden_states="all", positions="last_generated")),
+        (["--positions", '{"prompt": [-8]}'], Spec(hidden_states="all", positions=Positions.prompt(-8))),
         (["--router-logits", "all"], Spec(router_logits="all")),
         (["--routed-experts", "3", "--layers", "all"], Spec(routed_experts=[3], hidden_states="all")),
         (["--embeddings", "--final-hidden-states"], Spec(embeddings=True, final_hidden_states=True)),

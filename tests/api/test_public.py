@@ -34,7 +34,7 @@ def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
     errors = sorted(errors_of_this_package())
     others = [
-        *("Capture", "Dataset", "LayerMap", "Recording", "RowBlock", "RowLabels", "Sample", "Spec"),
+        *("Capture", "Dataset", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels", "Sample", "Spec"),
         *("Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
     ]
     assert vllm_tap.__all__ == sorted(errors + others)

@@ -64,7 +64,8 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
         type=arguments.positions,
         default="all",
         metavar="WHICH",
-        help="all (the default), prompt, generated, last, or prompt positions such as 0,-1",
+        help="all (the default), prompt, generated, last, prompt positions such as 0,-1, or an expression in JSON such "
+        'as {"prompt": [-8]}',
     )
 
 

@@ -76,6 +76,8 @@ def record(
         One pass over the rows to write them and one for their checksums, while the engine computes the next piece.
     """
     frontend.require_llm(llm)
+    if not isinstance(spec, Spec):
+        raise SpecError(f"record takes one vllm_tap.Spec for all prompts, got a {type(spec).__name__}.")
     for name, given in (("sampling_params", sampling_params), ("lora_request", lora_request)):
         if isinstance(given, Sequence):
             raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")

@@ -144,6 +144,11 @@ class Sample:
         return self.stop - self.start
 
     @property
+    def spec(self) -> Spec:
+        """The specification that was asked for, that of all samples of a dataset."""
+        return self._source.spec
+
+    @property
     def positions(self) -> torch.Tensor:
         """Positions of the rows in the sequence. Tensor int32 [R], ascending."""
         return self._label("positions")

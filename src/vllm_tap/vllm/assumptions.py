@@ -219,6 +219,16 @@ PARTS: Final = (
         (
             *REQUESTS,
             Assumption(
+                "vllm.v1.core.kv_cache_manager.KVCacheManager", ("get_computed_blocks", "coordinator"),
+                "to let captured requests read the prefix cache up to their first wanted position",
+                "requests whose first wanted position comes before the last one of the prompt skip the cache",
+            ),
+            Assumption(
+                "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator", ("find_longest_cache_hit",),
+                "to let captured requests read the prefix cache up to their first wanted position",
+                "requests whose first wanted position comes before the last one of the prompt skip the cache",
+            ),
+            Assumption(
                 "vllm.v1.engine.parallel_sampling.ParentRequest", ("get_child_info",),
                 "to tell completions of one prompt apart: their requests are named `{index}_{parent}`",
                 "captures with n > 1 fail, rows missing",
