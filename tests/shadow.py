@@ -60,12 +60,20 @@ def completions(outputs: Sequence[Any]) -> list[Completion]:
     ]
 
 
+def chosen(positions: Positions, prompt_len: int, token_ids: Sequence[int]) -> list[int]:
+    """Return the positions that an expression chooses, in a sequence of these tokens."""
+    length = len(token_ids)
+    tokens = Tokens(
+        np.arange(length), np.full(length, prompt_len), np.full(length, length), np.array(token_ids, np.int64)
+    )
+    return np.flatnonzero(positions.choose(tokens)).tolist()
+
+
 def wanted(positions: Choice, prompt_len: int, token_ids: Sequence[int]) -> list[int]:
     """Return the positions that a specification asks for, in a sequence of these tokens."""
     length = len(token_ids)
     if isinstance(positions, Positions):
-        whole = np.arange(length), *(np.full(length, n) for n in (prompt_len, length))
-        return np.flatnonzero(positions.choose(Tokens(*whole, np.array(token_ids)))).tolist()
+        return chosen(positions, prompt_len, token_ids)
     named = {
         "all": range(length),
         "prompt": range(prompt_len),

@@ -10,7 +10,6 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,10 +25,10 @@ from engine.engines import (
     prompts,
     sequence,
 )
+from shadow import chosen
 from vllm_tap import Positions, Spec
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
-from vllm_tap.positions import Tokens
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -155,12 +154,8 @@ def test_an_expression_takes_what_would_be_selected_afterwards(engine, known, po
     for completion in range(2):
         at = {}
         for output in result.outputs:
-            tokens = np.array(sequence(output, completion))
-            whole = (
-                np.arange(len(tokens)),
-                *(np.full(len(tokens), n) for n in (len(output.prompt_token_ids), len(tokens))),
-            )
-            at[len(output.prompt_token_ids)] = np.flatnonzero(positions.choose(Tokens(*whole, tokens))).tolist()
+            num_prompt = len(output.prompt_token_ids)
+            at[num_prompt] = chosen(positions, num_prompt, sequence(output, completion))
         compare(result, known, lambda prompt_len, num_rows, at=at: at[prompt_len], completion)
 
 

@@ -28,8 +28,8 @@ from engine.engines import (
     sequence,
     wait_until,
 )
+from shadow import chosen
 from vllm_tap import DatasetError, LayerError, PositionError, Positions, Spec, SpecError, Tap, open_dataset
-from vllm_tap.positions import Tokens
 from vllm_tap.spec import wanted_tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -63,8 +63,7 @@ def wanted(spec: Spec, output: Any, completion: int = 0) -> list[int]:
     tokens = np.array(sequence(output, completion))
     num_prompt = len(output.prompt_token_ids)
     if isinstance(spec.positions, Positions):
-        whole = np.arange(len(tokens)), *(np.full(len(tokens), n) for n in (num_prompt, len(tokens)))
-        return np.flatnonzero(spec.positions.choose(Tokens(*whole, tokens))).tolist()
+        return chosen(spec.positions, num_prompt, tokens.tolist())
     starts = np.array([0, len(tokens)])
     return wanted_tokens(spec.positions, np.array([num_prompt]), starts, np.array([0])).tolist()
 
