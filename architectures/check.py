@@ -200,6 +200,8 @@ def _serve_reference(folder: str, pipe: Any) -> None:
                     "embeddings": {0: seen.embedding.numpy()},
                     "final_hidden_states": {last: seen.final_normed.numpy()},
                     "router_logits": {layer: rows.numpy() for layer, rows in seen.router_logits.items()},
+                    "attention_output": {layer: rows.numpy() for layer, rows in seen.attention_output.items()},
+                    "mlp_output": {layer: rows.numpy() for layer, rows in seen.mlp_output.items()},
                 }
             )
         except EOFError:
@@ -263,6 +265,7 @@ def examine(llm: Any, reference: ReferenceProcess, family: Family) -> dict[str, 
     from vllm_tap import Spec, capture
     from vllm_tap.client.connection import connect
     from vllm_tap.errors import TapError
+    from vllm_tap.streams import BLOCK_STREAMS
 
     try:
         plain(llm)
@@ -278,6 +281,7 @@ def examine(llm: Any, reference: ReferenceProcess, family: Family) -> dict[str, 
         "embeddings": True,
         "final_hidden_states": bool(connection.available("final_hidden_states")),
         "router_logits": "all" if connection.available("router_logits") else None,
+        **{name: "all" if connection.available(name) else None for name in BLOCK_STREAMS},
     }
     sampling = {} if _pools(llm) else {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
     if not _pools(llm):
@@ -295,6 +299,8 @@ def examine(llm: Any, reference: ReferenceProcess, family: Family) -> dict[str, 
         "num_rows": result.num_rows,
         "router_layers": result.layers.get("router_logits", []),
         "engine": engine_oracles(llm, result),
+        "blocks": {name: result.conventions.get(name, connection.why_not(name)) for name in BLOCK_STREAMS},
+        "sums": sums(result, connection),
     }
     if reference.why_not:
         return {**row, **by_engine(row["engine"], family), "hugging_face": reference.why_not}
@@ -349,11 +355,29 @@ def compare(result: Any, reference: ReferenceProcess) -> dict[str, list[float]]:
             assert sample.token_ids.tolist() == [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
         for stream, layers in result.layers.items():
             for layer in layers:
+                if layer not in expected[stream]:
+                    continue  # of what blocks add, Hugging Face's model has no module
                 rows = result.rows(stream, layer, *sample._range)
                 wanted = torch.from_numpy(expected[stream][layer])
                 found = errors.setdefault(stream, {})
                 found[layer] = max(found.get(layer, 0.0), relative(rows, wanted))
     return {stream: [float(f"{found[layer]:.2g}") for layer in sorted(found)] for stream, found in errors.items()}
+
+
+def sums(result: Any, connection: Any) -> dict[int, float]:
+    """Return how far the stream before each layer and what its blocks add are from the stream behind it."""
+    from vllm_tap.streams import BLOCK_STREAMS
+
+    errors: dict[int, float] = {}
+    if any(connection.why_not(name) for name in BLOCK_STREAMS):
+        return errors
+    for layer in result.layers["hidden_states"]:
+        added = [result.rows(name, layer) for name in BLOCK_STREAMS if layer in result.layers.get(name, ())]
+        before = result.rows("hidden_states", layer - 1) if layer else result.rows("embeddings", 0)
+        if added:
+            found = before.double() + sum(rows.double() for rows in added)
+            errors[layer] = float(f"{relative(found.float(), result.rows('hidden_states', layer)):.2g}")
+    return errors
 
 
 def agrees_until(result: Any, reference: ReferenceProcess) -> int | None:

@@ -25,6 +25,8 @@ tokens: every row of every layer is compared.
   Then the rows of layer i, under the norm that layer i + 1 begins with, are what that norm returned. The rows of
   the last layer under the final norm are the final hidden states. Router logits are what the gate makes of its
   block's input.
+- **sum of blocks**: what attention and MLP add to the stream before a layer gives the stream behind it, to this error.
+  Where transformers has a module for either, its rows are compared too, and are part of **error**.
 - **error**: the largest difference over the root mean square of the layer. Up to 1e-4 passes: both sides compute in
   float32 and add in other orders (0.05 where a remark says bfloat16). Rows of another token, layer or convention are
   off by 0.1 or more.
@@ -43,6 +45,13 @@ def render(results: dict[str, Any]) -> None:
     noted = [row for row in by_status["pass"] if _remarks(row)]
     if noted:
         parts.append("### Remarks\n\n" + "\n".join(f"- **{row['family']}**: {_remarks(row)}" for row in noted) + "\n")
+    without = [row for row in by_status["pass"] if any(_is_reason(said) for said in row.get("blocks", {}).values())]
+    if without:
+        parts.append(
+            "### What blocks add is refused\n\nSuch a capture raises this error; other streams are there.\n\n"
+            + "\n".join(f"- **{row['family']}**: {_said(row)}" for row in without)
+            + "\n"
+        )
     if by_status["refused"]:
         parts.append(
             "## Refused\n\nThe capture raises this error; generation goes on.\n\n" + _reasons(by_status["refused"])
@@ -52,20 +61,39 @@ def render(results: dict[str, Any]) -> None:
     TARGET.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts))
 
 
+def _is_reason(said: str) -> bool:
+    return said.startswith("layer ")
+
+
+def _said(row: dict[str, Any]) -> str:
+    reasons = {said: name for name, said in row["blocks"].items() if _is_reason(said)}
+    both = len(reasons) == 1 and all(_is_reason(said) for said in row["blocks"].values())
+    return "; ".join(f"{'both' if both else f'`{name}`'}: {said}" for said, name in reasons.items())
+
+
 STATUSES = ("pass", "wrong", "refused", "not-run")
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> str:
     lines = [
-        "| family | class in vLLM | decoder layers | returns | checked by | error | router error |",
-        "|---|---|---|---|---|---|---|",
+        "| family | class in vLLM | decoder layers | returns | checked by | error | router error | sum of blocks |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         returns = {"hidden + residual": "sum", "hidden": "whole"}.get(row["convention"], row["convention"])
         runner = "" if row["runner"] == "V1" else f" ({row['runner']})"
         cells = [row["family"], row["vllm_class"] + runner, row.get("layer_class", ""), returns, row["check"]]
-        lines.append("| " + " | ".join([*cells, _number(row["error"]), _number(row.get("router_error"))]) + " |")
+        lines.append(
+            "| " + " | ".join([*cells, _number(row["error"]), _number(row.get("router_error")), _blocks(row)]) + " |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _blocks(row: dict[str, Any]) -> str:
+    """Return the error of the sum of what blocks add, or that they are refused."""
+    if "blocks" not in row:
+        return ""
+    return _number(max(row["sums"].values())) if row["sums"] else "refused"
 
 
 def _number(value: float | None) -> str:

@@ -16,6 +16,27 @@ from torch import Tensor, nn
 
 import device
 
+ATTENTION = (
+    "post_norm1",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "self_attn",
+    "self_attention",
+    "attention",
+    "attn",
+)
+ATTENTION += ("linear_attn", "mamba", "conv", "mixer")
+MLPS = (
+    "post_norm2",
+    "post_mlp_layernorm",
+    "post_feedforward_layernorm",
+    "mlp",
+    "feed_forward",
+    "block_sparse_moe",
+    "fc2",
+)
+"""Modules of Hugging Face's layers whose output is added, the norms behind blocks first."""
+
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -29,6 +50,8 @@ class Reference:
         final_normed: [T, D], the state that the language head reads.
         logits: [T, V].
         router_logits: layer -> [T, E], before softmax or sigmoid; only layers that have experts.
+        attention_output: layer -> [T, D], what attention adds to the residual stream, where a module gives it.
+        mlp_output: The same of the MLP or the experts.
     """
 
     hidden_states: Tensor
@@ -36,6 +59,8 @@ class Reference:
     final_normed: Tensor
     logits: Tensor
     router_logits: dict[int, Tensor]
+    attention_output: dict[int, Tensor] = field(default_factory=dict)
+    mlp_output: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,6 +68,8 @@ class _Seen:
     embedding: list[Tensor] = field(default_factory=list)
     layers: dict[int, Tensor] = field(default_factory=dict)
     routers: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    mlps: dict[int, Tensor] = field(default_factory=dict)
     head_input: list[Tensor] = field(default_factory=list)
 
 
@@ -84,6 +111,8 @@ class ReferenceModel:
             final_normed=seen.head_input[0],
             logits=output.logits[0].float().cpu().clone(),
             router_logits=seen.routers,
+            attention_output=seen.attention,
+            mlp_output=seen.mlps,
         )
 
     def run_batch(self, sequences: Sequence[Sequence[int]]) -> list[Reference]:
@@ -107,6 +136,8 @@ class ReferenceModel:
                 final_normed=seen.head_input[0][start:stop],
                 logits=logits.flatten(0, 1)[start:stop],
                 router_logits={layer: rows[start:stop] for layer, rows in seen.routers.items()},
+                attention_output={layer: rows[start:stop] for layer, rows in seen.attention.items()},
+                mlp_output={layer: rows[start:stop] for layer, rows in seen.mlps.items()},
             )
             for start, stop in ((n * longest, n * longest + len(ids)) for n, ids in enumerate(sequences))
         ]
@@ -136,6 +167,11 @@ class ReferenceModel:
             )
             for i, layer in enumerate(self.layers):
                 hooks.enter_context(layer.register_forward_hook(_keep(seen.layers, i)))
+                scale = getattr(layer, "residual_multiplier", 1.0)
+                for names, into in ((ATTENTION, seen.attention), (MLPS, seen.mlps)):
+                    block = adding_module(layer, names)
+                    if block is not None:
+                        hooks.enter_context(block.register_forward_hook(_keep(into, i, scale)))
             for i, gate in self.routers.items():
                 hooks.enter_context(gate.register_forward_hook(_keep(seen.routers, i)))
             yield seen
@@ -166,9 +202,18 @@ def router(layer: nn.Module, config: Any) -> nn.Module | None:
     return found[0] if found else None
 
 
-def _keep(into: dict[int, Tensor], index: int) -> Any:
+def adding_module(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    """Return the first of the named modules of a layer, whose output the layer adds to the residual stream."""
+    children = dict(layer.named_children())
+    norms = [name for name in children if name.startswith("post") and "norm" in name]
+    if not any(word in name for name in norms for word in ("feedforward", "mlp", "norm2")):
+        children = {name: child for name, child in children.items() if not name.startswith("post")}
+    return next((children[name] for name in names if name in children), None)
+
+
+def _keep(into: dict[int, Tensor], index: int, scale: float = 1.0) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        into[index] = _rows(output if isinstance(output, Tensor) else output[0])
+        into[index] = _rows(output if isinstance(output, Tensor) else output[0]) * scale
 
     return hook
 

@@ -10,11 +10,14 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from device import TOLERANCE
 from reference import Reference, ReferenceModel
+from vllm_tap.positions import Positions, Tokens
+from vllm_tap.spec import Choice
 
 # Both sides compute in float32 (eps 1.2e-7) and add up a few hundred products per element in different orders, layer
 # after layer; the scale is the root mean square of the layer's rows over the whole sequence. The largest error over a
@@ -57,8 +60,12 @@ def completions(outputs: Sequence[Any]) -> list[Completion]:
     ]
 
 
-def wanted(positions: str | tuple[int, ...], prompt_len: int, length: int) -> list[int]:
-    """Return the positions that a specification asks for, in a sequence of `length` rows."""
+def wanted(positions: Choice, prompt_len: int, token_ids: Sequence[int]) -> list[int]:
+    """Return the positions that a specification asks for, in a sequence of these tokens."""
+    length = len(token_ids)
+    if isinstance(positions, Positions):
+        whole = np.arange(length), *(np.full(length, n) for n in (prompt_len, length))
+        return np.flatnonzero(positions.choose(Tokens(*whole, np.array(token_ids)))).tolist()
     named = {
         "all": range(length),
         "prompt": range(prompt_len),
@@ -96,7 +103,7 @@ class Shadow:
 
 def compare(result: Any, completion: Completion, reference: Reference) -> Verdict:
     """Compare the rows of one sequence, all streams and layers, with the reference."""
-    at = wanted(result.spec.positions, completion.prompt_len, len(completion.token_ids))
+    at = wanted(result.spec.positions, completion.prompt_len, completion.token_ids)
     rows = result.sample(completion.sample, completion.number)
     labels = [[p, completion.token_ids[p]] for p in at]
     if torch.stack([rows.positions, rows.token_ids], 1).tolist() != labels or len(rows) != len(at):
@@ -117,9 +124,10 @@ def compare(result: Any, completion: Completion, reference: Reference) -> Verdic
 def _pairs(spec: Any, rows: Any, reference: Reference) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (captured, expected) for each stream and layer that was asked for."""
     num_layers = len(reference.hidden_states)
-    chosen = spec.hidden_states or ()
-    for layer in range(num_layers) if chosen == "all" else {layer % num_layers for layer in chosen}:
-        yield rows.hidden_states[layer], reference.hidden_states[layer]
+    for stream in ("hidden_states", "attention_output", "mlp_output"):
+        chosen = getattr(spec, stream) or ()
+        for layer in range(num_layers) if chosen == "all" else {layer % num_layers for layer in chosen}:
+            yield getattr(rows, stream)[layer], getattr(reference, stream)[layer]
     if spec.embeddings:
         yield rows.embeddings, reference.embedding
     if spec.final_hidden_states:

@@ -18,7 +18,7 @@ from vllm_tap.engine.cuda.deferred_experts import DeferredExperts
 from vllm_tap.engine.cuda.rows import DeviceRows
 from vllm_tap.engine.cuda.tapped_graph import GraphCopy
 from vllm_tap.engine.model.tap import Tap
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import DeviceError
 from vllm_tap.frame import layout as blocks
 from vllm_tap.frame import messages
 from vllm_tap.labels import NUM_LABELS, Mark
@@ -64,6 +64,12 @@ class Place(NamedTuple):
 
 
 LLAMA = [Place("hidden_states", layer, 24, torch.bfloat16, True) for layer in range(3)]
+BLOCKS = [
+    Place(stream, 0, 24, torch.bfloat16, stream == "hidden_states")
+    for stream in ("attention_output", "mlp_output", "hidden_states")
+]
+"""One layer, and what its blocks add."""
+
 ROUTER = [
     place
     for layer in range(2)
@@ -317,7 +323,7 @@ class Engine:
 
     def has_failed(self, session: Session, match: str) -> None:
         """Make sure that a capture ends with an error of the driver's, and that the next one is right."""
-        with pytest.raises(TransportError, match=match):
+        with pytest.raises(DeviceError, match=match):
             session.finish()
         self.abandon(session)
         session = self.start()

@@ -74,7 +74,7 @@ METRICS = {
 FEWEST = {"preemptions": 50, "chunk splits": 500, "prefix hits avoided": 100, "rejected drafts": 100, "aborts": 50}
 """How often each state must be met in a million rows."""
 
-WRONG = ("mismatches", "captures failed", "prefix hits taken", "bytes not given back")
+WRONG = ("mismatches", "captures failed", "prefix hits too long", "bytes not given back")
 """Counts that must be zero."""
 
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shadow import Shadow
-from vllm_tap import Recording, Spec
+from vllm_tap import Positions, Recording, Spec
 from vllm_tap.errors import TapError
+from vllm_tap.spec import begin_of
 
 MAX_MODEL_LEN = 384
 BLOCK_SIZE = 32
 NUM_LAYERS = 4
+EVERYTHING = Spec(hidden_states="all", attention_output="all", mlp_output="all")
 FIRST_ID, LAST_ID = 3, 250
 """Prompts are made of these tokens, none of them special."""
 
@@ -113,16 +115,26 @@ class Traffic:
     def spec(self) -> Spec:
         """Return what a capture asks for: mostly everything, else some streams, layers and positions."""
         if self.chance(0.6):
-            return Spec(hidden_states="all")
+            return EVERYTHING
         layers = self.random.choice(["all", [0], [-1], sorted(self.random.sample(range(NUM_LAYERS), 2))])
         some = sorted({self.random.randint(-40, 40) for _ in range(5)})
         return Spec(
             hidden_states=layers,
+            attention_output=self.random.choice([None, "all", [1]]),
+            mlp_output=self.random.choice([None, "all", [-1]]),
             embeddings=self.chance(0.5),
             final_hidden_states=self.chance(0.5),
-            positions=self.random.choice(["all", "all", "prompt", "generated", "last", "last_generated", some]),
+            positions=self.random.choice(
+                ["all", "all", "prompt", "generated", "last", "last_generated", some, self.expression()]
+            ),
             missing="skip",
         )
+
+    def expression(self) -> Positions:
+        """Return some positions of both parts, but those of some tokens."""
+        start = self.random.choice((None, self.random.randint(-40, 40)))
+        generated = Positions.generated(self.random.choice((None, 1, -9)), None, self.random.randint(1, 5))
+        return (Positions.prompt(start, None, self.random.randint(1, 7)) | generated) - Positions.tokens(self.tokens(9))
 
     # ------------------------------------------------------------------------------------------------------ one round
 
@@ -148,7 +160,7 @@ class Traffic:
         self.unchecked = result
         self.met["captures"] += 1
         self.met["captures through calls"] += transport == "inline"
-        self.met["captures of some rows or layers"] += spec != Spec(hidden_states="all")
+        self.met["captures of some rows or layers"] += spec != EVERYTHING
         self.seconds.update(generate=generated - begin, finish=finished - generated, check=time.monotonic() - finished)
 
     def ask(self, current: Round) -> list[tuple[str, Request]]:
@@ -200,9 +212,9 @@ class Traffic:
         elif output.request_id in current.open:
             current.open.remove(output.request_id)
             current.outputs[request.sample] = output
-            self.count(request, output)
+            self.count(request, output, begin_of(current.spec.positions).of(len(request.prompt)))
 
-    def count(self, request: Request, output: Any) -> None:
+    def count(self, request: Request, output: Any, first_wanted: int) -> None:
         """Count the states that a captured request has been through."""
         reasons = [completion.stop_reason for completion in output.outputs]
         self.met["captured requests"] += 1
@@ -216,6 +228,7 @@ class Traffic:
         self.met["chunk splits"] += (len(request.prompt) - 1) // self.tokens_per_step
         self.met["prefix hits avoided"] += self.cached.get(request.twin or "", 0) > 0 == output.num_cached_tokens
         self.met["prefix hits taken"] += output.num_cached_tokens > 0
+        self.met["prefix hits too long"] += output.num_cached_tokens > min(first_wanted, len(request.prompt) - 1)
 
     def end(self, current: Round, stopped: bool) -> Any:
         """Finish or stop a capture; a refusal to finish means that rows are lost or wrong."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         DatasetDamagedError,
         DatasetError,
         DescriptorError,
+        DeviceError,
         EngineDiedError,
         EngineUnsupportedError,
         LayerError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         TapError,
         TransportError,
     )
+    from vllm_tap.positions import Positions
     from vllm_tap.spec import Spec
     from vllm_tap.store.dataset import Dataset, open_dataset
     from vllm_tap.vllm.frontend import shutdown
@@ -45,6 +47,7 @@ __all__ = [
     "DatasetDamagedError",
     "DatasetError",
     "DescriptorError",
+    "DeviceError",
     "EngineDiedError",
     "EngineUnsupportedError",
     "HttpTap",
@@ -52,6 +55,7 @@ __all__ = [
     "LayerMap",
     "PluginNotLoadedError",
     "PositionError",
+    "Positions",
     "Recording",
     "RowBlock",
     "RowLabels",
@@ -77,6 +81,7 @@ _HOMES = {
     "Dataset": "vllm_tap.store.dataset",
     "HttpTap": "vllm_tap.client.http_tap",
     "LayerMap": "vllm_tap.client.result",
+    "Positions": "vllm_tap.positions",
     "Recording": "vllm_tap.client.recording",
     "RowBlock": "vllm_tap.client.tap",
     "RowLabels": "vllm_tap.client.result",

@@ -10,6 +10,7 @@ TapError
  |    +-- RowsMissingError     rows that were asked for did not arrive
  |    +-- BudgetError          the memory for rows is full
  |    +-- EngineDiedError      the engine process ended
+ |    +-- DeviceError          the driver of a GPU refused; a TransportError too
  +-- TransportError            memory or sockets between worker and client refused
  |    +-- DescriptorError      bytes from the other process that do not validate
  +-- DatasetError              a dataset that cannot be written or read
@@ -82,6 +83,10 @@ class TransportError(TapError):
     """Memory or sockets between worker and client were refused."""
 
 
+class DeviceError(CaptureError, TransportError):
+    """The driver of a GPU refused what a capture needs."""
+
+
 class DescriptorError(TransportError, ValueError):
     """Bytes from the other process that do not validate."""
 
@@ -108,6 +113,7 @@ BY_NAME: dict[str, type[TapError]] = {
         BudgetError,
         EngineDiedError,
         TransportError,
+        DeviceError,
         DescriptorError,
         DatasetError,
         DatasetDamagedError,

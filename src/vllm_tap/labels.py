@@ -22,16 +22,37 @@ NUM_LABELS: Final = len(LABELS)
 
 
 class Mark(NamedTuple):
-    """Mark that a captured request carries through the engine."""
+    """Mark that a captured request carries through the engine.
+
+    Attributes:
+        capture_id: Name of its capture.
+        sample: Number by which the client knows it.
+        num_completions: Requests that it becomes.
+        positions: Which of its rows are taken, in the plain form of `spec.plain_positions`; those of its capture if
+            None.
+        reads_cache: (from_start, from_end), see `positions.Begin`: although it says to skip the prefix cache, it may
+            read it up to there. None for a request that is to be taken by its word.
+    """
 
     capture_id: str
     sample: int
     num_completions: int
+    positions: Any = None
+    reads_cache: tuple[int, int] | None = None
 
 
-def mark(capture_id: str, sample: int, num_completions: int = 1) -> dict[str, Any]:
-    """Return the extra arguments that make the engine capture a request."""
-    return {KEY: [capture_id, sample, num_completions]}
+def mark(
+    capture_id: str,
+    sample: int,
+    num_completions: int = 1,
+    positions: Any = None,
+    reads_cache: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Return the extra arguments that make the engine capture a request; see `Mark`."""
+    fields: list[Any] = [capture_id, sample, num_completions, positions, reads_cache]
+    while fields[-1] is None:
+        fields.pop()
+    return {KEY: fields}
 
 
 def read_mark(extra: Mapping[str, Any] | None) -> Mark | None:
@@ -40,6 +61,13 @@ def read_mark(extra: Mapping[str, Any] | None) -> Mark | None:
     Clients of a server may send any extra arguments: what is no mark must not end the engine, and is left alone.
     """
     value = (extra or {}).get(KEY)
-    if not isinstance(value, list | tuple) or [type(item) for item in value] != [str, int, int]:
+    if not isinstance(value, list | tuple) or [type(item) for item in value[:3]] != [str, int, int] or len(value) > 5:
         return None
-    return Mark(*value)
+    positions, reads_cache = [*value[3:], None, None][:2]
+    if not isinstance(positions, str | list | tuple | dict | None):
+        return None
+    if reads_cache is not None:
+        if not isinstance(reads_cache, list | tuple) or [type(number) for number in reads_cache] != [int, int]:
+            return None
+        reads_cache = (reads_cache[0], reads_cache[1])
+    return Mark(value[0], value[1], value[2], positions, reads_cache)

@@ -7,8 +7,9 @@ client, which knows all, drops what was not asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ Ints = npt.NDArray[np.int64]
 MAX_DEPTH: Final = 32
 """Operations within one another: an expression may come from outside."""
 
-Span = Literal["prompt", "generated"]
+NEVER: Final = 2**31 - 1
+"""A position that no sequence has."""
 
 
 class Tokens(NamedTuple):
@@ -47,11 +49,34 @@ class Bounds(NamedTuple):
     possible: Bools
 
 
-class Positions:
-    """Which positions of a sequence to take. Immutable, comparable, and the same after a trip through JSON.
+class Begin(NamedTuple):
+    """A lower bound of the positions that an expression takes, for prompts of any length.
 
-    Build one from `prompt`, `generated`, `tokens` and `mask`; `a | b` takes the positions of both, `a & b` those in
-    both, `a - b` those of `a` that are not in `b`.
+    Attributes:
+        from_start: Counted from the start of the prompt; `NEVER` if only its end says where positions begin.
+        from_end: Tokens before the end of the prompt; 0 for its end itself, negative if only `from_start` counts.
+    """
+
+    from_start: int
+    from_end: int
+
+    def of(self, prompt_len: int) -> int:
+        """Return the bound for a prompt of this length: no position before it is taken."""
+        from_end = prompt_len if self.from_end < 0 else max(prompt_len - self.from_end, 0)
+        return min(self.from_start, from_end)
+
+    @property
+    def is_last_or_later(self) -> bool:
+        """True if nothing before the last position of any prompt is taken."""
+        return self.from_start == NEVER and self.from_end <= 1
+
+
+class Positions:
+    """A choice of positions of a sequence. Immutable, comparable, and the same after a trip through JSON.
+
+    Build one from `prompt`, `generated`, `tokens`, `mask` and `at`; `a | b` takes the positions of both, `a & b` those
+    in both, `a - b` those of `a` that are not in `b`. Like a slice, it chooses among the positions that there are: in
+    a sequence it may find none.
     """
 
     __slots__ = ("_form",)
@@ -105,16 +130,19 @@ class Positions:
     @classmethod
     def at(cls, positions: Iterable[int]) -> Positions:
         """Take positions of the prompt by number; negative ones count from its end."""
-        return cls(("at", *sorted({_whole("at", position) for position in positions})))
+        try:
+            return cls(("at", *sorted({_whole("at", position) for position in positions})))
+        except TypeError:
+            raise SpecError(f"Positions.at takes a list of prompt positions, got {positions!r}.") from None
 
     def __or__(self, other: Positions) -> Positions:
-        return Positions(("or", self._form, other._form)) if isinstance(other, Positions) else NotImplemented
+        return _joined("or", self, other) if isinstance(other, Positions) else NotImplemented
 
     def __and__(self, other: Positions) -> Positions:
-        return Positions(("and", self._form, other._form)) if isinstance(other, Positions) else NotImplemented
+        return _joined("and", self, other) if isinstance(other, Positions) else NotImplemented
 
     def __sub__(self, other: Positions) -> Positions:
-        return Positions(("sub", self._form, other._form)) if isinstance(other, Positions) else NotImplemented
+        return _joined("sub", self, other) if isinstance(other, Positions) else NotImplemented
 
     # ------------------------------------------------------------------------------------------------- what it chooses
 
@@ -138,14 +166,20 @@ class Positions:
         """
         return _bounds(self._form, tokens)
 
-    def first(self, prompt_len: int) -> int:
-        """Return the first position that may be asked for, at most the length of the prompt.
+    @property
+    def begin(self) -> Begin:
+        """A lower bound of what is taken; see `Begin`. Whatever lies before it need not go through the model."""
+        return _begin(self._form)
 
-        Whatever lies before it need not go through the model.
-        """
-        position = np.arange(prompt_len)
-        possible = self.bounds(Tokens(position, np.full(prompt_len, prompt_len))).possible
-        return int(possible.argmax()) if possible.any() else prompt_len
+    @property
+    def takes_generated(self) -> bool:
+        """True if generated tokens may be among what is taken."""
+        return _takes_generated(self._form)
+
+    @property
+    def needs_end(self) -> bool:
+        """True if what is taken of the tokens so far may change with those that are still to come."""
+        return _needs_end(self._form)
 
     # --------------------------------------------------------------------------------------------------------- as JSON
 
@@ -175,6 +209,19 @@ class Positions:
         return _text(self._form)
 
 
+def _joined(name: str, a: Positions, b: Positions) -> Positions:
+    """Return an operation on two expressions; a chain of the same one is no deeper than its parts."""
+    parts = (*a._form[1:], b._form) if a._form[0] == name else (a._form, b._form)
+    form = (name, *parts)
+    if _depth(form) > MAX_DEPTH:
+        raise SpecError(f"positions: at most {MAX_DEPTH} operations within one another: write chains, `a | b | c`.")
+    return Positions(form)
+
+
+def _depth(form: tuple[Any, ...]) -> int:
+    return 1 + max(map(_depth, form[1:])) if form[0] in _OPERATIONS else 0
+
+
 def _slice(name: str, *bounds: int | None) -> tuple[int | None, ...]:
     numbers = tuple(None if bound is None else _whole(name, bound) for bound in bounds)
     if numbers[2] is not None and numbers[2] < 1:
@@ -198,7 +245,7 @@ def _runs(values: Bools) -> tuple[int, ...]:
 def _bounds(form: tuple[Any, ...], tokens: Tokens) -> Bounds:
     name, *rest = form
     if name in _OPERATIONS:
-        return _OPERATIONS[name](*(_bounds(part, tokens) for part in rest))
+        return functools.reduce(_OPERATIONS[name], (_bounds(part, tokens) for part in rest))
     bounds: Bounds = _LEAVES[name](tokens, *rest)
     return bounds
 
@@ -272,6 +319,43 @@ def _at(tokens: Tokens, *positions: int) -> Bounds:
     return _exactly(found & (tokens.position < tokens.prompt_len))
 
 
+def _begin(form: tuple[Any, ...]) -> Begin:
+    name, *rest = form
+    if name == "or":
+        parts = [_begin(part) for part in rest]
+        return Begin(min(part.from_start for part in parts), max(part.from_end for part in parts))
+    if name == "and":
+        # The bound of each part holds; no one pair of numbers says the larger of two.
+        return max((_begin(part) for part in rest), key=lambda part: (part.from_start, -part.from_end))
+    if name == "sub":
+        return _begin(rest[0])
+    if name == "generated":
+        return Begin(NEVER, 0)
+    if name == "tokens":
+        return Begin(0, -1)
+    if name == "mask":
+        return Begin(rest[0] if rest else NEVER, -1)
+    numbers = [rest[0] or 0] if name == "prompt" else rest
+    from_start = min((number for number in numbers if number >= 0), default=NEVER)
+    return Begin(from_start, max((-number for number in numbers if number < 0), default=-1))
+
+
+def _takes_generated(form: tuple[Any, ...]) -> bool:
+    name, *rest = form
+    if name == "sub":
+        return _takes_generated(rest[0])
+    if name in _OPERATIONS:
+        return {"or": any, "and": all}[name](map(_takes_generated, rest))
+    return name in ("generated", "tokens")
+
+
+def _needs_end(form: tuple[Any, ...]) -> bool:
+    name, *rest = form
+    if name in _OPERATIONS:
+        return any(map(_needs_end, rest))
+    return name == "generated" and any(bound is not None and bound < 0 for bound in rest)
+
+
 _OPERATIONS: Final = {"or": _either, "and": _both, "sub": _without}
 _LEAVES: Final[dict[str, Any]] = {
     "prompt": _in_prompt,
@@ -297,10 +381,11 @@ def _from_plain(plain: object, depth: int) -> Positions:
     if not isinstance(rest, list | tuple) or name not in (*_OPERATIONS, *_LEAVES):
         raise SpecError(f"positions have no {name!r} of {rest!r}. Known: {', '.join((*_LEAVES, *_OPERATIONS))}.")
     if name in _OPERATIONS:
-        if len(rest) != 2 or depth >= MAX_DEPTH:
-            raise SpecError(f"positions: {name!r} takes two expressions, at most {MAX_DEPTH} within one another.")
-        first, second = (_from_plain(part, depth + 1) for part in rest)
-        return Positions((name, first._form, second._form))
+        if len(rest) < 2 or depth >= MAX_DEPTH:
+            raise SpecError(
+                f"positions: {name!r} takes two expressions or more, at most {MAX_DEPTH} within one another."
+            )
+        return Positions((name, *(_from_plain(part, depth + 1)._form for part in rest)))
     if name in ("prompt", "generated"):
         if len(rest) > 3:
             raise SpecError(f"positions: {name!r} takes start, stop and step, got {rest!r}.")
@@ -316,8 +401,10 @@ def _from_plain(plain: object, depth: int) -> Positions:
 def _text(form: tuple[Any, ...]) -> str:
     name, *rest = form
     if name in _OPERATIONS:
-        return f"({_text(rest[0])} {_SIGNS[name]} {_text(rest[1])})"
+        return f"({f' {_SIGNS[name]} '.join(map(_text, rest))})"
     if name in ("prompt", "generated"):
+        while rest and rest[-1] is None:
+            rest.pop()
         return f"Positions.{name}({', '.join(map(str, rest))})"
     if name == "mask":
         return f"Positions.mask(<{sum(rest[1::2])} positions>)"

@@ -17,6 +17,7 @@ class StreamKind(NamedTuple):
         per_layer: Whether it exists once per decoder layer; else once per model.
         of_router: Whether the router of a layer makes it.
         source: The tensor that its rows are; empty where that is decided for each model.
+        about: The field in a few words, for options of commands.
     """
 
     name: str
@@ -24,26 +25,52 @@ class StreamKind(NamedTuple):
     per_layer: bool
     of_router: bool
     source: str
+    about: str
 
 
 STREAMS: Final = (
-    StreamKind("hidden_states", "hidden_states", True, False, ""),
-    StreamKind("embeddings", "embeddings", False, False, "input of decoder layer 0"),
-    StreamKind("final_hidden_states", "final_hidden_states", False, False, "output of the final norm"),
+    StreamKind("hidden_states", "hidden_states", True, False, "", "the residual stream after these decoder layers"),
+    StreamKind(
+        "attention_output",
+        "attention_output",
+        True,
+        False,
+        "",
+        "what attention, or what stands in its place, adds to the stream in these layers",
+    ),
+    StreamKind("mlp_output", "mlp_output", True, False, "", "what the MLP or the experts of these layers add to it"),
+    StreamKind("embeddings", "embeddings", False, False, "input of decoder layer 0", "the input of the first layer"),
+    StreamKind(
+        "final_hidden_states",
+        "final_hidden_states",
+        False,
+        False,
+        "output of the final norm",
+        "the output of the final norm",
+    ),
     StreamKind(
         "router_logits",
         "router_logits",
         True,
         True,
         "output of the gate, before softmax or sigmoid and before any bias that only chooses",
+        "the gate's output of these layers",
     ),
-    StreamKind("expert_ids", "routed_experts", True, True, "ids as the router chose them, in its order"),
+    StreamKind(
+        "expert_ids",
+        "routed_experts",
+        True,
+        True,
+        "ids as the router chose them, in its order",
+        "expert ids and weights of these layers",
+    ),
     StreamKind(
         "expert_weights",
         "routed_experts",
         True,
         True,
         "weights as the router computed them, in the order of the ids",
+        "expert ids and weights of these layers",
     ),
 )
 """In the order of their numbers on a device."""
@@ -52,7 +79,7 @@ NUMBERS: Final = {kind.name: number for number, kind in enumerate(STREAMS)}
 """Number of each stream in the tables of a device."""
 
 SOURCES: Final = {kind.name: kind.source for kind in STREAMS if kind.source}
-"""The tensor of each stream; that of hidden_states is decided for each model, see `engine.model.residual`."""
+"""The tensor of each stream; of those that are left out it is decided for each model, see `engine.model.install`."""
 
 LAYERED_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if kind.per_layer))
 """Fields of a `Spec` that choose layers."""
@@ -60,8 +87,14 @@ LAYERED_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if ki
 SINGLE_FIELDS: Final = tuple(dict.fromkeys(kind.field for kind in STREAMS if not kind.per_layer))
 """Fields of a `Spec` that are true or false."""
 
+ABOUT: Final = {kind.field: kind.about for kind in STREAMS}
+"""Each field in a few words."""
+
 SINGLE_STREAMS: Final = tuple(kind.name for kind in STREAMS if not kind.per_layer)
 """Streams that exist once per model."""
+
+BLOCK_STREAMS: Final = ("attention_output", "mlp_output")
+"""Streams of the blocks of a layer: what they add to the residual stream. A layer may have one of them alone."""
 
 ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.of_router)
 """Streams of a router: what it chooses by, and what it chose."""

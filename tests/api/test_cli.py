@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,20 +11,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec
 from vllm_tap.cli import checks, doctor, main
 from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
 from vllm_tap.errors import SpecError
-from vllm_tap.vllm import launch
+from vllm_tap.vllm import hub, launch
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -118,6 +122,8 @@ def test_lists_may_begin_with_a_negative_number() -> None:
         (["--layers", "-2,-1", "--positions", "last"], Spec(hidden_states=[-2, -1], positions="last")),
         (["--layers", "0-2,-3--2,7"], Spec(hidden_states=[0, 1, 2, -3, -2, 7])),
         (["--layers", "-1", "--positions", "-1"], Spec(hidden_states=[-1], positions=[-1])),
+        (["--positions", "last_generated"], Spec(hidden_states="all", positions="last_generated")),
+        (["--positions", '{"prompt": [-8]}'], Spec(hidden_states="all", positions=Positions.prompt(-8))),
         (["--router-logits", "all"], Spec(router_logits="all")),
         (["--routed-experts", "3", "--layers", "all"], Spec(routed_experts=[3], hidden_states="all")),
         (["--embeddings", "--final-hidden-states"], Spec(embeddings=True, final_hidden_states=True)),
@@ -192,6 +198,47 @@ def test_layers_of_an_unreadable_configuration_are_left_to_the_engine(tmp_path: 
     model = str(write_config(tmp_path / "llama", "llama", num_hidden_layers=7))
     assert launch.count_layers(model) == 7
     assert launch.count_layers(model, hf_overrides={"num_hidden_layers": 3}) is None
+
+
+@pytest.mark.parametrize(
+    ("failure", "match"),
+    [
+        (ConnectionError("no route"), "nosuch/model is no folder, and https://.* cannot be reached \\(no route\\)"),
+        (
+            RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "x"))),
+            "check its name",
+        ),
+        (HfHubHTTPError("500", response=httpx.Response(500, request=httpx.Request("GET", "x"))), ""),
+        (None, ""),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_told_at_once(
+    run: Run, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None, match: str
+) -> None:
+    """Asked once, and only for what is neither a folder nor in the cache."""
+    asked: list[str] = []
+
+    def model_info(self: object, model: str, **_: object) -> None:
+        asked.append(model)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    hub.require_found.cache_clear()
+    if match:
+        code, _, err = run("capture", "nosuch/model", "--prompts", str(prompts), "--layers", "0")
+        assert (code, asked) == (1, ["nosuch/model"])
+        assert re.search(match, one_line(err))
+    else:
+        hub.require_found("nosuch/model")
+        hub.require_found("nosuch/model")
+        assert asked == ["nosuch/model"]
+    (tmp_path / "models--its--here").mkdir()
+    for other in (str(tmp_path), "its/here", "s3://bucket/model"):
+        hub.require_found(other)
+    assert asked == ["nosuch/model"]
 
 
 # -------------------------------------------------------------------------------------------------------- prompt files

@@ -34,8 +34,8 @@ def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
     errors = sorted(errors_of_this_package())
     others = [
-        *("AsyncTap", "Capture", "Dataset", "HttpTap", "LayerMap", "Recording", "RowBlock", "RowLabels", "Sample"),
-        *("Spec", "Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
+        *("AsyncTap", "Capture", "Dataset", "HttpTap", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels"),
+        *("Sample", "Spec", "Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
     ]
     assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__
@@ -67,8 +67,8 @@ def test_capture_takes_these_arguments() -> None:
     [
         ("Capture", "conventions first_sample has_experts has_final_norm layers model num_bytes num_rows outputs "
                     "routing row_labels rows sample save seconds spec"),
-        ("Sample", "as_hf embeddings expert_ids expert_weights final_hidden_states hidden_states positions "
-                   "router_logits token_ids"),
+        ("Sample", "as_hf attention_output embeddings expert_ids expert_weights final_hidden_states hidden_states "
+                   "mlp_output positions router_logits token_ids"),
         ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences "
                     "spec table where"),
     ],

@@ -80,10 +80,6 @@ def family(terminal: Terminal) -> list[psutil.Process]:
     return psutil.Process(terminal.pid).children(recursive=True)
 
 
-@pytest.mark.skipif(
-    "VLLM_TAP_TEST_INTERRUPTS" not in os.environ,
-    reason="fails where Ctrl-C comes while prompts are still queued: no output has been read by then",
-)
 def test_what_is_finished_is_saved(
     start: Callable[[], Terminal], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

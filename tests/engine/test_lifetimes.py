@@ -36,6 +36,7 @@ from engine.engines import (
 from vllm_tap import Spec
 from vllm_tap.client import recording
 from vllm_tap.client.connection import Connection
+from vllm_tap.client.interruption import Interruption
 from vllm_tap.errors import BudgetError, EngineDiedError, TransportError
 from vllm_tap.labels import KEY
 from vllm_tap.transport.calls import Caller
@@ -177,6 +178,39 @@ def test_an_interrupted_capture_leaves_no_session_and_no_requests(monkeypatch, e
         compare(result, known)
     finally:
         engine.llm.wait_for_completion(use_tqdm=False)
+
+
+@pytest.mark.parametrize("moment", ["queueing", "outputs"])
+def test_a_key_loses_nothing_that_was_finished(monkeypatch, engine, known, moment):
+    """Ctrl-C while prompts are queued, of which some have ended unread; and where all have ended."""
+    add_request, read = engine.llm.llm_engine.add_request, recording.Sequences
+    given, arrived = prompts([3, 17, 5, 9, 30]), engine.llm.llm_engine.engine_core.outputs_queue
+
+    def num_ended() -> int:
+        return sum(output.finished for outputs in list(arrived.queue) for output in outputs.outputs)
+
+    def interrupted(request_id: str, prompt: Any, *args: Any, **options: Any) -> Any:
+        if prompt["prompt_token_ids"] == given[3]["prompt_token_ids"]:
+            wait_until(lambda: num_ended() == 3, "the end of three requests", DEATH_S)
+            os.kill(os.getpid(), signal.SIGINT)
+        return add_request(request_id, prompt, *args, **options)
+
+    def interrupted_reading(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return read(*args)
+
+    with monkeypatch.context() as patch, Interruption():
+        if moment == "queueing":
+            patch.setattr(engine.llm.llm_engine, "add_request", interrupted)
+        else:
+            patch.setattr(recording, "Sequences", interrupted_reading)
+        result = engine.capture(given, HIDDEN)
+    num_finished = 3 if moment == "queueing" else len(given)
+    assert [output is not None for output in result.outputs] == [index < num_finished for index in range(len(given))]
+    result.outputs = result.outputs[:num_finished]
+    compare(result, known)
+    assert engine.status()[0]["captures"] == []
+    compare(engine.capture(prompts([4]), HIDDEN), known)
 
 
 @pytest.mark.parametrize("moment", ["start", "finish", "outputs"])

@@ -34,7 +34,13 @@ class Case(NamedTuple):
         return f"{self.family}-{self.axis}"
 
 
-STREAMS = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+STREAMS = {
+    "hidden_states": "all",
+    "attention_output": "all",
+    "mlp_output": "all",
+    "embeddings": True,
+    "final_hidden_states": True,
+}
 CASES = [
     Case("llama", "tensor", Spec(**STREAMS)),
     Case("llama", "pipeline", Spec(**STREAMS)),

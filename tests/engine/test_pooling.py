@@ -12,7 +12,7 @@ import pytest
 
 import vllm_tap
 from engine.engines import PROMPT_LENGTHS, TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec
 from vllm_tap.errors import SpecError
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -54,3 +54,10 @@ def test_parameters_of_sampling_are_refused(engine):
     """A field of SamplingParams is no field of PoolingParams, and the message says which class it was looked up in."""
     with pytest.raises(SpecError, match="PoolingParams has no field 'max_tokens'"):
         vllm_tap.capture(engine.llm, prompts(), EVERYTHING, max_tokens=3)
+
+
+def test_expressions_choose_from_prompts(engine):
+    """Nothing is generated, so that part of an expression finds nothing."""
+    positions = Positions.prompt(-3) | Positions.generated()
+    result = vllm_tap.capture(engine.llm, prompts(), Spec(hidden_states=[1], positions=positions), progress=False)
+    assert [sample.positions.tolist() for sample in result] == [list(range(max(n - 3, 0), n)) for n in PROMPT_LENGTHS]

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.engines import Engine, References, compare, prompts
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec, Tap
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
+
+EVERY_THIRD = Positions.prompt(-9, -2) | Positions.generated(1, None, 3)
 
 STREAMS = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
 
@@ -44,6 +47,12 @@ def known(references: Callable[[str], References]) -> References:
     return references("llama")
 
 
+def every_third(prompt_len: int, num_rows: int) -> list[int]:
+    """Positions of `EVERY_THIRD`, by Python's own slices."""
+    everything = list(range(num_rows))
+    return everything[:prompt_len][-9:-2] + everything[prompt_len:][1::3]
+
+
 def count(engine: Engine, name: str) -> int:
     """Return one of vLLM's own counters."""
     return next(metric.value for metric in engine.llm.get_metrics() if metric.name == f"vllm:{name}")
@@ -68,3 +77,21 @@ def test_rows_of_preempted_requests_are_complete(engine, known, transport):
     result = engine.capture(prompts([60] * 12), Spec(**STREAMS), max_tokens=60, transport=transport)
     compare(result, known)
     assert count(engine, "num_preemptions") > before
+
+
+@pytest.mark.parametrize("lengths", [[24] * 4, [60] * 12], ids=["drafts", "preemption"])
+def test_positions_that_are_chosen_are_found_among_what_was_rewritten(engine, known, lengths):
+    """The host counts drafts that may be rejected, and a request that begins again has other steps."""
+    spec = Spec(hidden_states=[1, 3], positions=EVERY_THIRD)
+    names = "num_preemptions", "spec_decode_num_draft_tokens"
+    before = [count(engine, name) for name in names]
+    unit = [{"prompt_token_ids": (prompt["prompt_token_ids"][:6] * 10)[: lengths[0]]} for prompt in prompts(lengths)]
+    result = engine.capture(unit, spec, max_tokens=60)
+    compare(result, known, every_third)
+    preempted, drafted = (count(engine, name) - was for name, was in zip(names, before, strict=True))
+    assert drafted > 0
+    assert preempted > 0 or len(lengths) < 12
+    means = {n: sample.hidden_states[3].mean(0) for n, sample in enumerate(result)}
+    reduced = Spec(hidden_states=[3], positions=EVERY_THIRD, reduce="mean")
+    for sample in Tap(engine.llm).stream(unit, reduced, max_tokens=60, temperature=0.0, ignore_eos=True):
+        torch.testing.assert_close(sample.hidden_states[3][0], means[sample.index], rtol=1e-3, atol=1e-4)

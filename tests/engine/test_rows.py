@@ -36,7 +36,8 @@ from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
-EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+BLOCKS = {"attention_output": "all", "mlp_output": "all"}
+EVERYTHING = Spec(hidden_states="all", **BLOCKS, embeddings=True, final_hidden_states=True)
 
 
 class Case(NamedTuple):
@@ -103,7 +104,8 @@ def test_every_row_is_that_of_hugging_face(engine, known):
     result = engine.capture(prompts(), EVERYTHING)
     compare(result, known)
     assert [len(sample) for sample in result] == [length + MAX_NEW_TOKENS - 1 for length in PROMPT_LENGTHS]
-    assert result.layers == {"hidden_states": [0, 1, 2, 3], "embeddings": [0], "final_hidden_states": [3]}
+    layers = {stream: [0, 1, 2, 3] for stream in ("hidden_states", *BLOCKS)}
+    assert result.layers == {**layers, "embeddings": [0], "final_hidden_states": [3]}
 
 
 def test_a_sample_reads_as_hugging_face_returns_it(engine, known):

@@ -30,7 +30,8 @@ if __name__ == "__main__":
     family, runner, folder = *sys.argv[1:3], Path(sys.argv[3])
     engine, known = Engine(folder, enforce_eager=True), References(folder)
     assert [hello.runner for hello in connect(engine.llm).hellos] == [runner]
-    streams = {"hidden_states": "all", "embeddings": True, "final_hidden_states": True}
+    layers = dict.fromkeys(("hidden_states", "attention_output", "mlp_output"), "all")
+    streams = {**layers, "embeddings": True, "final_hidden_states": True}
     if family == "qwen3_moe":
         streams["router_logits"] = "all"
     for staging in ("staged", "direct"):

@@ -10,6 +10,7 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +24,12 @@ from engine.engines import (
     compare,
     greedy,
     prompts,
+    sequence,
 )
-from vllm_tap import Spec
-from vllm_tap.client.sequences import TokenArrays
+from vllm_tap import Positions, Spec
+from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.positions import Tokens
 from vllm_tap.vllm.frontend import STEPS_BETWEEN
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -128,6 +131,45 @@ def test_positions_are_those_that_were_named(engine, known, positions, expected)
     compare(result, known, expected)
     if isinstance(positions, str) and positions.startswith("last"):
         assert [len(sample) for sample in result] == [1] * len(PROMPT_LENGTHS)
+
+
+EXPRESSIONS = [
+    Positions.prompt(-8) | Positions.generated(step=3),
+    Positions.prompt(2, -1, 7) - Positions.at([9, 16]),
+    Positions.tokens(range(0, 256, 2)) & (Positions.prompt(5) | Positions.generated()),
+    Positions.generated(-2) | Positions.mask([True, False, False, True]),
+    Positions.generated(0, -1) - Positions.tokens(range(100)),
+]
+
+
+@pytest.mark.parametrize(
+    ("positions", "transport"), [(EXPRESSIONS[0], "inline"), *((each, "segment") for each in EXPRESSIONS)]
+)
+def test_an_expression_takes_what_would_be_selected_afterwards(engine, known, positions, transport):
+    """Chunked prompts in one batch with others, two completions each: the rows that are chosen of everything."""
+    params = greedy(n=2, temperature=1.0)
+    lengths = PROMPT_LENGTHS if transport == "segment" else PROMPT_LENGTHS[:2]
+    spec = Spec(hidden_states=[0, 3], positions=positions)
+    result = engine.capture(prompts(lengths), spec, sampling_params=params, transport=transport)
+    assert Spec.from_json(spec.to_json()) == spec
+    for completion in range(2):
+        at = {}
+        for output in result.outputs:
+            tokens = np.array(sequence(output, completion))
+            whole = (
+                np.arange(len(tokens)),
+                *(np.full(len(tokens), n) for n in (len(output.prompt_token_ids), len(tokens))),
+            )
+            at[len(output.prompt_token_ids)] = np.flatnonzero(positions.choose(Tokens(*whole, tokens))).tolist()
+        compare(result, known, lambda prompt_len, num_rows, at=at: at[prompt_len], completion)
+
+
+def test_an_expression_that_finds_nothing_gives_no_rows(engine):
+    """As a slice does; workers wrote what cannot be told from what was meant."""
+    spec = Spec(hidden_states=[1], positions=Positions.prompt(100) | Positions.tokens([0]))
+    result = engine.capture([[5, 6, 7], [5, 0, 7]], spec)
+    assert [sample.positions.tolist() for sample in result][1] == [1]
+    assert result[0].hidden_states[1].shape[1] == 128
 
 
 def test_completions_of_one_prompt_have_their_own_rows(engine, known):
@@ -235,6 +277,52 @@ def test_captured_requests_do_not_read_the_prefix_cache(engine, known):
     assert [output.num_cached_tokens for output in result.outputs] == [0, 0]
     compare(result, known)
     assert min(cached(engine, following)) >= 3 * BLOCK_SIZE
+
+
+SHARED = 6 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("positions", "num_cached"),
+    [
+        ("last", SHARED),
+        ("generated", SHARED),
+        ("last_generated", SHARED),
+        ([-1], SHARED),
+        (Positions.prompt(-1) | Positions.generated(step=3), SHARED),
+        (Positions.prompt(-9, -3), SHARED),
+        (Positions.prompt(2 * BLOCK_SIZE + 5) - Positions.at([2 * BLOCK_SIZE + 7]), 2 * BLOCK_SIZE),
+        ([3 * BLOCK_SIZE, -1], 3 * BLOCK_SIZE),
+        ([3 * BLOCK_SIZE - 1, -1], 2 * BLOCK_SIZE),
+        (Positions.prompt(-BLOCK_SIZE), 5 * BLOCK_SIZE),
+        (Positions.tokens(range(256)), 0),
+        ("prompt", 0),
+        ("all", 0),
+    ],
+    ids=str,
+)
+def test_a_request_reads_the_prefix_cache_up_to_its_first_wanted_position(engine, known, positions, num_cached):
+    """Rows behind what was cached equal those of a forward pass without a cache; what is asked for is complete."""
+    (given,) = prompts([SHARED + 10], seed=15)
+    engine.generate([given])
+    result = engine.capture([given], Spec(hidden_states=[0, 3], positions=positions))
+    assert result.outputs[0].num_cached_tokens == num_cached
+    tokens = sequence(result.outputs[0])
+    at = result[0].positions.tolist()
+    assert at == Sequences(result.outputs, result.spec.positions).wanted.tolist() != []
+    compare(result, known, lambda *_: at)
+    assert result[0].token_ids.tolist() == [tokens[position] for position in at]
+
+
+def test_parameters_that_skip_the_cache_still_do(engine, known):
+    """Of one who asks for it, or for log probabilities of the prompt."""
+    given = prompts([SHARED + 10], seed=15)
+    engine.generate(given)
+    for fields in ({"skip_reading_prefix_cache": True}, {"prompt_logprobs": 1}):
+        for positions in ("last", Positions.prompt(-9)):
+            spec = Spec(hidden_states=[1], positions=positions)
+            result = engine.capture(given, spec, sampling_params=greedy(**fields))
+            assert result.outputs[0].num_cached_tokens == 0
 
 
 def test_captured_requests_fill_the_prefix_cache(engine):

@@ -15,7 +15,7 @@ import torch
 
 import vllm_tap
 from engine.engines import TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
-from vllm_tap import Spec, Tap
+from vllm_tap import Positions, Spec, Tap
 from vllm_tap.errors import BudgetError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -70,7 +70,11 @@ def test_completions_of_a_prompt_come_one_by_one(engine: Engine) -> None:
         assert sample.token_ids.tolist() == sample.output.prompt_token_ids + completion.token_ids[:-1]
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "last", [0, -1]], ids=str)
+EVERY_THIRD = Positions.prompt(-2) | Positions.generated(step=3)
+FROM_THE_END = Positions.generated(-3, -1)
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "last", [0, -1], EVERY_THIRD, FROM_THE_END], ids=str)
 def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Engine, positions: Any) -> None:
     """Put together they are bit-equal to the rows of a stream's samples; they come before the sequence ends."""
     spec = Spec(hidden_states="all", positions=positions)

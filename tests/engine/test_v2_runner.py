@@ -21,16 +21,25 @@ import sys
 from pathlib import Path
 
 from engine.engines import Engine, References, compare, prompts
-from vllm_tap import Spec
+from vllm_tap import Positions, Spec
 from vllm_tap.client.connection import connect
 
 if __name__ == "__main__":
-    engine = Engine(Path(sys.argv[1]), enforce_eager=True)
+    engine = Engine(Path(sys.argv[1]), enforce_eager=True, block_size=32)
     known = References(Path(sys.argv[1]))
     assert [hello.runner for hello in connect(engine.llm).hellos] == ["V2"]
-    compare(engine.capture(prompts(), Spec(hidden_states="all", embeddings=True, final_hidden_states=True)), known)
+    layers = dict.fromkeys(("hidden_states", "attention_output", "mlp_output"), "all")
+    compare(engine.capture(prompts(), Spec(**layers, embeddings=True, final_hidden_states=True)), known)
     generated = engine.capture(prompts([9, 70]), Spec(hidden_states=[-1], positions="generated"))
     compare(generated, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
+    window = engine.capture(prompts([9, 70]), Spec(hidden_states=[1], positions=Positions.prompt(-20, -3)))
+    compare(window, known, lambda prompt_len, num_rows: list(range(max(prompt_len - 20, 0), prompt_len - 3)))
+    last = engine.capture(prompts([9, 70]), Spec(hidden_states=[1], positions="last"))
+    compare(last, known, lambda prompt_len, num_rows: [prompt_len - 1])
+    block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    for result, begin in ((generated, 70), (window, 50), (last, 69)):
+        cached = [output.num_cached_tokens for output in result.outputs]
+        assert cached == [0, 0 if result is generated else begin // block * block], (cached, block)
     engine.close()
 """
 

@@ -30,7 +30,22 @@ def test_a_mark_stands_beside_other_arguments() -> None:
     assert read_mark({"other": 1, **mark("a", 3)}) == Mark("a", 3, 1)
 
 
-@pytest.mark.parametrize("value", [["a"], ["a", 1, 1, 1], ["a", "x", 1], [1, 1, 1], ["a", 1, True], 7, "abc", {"a": 1}])
+@pytest.mark.parametrize("positions", [None, "last", [0, -1], {"or": [{"prompt": [-8, None]}, {"generated": []}]}])
+@pytest.mark.parametrize("reads_cache", [None, (0, 8)])
+def test_a_mark_carries_positions_and_where_the_cache_ends(positions: Any, reads_cache: Any) -> None:
+    """Both may be left out; what is left out takes no bytes."""
+    extra = msgspec.msgpack.decode(msgspec.msgpack.encode(mark("a", 1, 2, positions, reads_cache)))
+    assert read_mark(extra) == Mark("a", 1, 2, positions, reads_cache)
+    assert mark("a", 1, 2) == {KEY: ["a", 1, 2]}
+
+
+NO_MARKS: list[Any] = [
+    *(["a"], ["a", 1, 1, 1], ["a", "x", 1], [1, 1, 1], ["a", 1, True], 7, "abc", {"a": 1}, ["a", 1, 1, None, 5]),
+    *(["a", 1, 1, None, [1]], ["a", 1, 1, None, [1, "x"]], ["a", 1, 1, None, [1, 2], 3], ["a", 1, 1, b"x"]),
+]
+
+
+@pytest.mark.parametrize("value", NO_MARKS)
 def test_what_is_no_mark_is_left_alone(value: object) -> None:
     """A server's client may send anything under our key: the engine goes on, and nothing is captured by chance."""
     assert read_mark({KEY: value}) is None

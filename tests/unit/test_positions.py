@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from typing import Any
@@ -77,8 +78,10 @@ def test_a_worker_takes_no_less_than_is_asked_for(tree: Any, sequence: Any) -> N
     bounds = built(tree).bounds(Tokens(np.arange(len(ids)), np.full(len(ids), prompt_len)))
     want = expected(tree, ids, prompt_len)
     assert set(np.flatnonzero(bounds.certain)) <= want <= set(np.flatnonzero(bounds.possible))
-    first = built(tree).first(prompt_len)
-    assert all(position >= first for position in want)
+    begin = built(tree).begin
+    assert all(position >= begin.of(prompt_len) for position in want)
+    assert not begin.is_last_or_later or all(position >= prompt_len - 1 for position in want)
+    assert built(tree).takes_generated or max(np.flatnonzero(bounds.possible), default=0) < prompt_len
 
 
 @given(st.one_of(LEAF.filter(lambda leaf: leaf[0] in ("prompt", "mask", "at"))), SEQUENCE)
@@ -107,7 +110,8 @@ def test_an_expression_is_the_same_after_a_trip(tree: Any) -> None:
 
 NO_EXPRESSIONS: list[Any] = [
     *(7, [], {}, {"prompt": 1}, {"prompt": [1, 2, 3, 4]}, {"prompt": [1, 2, 0]}, {"prompt": [1.5]}, {"mask": [-1]}),
-    *({"or": [{"prompt": []}]}, {"nothing": []}, {"tokens": []}, {"tokens": [-1]}, {"tokens": [True]}, {"at": ["x"]}),
+    *({"or": [{"prompt": []}]}, {"sub": []}, {"nothing": []}, {"tokens": []}, {"tokens": [-1]}, {"tokens": [True]}),
+    {"at": ["x"]},
 ]
 
 
@@ -127,6 +131,35 @@ def test_an_expression_from_outside_is_not_endless() -> None:
         Positions.from_plain(plain)
 
 
+@pytest.mark.parametrize(
+    ("positions", "begins"),
+    [
+        (Positions.prompt(), (0, 0)),
+        (Positions.prompt(-8), (2, 0)),
+        (Positions.prompt(7) | Positions.generated(step=16), (7, 3)),
+        (Positions.prompt(-1) | Positions.generated(), (9, 2)),
+        (Positions.tokens([5]) & Positions.prompt(-4), (6, 0)),
+        (Positions.mask([False] * 5 + [True]), (5, 3)),
+        (Positions.at([6, -2]), (6, 1)),
+        (Positions.generated() - Positions.generated(-1), (10, 3)),
+    ],
+)
+def test_where_an_expression_begins_is_known_without_a_prompt(positions: Positions, begins: Any) -> None:
+    """For prompts of 10 and of 3 tokens; only what begins at their last position does so for all lengths."""
+    assert (positions.begin.of(10), positions.begin.of(3)) == begins
+    assert positions.begin.is_last_or_later == (begins in [(9, 2), (10, 3)])
+
+
+def test_a_long_chain_is_not_deep() -> None:
+    """A hundred windows are one operation; brackets within brackets end at a bound, with a sentence."""
+    chain = Positions.prompt(0, 1)
+    for start in range(2, 200, 2):
+        chain = chain | Positions.prompt(start, start + 1)
+    assert Positions.from_plain(chain.to_plain()) == chain
+    with pytest.raises(SpecError, match="within one another"):
+        functools.reduce(lambda deep, part: part - deep, [Positions.prompt()] * 40)
+
+
 def test_arguments_that_cannot_be() -> None:
     """Each is a sentence."""
     for wrong in (
@@ -134,6 +167,7 @@ def test_arguments_that_cannot_be() -> None:
         lambda: Positions.prompt(0.5),  # type: ignore[arg-type]
         lambda: Positions.tokens(5),  # type: ignore[arg-type]
         lambda: Positions.mask([0, 1]),  # type: ignore[list-item]
+        lambda: Positions.at(5),  # type: ignore[arg-type]
     ):
         with pytest.raises(SpecError, match="Positions"):
             wrong()

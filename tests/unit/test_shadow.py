@@ -66,7 +66,7 @@ EVERY = list(range(len(TOKENS)))
 @pytest.mark.parametrize("positions", [*NAMED_POSITIONS, (0, 2, -1, 9, -9)])
 def test_rows_that_are_right_pass(reference, positions):
     """The rows that a specification asks for, and no others, are right."""
-    at = wanted(positions, PROMPT_LEN, len(TOKENS))
+    at = wanted(positions, PROMPT_LEN, TOKENS)
     capture = Capture(reference, Spec(hidden_states="all", positions=positions), at)
     shadow = Shadow(reference)
     assert shadow.check(capture) == len(at)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap.errors import LayerError, SpecError
+from vllm_tap.positions import Positions
 from vllm_tap.spec import MISSING, NAMED_POSITIONS, Spec, nearest, resolve_layers, wanted_tokens
 from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS
 
@@ -19,9 +20,7 @@ LAYERS = st.none() | st.just("all") | st.lists(st.integers(-200, 200), min_size=
 POSITIONS = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-300, 300), min_size=1, max_size=8)
 FIELDS = st.fixed_dictionaries(
     {
-        "hidden_states": LAYERS,
-        "router_logits": LAYERS,
-        "routed_experts": LAYERS,
+        **dict.fromkeys(LAYERED_FIELDS, LAYERS),
         "embeddings": st.booleans(),
         "final_hidden_states": st.booleans(),
         "positions": POSITIONS,
@@ -43,6 +42,8 @@ def test_json_has_every_field_by_its_name() -> None:
     """The JSON text is an object with the names of the constructor, so that stored files stay readable."""
     assert json.loads(Spec(hidden_states=[3, -1], positions="last").to_json()) == {
         "hidden_states": [3, -1],
+        "attention_output": None,
+        "mlp_output": None,
         "router_logits": None,
         "routed_experts": None,
         "embeddings": False,
@@ -213,3 +214,12 @@ def test_a_prompt_is_long_enough_if_it_has_every_position(positions: list[int], 
     """The least length is that of the shortest list in which all of them are indices."""
     has_all = all(-prompt_len <= position < prompt_len for position in positions)
     assert (prompt_len >= Spec(hidden_states="all", positions=positions).least_prompt_len) == has_all
+
+
+def test_expressions_travel_in_json() -> None:
+    """Through a file of facts or a command line, and as plain objects."""
+    spec = Spec(hidden_states=[1], positions=Positions.prompt(-8) | Positions.generated(step=16))
+    assert Spec.from_json(spec.to_json()) == spec
+    assert Spec(hidden_states=[1], positions={"prompt": [-8]}).positions == Positions.prompt(-8)
+    with pytest.raises(SpecError, match="object of one entry"):
+        Spec(hidden_states=[1], positions={})

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
+from vllm_tap.positions import Positions
+
 UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
@@ -43,10 +45,15 @@ def _layer_range(part: str, text: str) -> Iterable[int]:
     return range(first, last + 1)
 
 
-def positions(text: str) -> str | list[int]:
-    """Read a name of positions, or prompt positions between commas; `Spec` checks the name."""
-    if text.isalpha():
+def positions(text: str) -> str | list[int] | Positions:
+    """Read a name of positions, prompt positions between commas, or an expression in JSON; `Spec` checks the name."""
+    if text.isidentifier():
         return text
+    if text.startswith("{"):
+        try:
+            return Positions.from_plain(json.loads(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}") from None
     return numbers(text, "positions are a name or whole numbers between commas, such as 0,-1")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vllm_tap.cli import arguments, checks
 from vllm_tap.cli.engine import engine
@@ -14,7 +14,10 @@ from vllm_tap.cli.save import check_target, draft_of, finished, save
 from vllm_tap.cli.table import print_json, size_text, summary, total_seconds
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
 from vllm_tap.spec import Spec, resolve_layers
-from vllm_tap.streams import LAYERED_FIELDS
+from vllm_tap.streams import ABOUT, LAYERED_FIELDS, SINGLE_FIELDS
+
+OTHER_FIELDS: Final = tuple(field for field in LAYERED_FIELDS + SINGLE_FIELDS if field != "hidden_states")
+"""Fields of a `Spec` whose options have their names; `--layers` is that of hidden states."""
 
 
 def add_command(commands: Any) -> None:
@@ -22,8 +25,8 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "capture",
         help="run prompts through a model and capture",
-        description="Run prompts through a model and capture hidden states (the default: of all layers), router "
-        "logits or routed experts. Prints how much came and how long it took; --save keeps the rows.",
+        description="Run prompts through a model and capture hidden states (the default: of all layers) "
+        "or other streams. Prints how much came and how long it took; --save keeps the rows.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
     add_prompts_option(parser)
@@ -55,16 +58,16 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--layers", **layers, help="hidden states after these decoder layers; all of them if no other stream is named"
     )
-    group.add_argument("--router-logits", **layers, help="the gate's output of these layers")
-    group.add_argument("--routed-experts", **layers, help="expert ids and weights of these layers")
-    group.add_argument("--embeddings", action="store_true", help="the input of the first layer")
-    group.add_argument("--final-hidden-states", action="store_true", help="the output of the final norm")
+    for field in OTHER_FIELDS:
+        kind = layers if field in LAYERED_FIELDS else {"action": "store_true"}
+        group.add_argument(f"--{field.replace('_', '-')}", **kind, help=ABOUT[field])
     group.add_argument(
         "--positions",
         type=arguments.positions,
         default="all",
         metavar="WHICH",
-        help="all (the default), prompt, generated, last, or prompt positions such as 0,-1",
+        help="all (the default), prompt, generated, last, prompt positions such as 0,-1, or an expression in JSON such "
+        'as {"prompt": [-8]}',
     )
 
 
@@ -101,16 +104,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
 
 def spec_of(options: argparse.Namespace) -> Spec:
     """Return the specification that the options describe: hidden states of all layers unless they name a stream."""
-    others = (options.router_logits, options.routed_experts, options.embeddings, options.final_hidden_states)
-    layers = options.layers if options.layers is not None or any(others) else "all"
-    return Spec(
-        hidden_states=layers,
-        router_logits=options.router_logits,
-        routed_experts=options.routed_experts,
-        embeddings=options.embeddings,
-        final_hidden_states=options.final_hidden_states,
-        positions=options.positions,
-    )
+    others = {field: getattr(options, field) for field in OTHER_FIELDS}
+    layers = options.layers if options.layers is not None or any(others.values()) else "all"
+    return Spec(hidden_states=layers, positions=options.positions, **others)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,9 +118,12 @@ def run(options: argparse.Namespace) -> int:
     require_plugin()
     check_layers(spec, options)
     with Interrupts(keeps=bool(options.save)) as interrupts:
-        with engine(options, interrupts) as llm:
-            result = _capture(llm, prompts, spec, options)
-            interrupts.hold()
+        try:
+            with engine(options, interrupts) as llm:
+                result = _capture(llm, prompts, spec, options)
+        except KeyboardInterrupt:
+            say(f"interrupted: no sample was finished, {options.save} is not written")
+            return EXIT_CODE
         # The rows outlive the engine, whose memory is free for writing the file.
         return _report(result, options, interrupts)
 

@@ -14,6 +14,7 @@ from vllm_tap.cli.engine import engine
 from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.table import columns, layer_text, print_json
 from vllm_tap.errors import TapError
+from vllm_tap.streams import SOURCES
 
 _WIDTH = 13
 _INDENT = _WIDTH + 8
@@ -134,8 +135,9 @@ def stream_rows(hellos: list[Any]) -> list[tuple[str, ...]]:
     for hello in hellos:
         for info in hello.streams:
             merged.setdefault((info.name, info.dtype, info.width), set()).update(info.layers)
-    residual = next((hello.residual for hello in hellos if hello.residual), "")
+    said = {info.name: info.convention for hello in hellos for info in hello.streams if info.name not in SOURCES}
+    said |= {"hidden_states": next((hello.residual for hello in hellos if hello.residual), "")}
     rows: list[tuple[str, ...]] = [("stream", "dtype", "width", "layers", "convention")]
     for (name, dtype, width), layers in merged.items():
-        rows.append((name, dtype, str(width), layer_text(sorted(layers)), residual if name == "hidden_states" else ""))
+        rows.append((name, dtype, str(width), layer_text(sorted(layers)), said.get(name, "")))
     return rows

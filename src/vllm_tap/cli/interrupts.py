@@ -74,10 +74,6 @@ class Interrupts(Interruption):
             self._starting = False
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def hold(self) -> None:
-        """Raise no more: all that was to be done is done, and is kept."""
-        self._allowed = False
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._keeps and not self._starting and not self.came:  # else it is for `_watch`
             super()._handle(number, frame)

@@ -19,6 +19,7 @@ from vllm_tap.cli.table import columns, print_json
 from vllm_tap.cli.verifications import Check
 from vllm_tap.errors import CaptureError, SpecError
 from vllm_tap.spec import Spec
+from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS, streams_of
 
 PROMPT_LENGTHS: Final = (1, 5, 17, 17, 48)
 SHARED_PREFIX: Final = 12
@@ -109,14 +110,10 @@ def _special_ids(llm: Any) -> set[int]:
 
 def _spec(connection: Any) -> Spec:
     """Return a specification of everything that the model has."""
-    has_experts, has_choice = (bool(connection.available(name)) for name in ("router_logits", "expert_ids"))
-    return Spec(
-        hidden_states="all",
-        router_logits="all" if has_experts else None,
-        routed_experts="all" if has_choice else None,
-        embeddings=bool(connection.available("embeddings")),
-        final_hidden_states=bool(connection.available("final_hidden_states")),
-    )
+    fields = (field for field in LAYERED_FIELDS + SINGLE_FIELDS if field != "hidden_states")
+    had = [field for field in fields if all(connection.available(name) for name in streams_of(field))]
+    chosen: dict[str, Any] = {field: "all" if field in LAYERED_FIELDS else True for field in had}
+    return Spec(hidden_states="all", **chosen)
 
 
 def _checks(llm: Any, prompts: list[Any], options: argparse.Namespace) -> Iterator[Check]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from vllm_tap.client import missing
 from vllm_tap.client.connection import connect
@@ -16,15 +17,20 @@ from vllm_tap.client.progress import REFRESH_SECONDS, Bar, is_shown
 from vllm_tap.client.prompts import CHAT_OPTIONS, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
+from vllm_tap.client.wishes import Wishes
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.token_types import with_types
+
+MOST_AVERAGED: Final = 16
+"""Choices of positions by which the rows of all requests are guessed."""
 
 
 def capture(
     llm: Any,
     prompts: Any,
-    spec: Spec,
+    spec: Spec | Sequence[Spec],
     *,
     transport: str = "auto",
     budget_bytes: int | None = None,
@@ -41,10 +47,13 @@ def capture(
     Args:
         llm: A `vllm.LLM`, started without any special argument.
         prompts: A prompt or an iterable of them: strings, lists or arrays of token ids, dicts as `LLM.generate` takes
-            them, encodings of a tokenizer (padding that the attention mask leaves out falls away), or conversations as
-            `LLM.chat` takes them, which go through the engine's chat template.
-        spec: What to capture.
-        transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
+            them, encodings of a tokenizer (padding that the attention mask leaves out falls away; a cross-encoder gets
+            their token types), or conversations as `LLM.chat` takes them, which go through the engine's chat template.
+        spec: What to capture; or a list with a Spec for each prompt. Then a sample has what its own Spec asks for.
+            Workers write the layers of all Specs for each request, of the positions that its Spec asks for, and the
+            rest is dropped here: capture prompts whose layers have nothing in common in calls of their own.
+        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+            (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.
         progress: Show a progress bar; by default when standard error is a terminal.
@@ -61,7 +70,8 @@ def capture(
         `outputs` are those of `LLM.generate`, or of `LLM.encode` with the pooling task.
 
     Raises:
-        SpecError: No prompts, no `Spec`, an unknown layer or argument, or requests of yours wait in the engine.
+        SpecError: No prompts, no `Spec` or a list of another length, an unknown layer or argument, or requests of yours
+            wait in the engine.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.
@@ -84,7 +94,9 @@ def capture(
     if read.are_chats:
         frontend.require_chat(llm)
     prompts = read.items
-    params = _params(llm, len(prompts), sampling_params, sampling)
+    params = with_types(llm, prompts, _params(llm, len(prompts), sampling_params, sampling))
+    wishes = Wishes(spec)
+    wishes.require(len(prompts))
     recording = Recording(
         llm,
         spec,
@@ -95,7 +107,8 @@ def capture(
         wait=False,
     )
     try:
-        missing.check_prompts(spec, prompts)
+        for wish in wishes:
+            missing.check_prompts(wish, prompts, wishes.has(wish))
         marked = recording.mark_all(params, owned=sampling_params is None)
         started = time.perf_counter()
         with _shown(llm, recording, params, progress) as bar:
@@ -133,7 +146,8 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         yield False
         return
     num_requests = sum(getattr(given, "n", 1) or 1 for given in params)
-    bar = Bar(recording.counts, ExpectedRows(llm, recording.spec.shipped_positions, num_requests))
+    some = dict(itertools.islice(recording.wishes.shipped.items(), MOST_AVERAGED))
+    bar = Bar(recording.counts, ExpectedRows(llm, some, num_requests))
     try:
         with frontend.ticking(llm, REFRESH_SECONDS, bar.tick):
             yield bar.make
@@ -141,19 +155,21 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         bar.close()
 
 
-def _finished(llm: Any, num_prompts: int, generate: Callable[[], list[Any]]) -> Sequence[Any]:
+def _finished(llm: Any, num_prompts: int, generate: Callable[..., list[Any]]) -> Sequence[Any]:
     """Return the outputs; if an `Interruption` ends the wait, of the prompts that are finished, None for the others."""
     interruption = current()
     if interruption is None:
         return generate()
     finished: dict[int, Any] = {}
     try:
-        with frontend.interruptible(llm, interruption, finished):
-            return generate()
+        with frontend.interruptible(llm, interruption, finished) as read_arrived:
+            return generate(interrupted=read_arrived)
     except KeyboardInterrupt:
         if not finished:
             raise
         return [finished.get(number) for number in range(num_prompts)]
+    finally:
+        interruption.hold()
 
 
 def _require_no_others(llm: Any) -> None:

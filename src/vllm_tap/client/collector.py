@@ -7,7 +7,7 @@ last row that somebody may still want has been copied out of it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -167,7 +167,7 @@ class Collector:
             One copy of the rows.
         """
         try:
-            return self._result(sample, output, Sequences([output], self._recording.spec.positions))
+            return self._result(sample, output, Sequences([output], self._recording.wishes.of(sample).positions))
         finally:
             self.drop(sample)
 
@@ -184,7 +184,7 @@ class Collector:
         Raises:
             RowsMissingError: As for `result`.
         """
-        sequences = Sequences([output], self._recording.spec.positions)
+        sequences = Sequences([output], self._recording.wishes.of(sample).positions)
         first, last = np.searchsorted(sequences.wanted, (begin, end))
         sequences.wanted = sequences.wanted[first:last]
         sequences.wanted_starts = np.array([0, len(sequences.wanted)])
@@ -195,9 +195,12 @@ class Collector:
                 rank.drop_before(sample, end)
 
     def _result(self, sample: int, output: Any, sequences: Sequences) -> Capture:
-        sources = [_owned(rank, sample, sequences) for rank in self._ranks.values() if rank.last]
-        result = self._recording.new_result([output], sequences, sources)
+        places = self._recording.places_of(self._recording.wishes.of(sample))
+        sources = [_owned(rank, sample, sequences, places) for rank in self._ranks.values() if rank.last]
+        result = self._recording.new_result([output], sequences, sources, self._recording.wishes.of(sample))
         result.first_sample = sample
+        if not self._recording.wishes.is_one:
+            result.specs = [self._recording.wishes.of(sample)]
         return result
 
     def drop(self, sample: int) -> None:
@@ -206,8 +209,8 @@ class Collector:
             rank.drop(sample)
 
 
-def _owned(rank: Rank, sample: int, sequences: Sequences) -> OwnedRows:
-    """Return the wanted rows of one rank, copied together."""
+def _owned(rank: Rank, sample: int, sequences: Sequences, places: Collection[Place]) -> OwnedRows:
+    """Return the wanted rows of one rank in some streams and layers, copied together."""
     assert rank.last is not None
     found = rank.requests(sample)
     pieces = [piece for _, pieces in found for piece in pieces]
@@ -223,6 +226,8 @@ def _owned(rank: Rank, sample: int, sequences: Sequences) -> OwnedRows:
     tensors: dict[Place, torch.Tensor] = {}
     for number, stream in enumerate(alone.streams):
         for plane, layer in enumerate(stream.layers):
+            if (stream.name, layer) not in places:
+                continue
             rows = torch.empty(len(chosen), stream.width, dtype=getattr(torch, stream.dtype))
             tensors[stream.name, layer] = _gather(pieces, chosen, number, plane, rows)
     return OwnedRows(tensors)

@@ -6,13 +6,14 @@ import contextlib
 import itertools
 import os
 import secrets
+import ssl
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory
+from vllm_tap.client.memory import Bytes, FetchedMemory, MappedMemory, RankMemory, by_calls
 from vllm_tap.errors import (
     CaptureError,
     EngineDiedError,
@@ -22,14 +23,21 @@ from vllm_tap.errors import (
     TransportError,
 )
 from vllm_tap.frame import messages
-from vllm_tap.frame.layout import IntArray, Layout
+from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.tcp.access import Access, read_secret
+from vllm_tap.transport.tcp.address import host_id, is_network
+from vllm_tap.transport.tcp.fetching import Piece
+from vllm_tap.transport.tcp.reader import NetworkReader, caller
 from vllm_tap.vllm import frontend
 from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 PROBE_TOKENS = range(1, 17)
 """Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
+
+SEGMENT, NETWORK = "segment", "tcp"
+"""Ways to a worker: memory of this host, and a network."""
 
 GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
 
@@ -60,34 +68,54 @@ class Connection:
         self._require_able()
 
     @classmethod
-    def at(cls, addresses: Sequence[str]) -> Connection:
+    def at(
+        cls,
+        addresses: Sequence[str],
+        *,
+        secret: str | bytes | None = None,
+        tls: bool | ssl.SSLContext | None = None,
+        codec: str = "auto",
+    ) -> Connection:
         """Return a connection for a process without the engine object, which has `addresses` of one that has it.
 
         Its captures begin, end and hand rows over through sockets alone. Whoever sends requests to the engine marks
         those that are to be captured.
 
+        Args:
+            addresses: Of all workers: `addresses` on their host and as their user, `network_addresses` from elsewhere.
+            secret: What workers on a network were started with; by default VLLM_TAP_SECRET.
+            tls: By default rows leave a host within TLS only, with a certificate that the secret vouches for; False for
+                a network in the clear; a context of your own may check the certificate as well.
+            codec: For rows from a network: "auto" goes by the measured rates of link and cores, or a codec's name.
+
         Raises:
-            TransportError: Nothing answers there, or something of another user.
+            TransportError: Nothing answers there, or something of another user, or of who does not know the secret.
+            SpecError: No secret, or an address that is none.
             EngineUnsupportedError: The workers cannot capture.
         """
         self = cls.__new__(cls)
         self._prepare(None)
-        self._callers = dict(enumerate(Caller(address) for address in addresses))
-        hellos = self._greeted()
-        self._callers = {hello.rank.rank: caller for hello, caller in zip(hellos, self._callers.values(), strict=True)}
+        if any(map(is_network, addresses)):
+            self._access = Access(read_secret(secret), tls, codec)
+        callers = [caller(where, self._terms()) if is_network(where) else Caller(where) for where in addresses]
+        hellos = _greeted(callers)
+        for hello, where, known in zip(hellos, addresses, callers, strict=True):
+            rank, way = hello.rank.rank, NETWORK if is_network(where) else SEGMENT
+            self._callers[rank, way] = known
+            if is_network(where):
+                self._network[rank] = where
         self._met(hellos)
         self._require_able()
         return self
 
-    def _greeted(self) -> list[messages.Hello]:
-        return expect(messages.Hello, self._send(messages.Greet(), shared=True)(), "Greet")
-
     def _prepare(self, llm: weakref.ref[Any] | None) -> None:
         self._llm = llm
         self._connecting = threading.Lock()
-        self._readers: dict[int, SegmentReader] = {}
-        self._callers: dict[int, Caller] = {}
-        self._under_way: dict[str, tuple[weakref.ref[Any], bool]] = {}
+        self._readers: dict[tuple[int, str], SegmentReader | NetworkReader] = {}
+        self._callers: dict[tuple[int, str], Caller] = {}
+        self._network: dict[int, str] = {}  # addresses by rank, where these were given
+        self._access: Access | None = None
+        self._under_way: dict[str, tuple[weakref.ref[Any], str]] = {}
 
     def _require_able(self) -> None:
         for hello in self.hellos:
@@ -98,6 +126,22 @@ class Connection:
     def addresses(self) -> list[str]:
         """The sockets of the workers, for `at` in another process of this host and user."""
         return [hello.calls for hello in self.hellos]
+
+    @property
+    def network_addresses(self) -> list[str]:
+        """Network addresses of workers that were started with VLLM_TAP_LISTEN; for `at`, with their secret."""
+        return [hello.network for hello in self.hellos if hello.network]
+
+    def _terms(self) -> Access:
+        """Return the terms of workers on a network.
+
+        Raises:
+            SpecError: Nobody knows the secret here.
+        """
+        if self._access is None:
+            made_there = next((hello.secret for hello in self.hellos if hello.secret), None)
+            self._access = Access(read_secret(made_there))
+        return self._access
 
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
@@ -115,7 +159,7 @@ class Connection:
     def greet(self) -> None:
         """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
         if self._llm is None:
-            self._met(self._greeted())
+            self._met(_greeted(list(self._callers.values())))
             return
         try:
             hellos = self.call(messages.Hello, "open")
@@ -165,7 +209,7 @@ class Connection:
         """Return why a stream is missing, or an empty string."""
         return next((h.reasons[stream] for h in self.hellos if stream in h.reasons), "")
 
-    def ask(self, kind: type[T], call: messages.Call, shared: bool) -> Callable[[], list[T]]:
+    def ask(self, kind: type[T], call: messages.Call, way: str) -> Callable[[], list[T]]:
         """Send a call to all workers; return a function that waits for their replies and returns these.
 
         Workers handle a call before any request that is sent to the engine after it, also when nobody has waited. That
@@ -174,14 +218,14 @@ class Connection:
         Args:
             kind: The reply that is expected.
             call: What is asked for.
-            shared: Whether sockets reach the workers, see `choose_transport`. Where they do not, the call itself takes
-                as long as the workers.
+            way: What `choose_transport` returned. Where no socket reaches the workers, the call itself takes as long as
+                they do.
 
         Raises:
             TapError: What kept the call from being sent.
         """
-        wait, name = self._send(call, shared), type(call).__name__
-        if shared:
+        wait, name = self._send(call, way), type(call).__name__
+        if way:
             return lambda: expect(kind, wait(), name)
         replies = wait()
         return lambda: expect(kind, replies, name)
@@ -194,30 +238,22 @@ class Connection:
         """
         return expect(kind, self._replies(name, *args), f"vllm_tap_{name}")
 
-    def _send(self, call: messages.Call, shared: bool) -> Callable[[], list[messages.Reply]]:
+    def _send(self, call: messages.Call, way: str) -> Callable[[], list[messages.Reply]]:
         """Send a call to all workers; return a function that waits for the replies.
 
         Straight to each worker where there is a socket: vLLM's own calls pass through several threads, which takes
         more than a millisecond when they are asleep.
         """
         data = messages.encode(call)
-        if not shared:
+        if not way:
             return lambda: self._replies("call", data)
         self._require_alive()
-        with _engine_is_gone():
-            sent = [(caller, caller.send(data)) for caller in self._callers.values()]
+        keys = [(rank, self._way(rank, way)) for rank in self._ranks()]
+        if any(key not in self._callers for key in keys):  # the connection over a network was lost before
+            raise EngineDiedError(GONE)
+        return _exchange([self._callers[key] for key in keys], data)
 
-        received: list[bytes] = []  # kept when the wait is interrupted and taken up again
-
-        def replies() -> list[messages.Reply]:
-            with _engine_is_gone():
-                for caller, number in sent[len(received) :]:
-                    received.append(caller.receive(number))
-            return [messages.decode_reply(reply) for reply in received]
-
-        return replies
-
-    def hand_over(self, call: messages.Finish | messages.Take, shared: bool) -> Callable[[], HandedOver]:
+    def hand_over(self, call: messages.Finish | messages.Take, way: str) -> Callable[[], HandedOver]:
         """Have all workers hand over what a capture has; return a function that takes hold of it.
 
         It is to be called until it returns or raises a `TapError`: what is handed over and not taken stays in use.
@@ -225,7 +261,7 @@ class Connection:
         Raises:
             TapError: A worker failed; what the others handed over is free again.
         """
-        wait, capture_id = self._send(call, shared), call.capture_id
+        wait, capture_id = self._send(call, way), call.capture_id
 
         def take() -> HandedOver:
             replies = wait()
@@ -233,7 +269,7 @@ class Connection:
             placed = [descriptor.validate(capture_id, sys.byteorder) for descriptor in descriptors]
             # Held before anything is checked: what is let go of here is free in the worker.
             held = [
-                (descriptor, self._memory(descriptor, where, shared))
+                (descriptor, self._memory(descriptor, where, way))
                 for descriptor, where in zip(descriptors, placed, strict=True)
             ]
             expect(messages.Descriptor, replies, type(call).__name__)
@@ -242,9 +278,9 @@ class Connection:
 
         return take
 
-    def expect_end(self, recording: Any, start: messages.Start) -> None:
+    def expect_end(self, recording: Any, start: messages.Start, way: str) -> None:
         """Remember that a capture is to be ended by this object, which is not kept."""
-        self._under_way[start.capture_id] = weakref.ref(recording), start.shared
+        self._under_way[start.capture_id] = weakref.ref(recording), way
 
     def ended(self, capture_id: str) -> None:
         """Forget a capture that has ended."""
@@ -252,9 +288,9 @@ class Connection:
 
     def stop_lost(self) -> None:
         """Stop captures that nobody can end any more: they would hold memory for ever."""
-        for capture_id, (recording, shared) in list(self._under_way.items()):
+        for capture_id, (recording, way) in list(self._under_way.items()):
             if recording() is None:
-                self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), shared)()
+                self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
                 self.ended(capture_id)
 
     def status(self, capture_id: str = "") -> list[dict[str, Any]]:
@@ -281,29 +317,59 @@ class Connection:
         """Return the engine object, None in a process that has none."""
         llm = self._llm() if self._llm is not None else None
         is_gone = self._llm is not None and llm is None
-        if is_gone or any(not reader.alive for reader in list(self._readers.values())):
+        lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
+        for key in lost:
+            if key[1] == NETWORK:  # the connection alone may have ended: the next capture makes another
+                self._readers.pop(key).close()
+                self._callers.pop(key).close()
+        if is_gone or lost:
             raise EngineDiedError(GONE)
         return llm
 
-    def readers(self) -> dict[int, SegmentReader]:
+    def _ranks(self) -> list[int]:
+        return [hello.rank.rank for hello in self.hellos]
+
+    def _way(self, rank: int, way: str) -> str:
+        """Return how a worker is reached: by memory, unless it runs elsewhere or a network is asked for."""
+        if way in (SEGMENT, NETWORK):
+            return way
+        hello = next(hello for hello in self.hellos if hello.rank.rank == rank)
+        is_elsewhere = bool(hello.host) and hello.host != host_id().hex()
+        is_served = bool(self._network.get(rank) or hello.network)
+        return NETWORK if rank in self._network or (is_elsewhere and is_served) else SEGMENT
+
+    def readers(self, way: str = "auto") -> dict[int, SegmentReader | NetworkReader]:
         """Return a reader per rank, connecting on first use, also for calls.
 
         Raises:
-            TransportError: Shared memory cannot be reached from here.
+            TransportError: Shared memory cannot be reached from here, or a worker on no network.
         """
         with self._connecting:
             for hello in self.hellos:
-                rank = hello.rank.rank
-                if rank not in self._readers:
-                    reader, caller = SegmentReader(hello.address), self._callers.get(rank) or Caller(hello.calls)
-                    self._readers[rank], self._callers[rank] = reader, caller
-        return self._readers
+                key = hello.rank.rank, self._way(hello.rank.rank, way)
+                if key not in self._readers:
+                    reader, known = self._connect(hello, key[1])
+                    self._readers[key], self._callers[key] = reader, self._callers.get(key) or known()
+        return {rank: self._readers[rank, self._way(rank, way)] for rank in self._ranks()}
 
-    def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], shared: bool) -> RankMemory:
+    def _connect(self, hello: messages.Hello, way: str) -> tuple[SegmentReader | NetworkReader, Callable[[], Caller]]:
+        """Return a reader of one worker, and what makes a caller."""
+        if way == SEGMENT:
+            return SegmentReader(hello.address), lambda: Caller(hello.calls)
+        where = self._network.get(hello.rank.rank) or hello.network
+        if not where:
+            raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
+        terms = self._terms()
+        return NetworkReader(where, terms), lambda: caller(where, terms)
+
+    def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], way: str) -> RankMemory:
         """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
-        if shared:
-            return MappedMemory(descriptor, placed, self._readers[descriptor.rank])
         rank = descriptor.rank
+        if way:
+            reader = self._readers[rank, self._way(rank, way)]
+            if isinstance(reader, SegmentReader):
+                return MappedMemory(descriptor, placed, reader)
+            return _from_network(descriptor, placed, reader)
 
         def fetch(segment_id: int, offset: int, nbytes: int) -> bytes:
             pieces: list[bytes] = self._rpc("fetch", rank, descriptor.capture_id, segment_id, offset, nbytes)
@@ -315,31 +381,67 @@ class Connection:
             return piece
 
         try:
-            return FetchedMemory(descriptor, placed, fetch)
+            return FetchedMemory(descriptor, placed, by_calls(fetch))
         finally:
             block_ids = [chunk.block_id for chunk in descriptor.chunks]
             self.call(messages.Stopped, "release", rank, descriptor.capture_id, block_ids)
 
-    def choose_transport(self, transport: str) -> bool:
-        """Return whether rows cross in shared memory.
+    def choose_transport(self, transport: str) -> str:
+        """Return the way on which rows cross: through sockets, or an empty string for calls.
 
         Raises:
             SpecError: Not a transport.
-            TransportError: "segment" was asked for and cannot be had.
+            TransportError: "segment" or "tcp" was asked for and cannot be had.
         """
-        if transport not in ("auto", "segment", "inline"):
-            raise SpecError(f'transport is "auto", "segment" or "inline", got {transport!r}')
+        if transport not in ("auto", SEGMENT, NETWORK, "inline"):
+            raise SpecError(f'transport is "auto", "segment", "tcp" or "inline", got {transport!r}')
         if self._llm is None and transport == "inline":
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == "inline":
-            return False
+            return ""
         try:
-            self.readers()
+            self.readers(transport)
         except TransportError:
-            if transport == "segment" or self._llm is None:
+            if transport != "auto" or self._llm is None:
                 raise
-            return False
-        return True
+            return ""
+        return transport
+
+    def goes_over_network(self, way: str) -> bool:
+        """Tell whether calls may arrive later than requests that are sent to the engine after them."""
+        return bool(way) and any(self._way(rank, way) == NETWORK for rank in self._ranks())
+
+
+def _from_network(descriptor: messages.Descriptor, placed: Layout[IntArray], reader: NetworkReader) -> FetchedMemory:
+    itemsize = max((ITEMSIZE[stream.dtype] for stream in descriptor.streams), default=1)
+
+    def fill(wanted: list[tuple[messages.Chunk, Bytes]]) -> None:
+        reader.fetch(Piece(chunk.block_id, 0, target.data, itemsize) for chunk, target in wanted)
+
+    memory = FetchedMemory(descriptor, placed, fill)
+    reader.release([chunk.block_id for chunk in descriptor.chunks])
+    return memory
+
+
+def _greeted(callers: Sequence[Caller]) -> list[messages.Hello]:
+    """Return what each worker says of itself."""
+    return expect(messages.Hello, _exchange(callers, messages.encode(messages.Greet()))(), "Greet")
+
+
+def _exchange(callers: Sequence[Caller], data: bytes) -> Callable[[], list[messages.Reply]]:
+    """Send the same call to workers; return a function that waits for the replies."""
+    with _engine_is_gone():
+        sent = [(caller, caller.send(data)) for caller in callers]
+
+    received: list[bytes] = []  # kept when the wait is interrupted and taken up again
+
+    def replies() -> list[messages.Reply]:
+        with _engine_is_gone():
+            for caller, number in sent[len(received) :]:
+                received.append(caller.receive(number))
+        return [messages.decode_reply(reply) for reply in received]
+
+    return replies
 
 
 @contextlib.contextmanager

@@ -28,13 +28,13 @@ CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kin
 NO_EXPERTS: Final = "No layer of this model has experts."
 
 
-def for_stream(capture: Captured, stream: object) -> str:
+def for_stream(capture: Captured, stream: object, name: str = "this result") -> str:
     """Return what to say of a stream that is not in a capture."""
     if stream == "routed_experts":
         return 'routed_experts is captured as two streams: read "expert_ids" or "expert_weights".'
     if stream not in CHOICES:
         return f"there is no stream {stream!r}.{nearest(str(stream), CHOICES)}"
-    has = f"{stream} was not captured: this result has {list(capture.layers)}."
+    has = f"{stream} was not captured: {name} has {list(capture.layers)}."
     if stream in ROUTER_STREAMS and not capture.has_experts:
         return f"{has} {NO_EXPERTS}"
     if stream == "final_hidden_states" and not capture.has_final_norm:

@@ -41,14 +41,17 @@ class Capture(Protocol):
     has_final_norm: bool
 
 
-def output_of(sample: Sample, capture: Capture) -> HuggingFaceOutput:
-    """Arrange the rows of a sample as Hugging Face does; see `Sample.as_hf`."""
+def output_of(sample: Sample, capture: Capture, spec: Spec | None = None) -> HuggingFaceOutput:
+    """Arrange the rows of a sample as Hugging Face does; see `Sample.as_hf`. `spec` is its own, if it has one."""
+    spec = spec or capture.spec
     has_hidden, has_router = (name in capture.layers for name in ("hidden_states", "router_logits"))
     if not (has_hidden or has_router):
         raise SpecError(f"as_hf needs hidden states or router logits, this capture has neither. Use {HIDDEN}.")
-    if capture.spec.positions != "all":
+    if spec.reduce is not None:
+        raise SpecError(f"as_hf needs every position, this capture has the {spec.reduce} of them: leave reduce out.")
+    if spec.positions != "all":
         raise SpecError(
-            f"as_hf needs every position, this capture has positions={capture.spec.positions!r}: leave positions out."
+            f"as_hf needs every position, this capture has positions={spec.positions!r}: leave positions out."
         )
     from vllm_tap.client.model_output import HuggingFaceOutput
 

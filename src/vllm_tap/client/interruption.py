@@ -45,6 +45,10 @@ class Interruption:
         self._seen = False
         raise KeyboardInterrupt
 
+    def hold(self) -> None:
+        """Raise no more in this block: what is left to do keeps what is finished."""
+        self._allowed = False
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Put off an interrupt to the end of the block, or to where `allowed` lets it in."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_tap.errors import RowsMissingError, SpecError
+from vllm_tap.positions import Begin
 from vllm_tap.spec import MAX_NUMBER
 
 
@@ -32,6 +33,15 @@ def sample_number(sample: Any) -> int:
     if not 0 <= number <= MAX_NUMBER:
         raise SpecError(f"sample is the place of the request's output in a list, 0 or more, got {sample!r}.")
     return int(number)
+
+
+def cache_bound(params: Any, begin: Begin) -> tuple[int, int] | None:
+    """Return how far a request may read the prefix cache, as its mark says it; None if it may not at all.
+
+    Only where its own parameters let it: some skip the cache, as those that ask for log probabilities of the prompt.
+    """
+    may_read = hasattr(params, "extra_args") and not params.skip_reading_prefix_cache
+    return (begin.from_start, begin.from_end) if may_read and begin.from_start else None
 
 
 def checked_outputs(outputs: Iterable[Any], marked: Collection[int]) -> list[Any]:

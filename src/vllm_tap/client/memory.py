@@ -125,8 +125,30 @@ class MappedMemory(_Regions):
         return torch.from_numpy(lease.array[start : start + nbytes])
 
 
-Fetch = Callable[[int, int, int], bytes]
+FetchPart = Callable[[int, int, int], bytes]
 """(segment, offset, nbytes) to the bytes there."""
+
+Fetch = Callable[[list[tuple[Chunk, Bytes]]], None]
+"""Fills arrays with the first bytes of chunks."""
+
+
+def by_calls(fetch: FetchPart) -> Fetch:
+    """Return what fills arrays by calls that return bytes.
+
+    Raises, when it is called:
+        DescriptorError: A call returned fewer or more than it was asked for.
+    """
+
+    def fill(wanted: list[tuple[Chunk, Bytes]]) -> None:
+        for chunk, target in wanted:
+            for done in range(0, len(target), FETCH_BYTES):
+                size = min(FETCH_BYTES, len(target) - done)
+                data = fetch(chunk.segment_id, chunk.offset + done, size)
+                if len(data) != size:
+                    raise DescriptorError(f"segment {chunk.segment_id}: asked for {size} bytes, got {len(data)}")
+                target[done : done + size] = np.frombuffer(data, np.uint8)
+
+    return fill
 
 
 class FetchedMemory(_Regions):
@@ -146,16 +168,11 @@ class FetchedMemory(_Regions):
         shift = np.array(starts, np.int64) - np.array([chunk.offset for chunk in chunks], np.int64)
         super().__init__(layout(offset + shift[index], num_rows, streams), np.zeros(len(index), np.int64))
         self._bytes = np.empty(total, np.uint8)
-        for chunk, start, end in zip(chunks, starts, ends.tolist(), strict=True):
-            self._fetch(fetch, chunk, start, end - chunk.offset)
-
-    def _fetch(self, fetch: Fetch, chunk: Chunk, target: int, nbytes: int) -> None:
-        for done in range(0, nbytes, FETCH_BYTES):
-            size = min(FETCH_BYTES, nbytes - done)
-            data = fetch(chunk.segment_id, chunk.offset + done, size)
-            if len(data) != size:
-                raise DescriptorError(f"segment {chunk.segment_id}: asked for {size} bytes, got {len(data)}")
-            self._bytes[target + done : target + done + size] = np.frombuffer(data, np.uint8)
+        targets = [
+            (chunk, self._bytes[start : start + max(end - chunk.offset, 0)])
+            for chunk, start, end in zip(chunks, starts, ends.tolist(), strict=True)
+        ]
+        fetch([(chunk, target) for chunk, target in targets if len(target)])
 
     def _region(self, number: int) -> Bytes:
         return self._bytes

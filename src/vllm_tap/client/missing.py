@@ -5,7 +5,7 @@ The engine returns what it can; here it is said, as early as it can be known, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,8 +24,8 @@ TOKENS_ONLY: Final = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 WAY_OUT: Final = 'or take what there is with Spec(..., missing="skip"): `row_labels` says which sample each row is of.'
 
 
-def check_prompts(spec: Spec, prompts: Iterable[Any]) -> None:
-    """Refuse prompts of known length that lack a position that is asked for.
+def check_prompts(spec: Spec, prompts: Iterable[Any], has_spec: Callable[[int], bool] = lambda sample: True) -> None:
+    """Refuse prompts of known length that lack a position that is asked for; of those samples that have this Spec.
 
     Raises:
         PositionError: The first of them.
@@ -33,6 +33,8 @@ def check_prompts(spec: Spec, prompts: Iterable[Any]) -> None:
     if spec.missing == "skip" or not spec.least_prompt_len:
         return
     for sample, prompt in enumerate(prompts):
+        if not has_spec(sample):
+            continue
         if isinstance(prompt, Mapping) and prompt.keys() <= TOKENS_ONLY and "prompt_token_ids" in prompt:
             prompt_len = len(prompt["prompt_token_ids"])
             if prompt_len < spec.least_prompt_len:
@@ -56,16 +58,19 @@ def check_params(spec: Spec, params: Any, sample: int) -> None:
         raise _not_generated(spec, sample, 0, "max_tokens=1")
 
 
-def check_result(spec: Spec, sequences: Sequences, result: Capture) -> None:
-    """Refuse a capture in which a sequence lacks rows that were asked for.
+def check_result(
+    spec: Spec, sequences: Sequences, result: Capture, has_spec: Callable[[int], bool] = lambda sample: True
+) -> None:
+    """Refuse a capture in which a sequence lacks rows that were asked for; of those samples that have this Spec.
 
     Raises:
         PositionError: The first of them. `result` is the capture.
     """
-    lacking = lacking_rows(spec, sequences)
-    if spec.missing == "skip" or not len(lacking):
+    slots = list(sequences.slots)
+    lacking = [] if spec.missing == "skip" else [n for n in lacking_rows(spec, sequences) if has_spec(slots[n][0])]
+    if not lacking:
         return
-    sample, completion = list(sequences.slots)[lacking[0]]
+    sample, completion = slots[lacking[0]]
     if spec.positions in GENERATED:
         error = _not_generated(spec, sample, completion, "it stopped at its first")
     else:
@@ -83,7 +88,8 @@ def lacking_rows(spec: Spec, sequences: Sequences) -> npt.NDArray[np.int64]:
 
 
 def _too_short(spec: Spec, sample: int, prompt_len: int) -> PositionError:
-    absent = [number for number in spec.positions if not -prompt_len <= int(number) < prompt_len]
+    assert isinstance(spec.positions, tuple)
+    absent = [number for number in spec.positions if not -prompt_len <= number < prompt_len]
     listed = ", ".join(map(str, absent))
     return PositionError(
         f"prompt {sample} has {prompt_len} tokens and no position {listed}, which is asked for by "

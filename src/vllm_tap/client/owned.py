@@ -24,6 +24,18 @@ class RowSource(Protocol):
         """Return rows `start` to `stop` of the wanted ones: a tensor [R, D]."""
 
 
+class SomeRows:
+    """Some streams and layers of a source."""
+
+    def __init__(self, source: RowSource, places: Collection[Place]) -> None:
+        self._source = source
+        self.places: Collection[Place] = [place for place in source.places if place in places]
+
+    def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
+        """Return rows `start` to `stop`, as the source does."""
+        return self._source.rows(stream, layer, start, stop)
+
+
 class OwnedRows:
     """Tensors by stream and layer. Copied and stored, they are plain arrays of bytes of their own."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,6 +25,10 @@ TAKES: Final = (
     'strings, lists of token ids, dicts such as {"prompt_token_ids": [...]}, conversations (lists of '
     '{"role": ..., "content": ...}), or what a tokenizer returns'
 )
+
+
+BESIDE_TEXT: Final = ("pixel_values", "image_", "video_", "input_features", "input_values", "audio_", "inputs_embeds")
+"""Beginnings of names that processors give to what is no text. The ids alone are no prompt then."""
 
 
 class Prompts(NamedTuple):
@@ -50,13 +54,7 @@ def read_prompts(given: Any) -> Prompts:
     Raises:
         SpecError: There are none, or something else is among them: its number and its type.
     """
-    if isinstance(given, bytes):
-        raise SpecError(f"prompts are bytes: decode them. capture takes {TAKES}.")
-    if isinstance(given, str | Mapping) or is_token_ids(given) or is_conversation(given):
-        given = [given]
-    elif not isinstance(given, Iterable):
-        raise SpecError(f"prompts is a {type(given).__name__}: capture takes {TAKES}, or an iterable of those.")
-    items = [prompt for index, one in enumerate(given) for prompt in _prompts_of(one, index)]
+    items = list(each_prompt(given))
     if not items:
         raise SpecError("prompts is empty: there is nothing to capture.")
     chats = [is_conversation(item) for item in items]
@@ -65,6 +63,41 @@ def read_prompts(given: Any) -> Prompts:
         kind = "a" if chats[first] else "no"
         raise SpecError(f"prompt {first} is {kind} conversation, unlike those before it: capture one kind at a time.")
     return Prompts(items, all(chats))
+
+
+def each_prompt(given: Any) -> Iterator[Any]:
+    """Yield prompts as vLLM takes them, one by one; an iterable is read as it goes.
+
+    Raises:
+        SpecError: As for `read_prompts`, but for several kinds in one iterable.
+    """
+    for index, one in enumerate(each_given(given)):
+        yield from _prompts_of(one, index)
+
+
+def unpacked(given: Any) -> Iterator[Any]:
+    """Yield prompts as they are given, but encodings as the prompts that they hold.
+
+    Raises:
+        SpecError: As for `each_prompt`.
+    """
+    for index, one in enumerate(each_given(given)):
+        yield from _prompts_of(one, index) if isinstance(one, Mapping) and "input_ids" in one else [one]
+
+
+def each_given(given: Any) -> Iterable[Any]:
+    """Return an iterable of prompts as they are given: of the one, if it is one.
+
+    Raises:
+        SpecError: It is neither.
+    """
+    if isinstance(given, bytes):
+        raise SpecError(f"prompts are bytes: decode them. capture takes {TAKES}.")
+    if isinstance(given, str | Mapping) or is_token_ids(given) or is_conversation(given):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise SpecError(f"prompts is a {type(given).__name__}: capture takes {TAKES}, or an iterable of those.")
+    return given
 
 
 def is_conversation(given: Any) -> bool:
@@ -127,20 +160,37 @@ def _of_messages(one: Mapping[str, Any], index: int) -> list[Any]:
 
 def _of_encoding(encoding: Mapping[str, Any], index: int) -> list[Any]:
     """Return the sequences of what a tokenizer returned, without padding."""
-    rows, masks = encoding["input_ids"], encoding.get("attention_mask")
-    if is_token_ids(rows):
-        rows, masks = [rows], None if masks is None else [masks]
+    lost = [name for name in encoding if name.startswith(BESIDE_TEXT)]
+    if lost:
+        raise SpecError(
+            f"prompt {index} has {lost[0]} beside its input_ids, which vLLM makes itself: pass the text and the data, "
+            '{"prompt": ..., "multi_modal_data": {...}}.',
+            sample=index,
+        )
+    is_one = is_token_ids(encoding["input_ids"])
+    rows, masks, types = ([given] if is_one and given is not None else given for given in _fields(encoding))
     found = []
     for number, ids in enumerate(rows):
         if not is_token_ids(ids):
             raise SpecError(f"prompt {index}: input_ids[{number}] {_description(ids)}, expected whole numbers.")
-        plain = _plain(ids)
-        if masks is not None:
-            plain = [token for token, is_there in zip(plain, _plain(masks[number]), strict=True) if is_there]
-        if not plain:
+        keeps = None if masks is None else _plain(masks[number])
+        prompt = {"prompt_token_ids": _kept(ids, keeps)}
+        if not prompt["prompt_token_ids"]:
             raise SpecError(f"prompt {index}: input_ids[{number}] has no token that its attention_mask keeps.")
-        found.append({"prompt_token_ids": plain})
+        if types is not None and any(kept := _kept(types[number], keeps)):
+            prompt["token_type_ids"] = kept
+        found.append(prompt)
     return found
+
+
+def _fields(encoding: Mapping[str, Any]) -> list[Any]:
+    return [encoding.get(name) for name in ("input_ids", "attention_mask", "token_type_ids")]
+
+
+def _kept(given: Any, keeps: list[int] | None) -> list[int]:
+    """Return numbers of a sequence, one for each token, as plain integers: of the tokens that its mask keeps."""
+    plain = _plain(given)
+    return plain if keeps is None else [one for one, is_there in zip(plain, keeps, strict=True) if is_there]
 
 
 def _plain(ids: Any) -> list[int]:

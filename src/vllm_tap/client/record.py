@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_tap.client.capture import capture
 from vllm_tap.client.identity import full_model_facts, versions
+from vllm_tap.client.prompts import unpacked
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store.dataset import Dataset
@@ -75,6 +76,8 @@ def record(
         One pass over the rows to write them and one for their checksums, while the engine computes the next piece.
     """
     frontend.require_llm(llm)
+    if not isinstance(spec, Spec):
+        raise SpecError(f"record takes one vllm_tap.Spec for all prompts, got a {type(spec).__name__}.")
     for name, given in (("sampling_params", sampling_params), ("lora_request", lora_request)):
         if isinstance(given, Sequence):
             raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")
@@ -99,7 +102,7 @@ def record(
     run = Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, sampling), versions())
     options: dict[str, Any] = {} if on_part is None else {"on_part": on_part}
     return record_with(
-        captured, prompts, path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
+        captured, unpacked(prompts), path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
     )
 
 

@@ -18,17 +18,20 @@ from typing import Any, Final
 from vllm_tap.client import marks, missing
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
 from vllm_tap.client.identity import model_facts
-from vllm_tap.client.owned import RowSource
+from vllm_tap.client.mixed import MixedCapture
+from vllm_tap.client.owned import Place, RowSource, SomeRows
 from vllm_tap.client.rank_rows import Choice, RankRows
+from vllm_tap.client.reduced import made_of, with_one_row_each
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
+from vllm_tap.client.wishes import Wishes
 from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
 from vllm_tap.labels import NUM_LABELS, mark
-from vllm_tap.spec import Layers, Spec, nearest, resolve_layers
-from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, streams_of
+from vllm_tap.spec import Layers, Spec, begin_of, nearest, plain_positions, resolve_layers
+from vllm_tap.streams import BLOCK_STREAMS, LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
 from vllm_tap.vllm import frontend
 
 MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
@@ -48,8 +51,9 @@ class Recording:
     Args:
         llm: A `vllm.LLM`, started without any special argument; or what `Connection.at` returns, in a process that has
             no engine object.
-        spec: What to capture.
-        transport: "segment" (shared memory), "inline" (bytes through calls: slow, works everywhere), or "auto".
+        spec: What to capture; or a list with a Spec for each sample, whose layers workers write for all of them.
+        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+            (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
             write to pinned host memory: no device memory, slower for many rows), or "auto".
@@ -66,7 +70,7 @@ class Recording:
     def __init__(
         self,
         llm: Any,
-        spec: Spec,
+        spec: Spec | Sequence[Spec],
         *,
         transport: str = "auto",
         budget_bytes: int | None = None,
@@ -74,12 +78,11 @@ class Recording:
         expected_rows: int = 0,
         wait: bool = True,
     ) -> None:
-        if not isinstance(spec, Spec):
-            raise SpecError(f'spec is a vllm_tap.Spec, got {type(spec).__name__}: try Spec(hidden_states="all").')
+        self.wishes = wishes = Wishes(spec)
         if staging not in STAGINGS:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
-        self.spec = spec
+        self.spec = wishes.of(0)
         engine = None if isinstance(llm, Connection) else llm
         self._model = model_facts(engine) if engine is not None else {}
         self.tokens = TokenArrays()
@@ -89,24 +92,25 @@ class Recording:
         self._marked_samples: set[int] = set()
         self._connection = connection = connect(llm)
         connection.stop_lost()
-        shared = connection.choose_transport(transport)
+        self._way = way = connection.choose_transport(transport)
+        self._layers = {_kind(wish): resolve(connection, wish) for wish in wishes}
         self._start = messages.Start(
             capture_id=new_capture_id(),
-            streams=resolve(connection, spec),
-            positions=spec.shipped_positions,
+            streams=_union(self._layers.values()),
+            positions=plain_positions(self.spec.shipped_positions),
             residual=connection.residual,
-            shared=shared,
-            clients={rank: reader.client for rank, reader in connection.readers().items()} if shared else {},
+            shared=bool(way),
+            clients={rank: reader.client for rank, reader in connection.readers(way).items()} if way else {},
             budget_bytes=budget // len(connection.hellos),
             staging=staging,
-            expected_rows=expected_rows if spec.positions == "all" else 0,
+            expected_rows=expected_rows if list(wishes.shipped) == ["all"] else 0,
             routing_versions=connection.routing_versions,
         )
         self._starting: Callable[[], object] | None = None
-        connection.expect_end(self, self._start)
+        connection.expect_end(self, self._start, way)
         try:
-            self._starting = connection.ask(messages.Started, self._start, shared)
-            if wait:
+            self._starting = connection.ask(messages.Started, self._start, way)
+            if wait or connection.goes_over_network(way):
                 self.started()
         except BaseException:
             self.stop()  # where it has begun: a rank may have failed alone, or the call been interrupted
@@ -132,8 +136,8 @@ class Recording:
     def mark(self, params: Any, sample: int) -> Any:
         """Return a copy of a request's parameters that makes the engine capture it as this sample.
 
-        Rows that the prefix cache holds never go through the model, so captured requests do not read it; others still
-        do.
+        Positions that the prefix cache holds never go through the model, so a captured request reads it up to the first
+        position that is asked for; not at all for "all" and "prompt".
 
         Args:
             params: The request's `vllm.SamplingParams`, or `PoolingParams` where the engine pools.
@@ -182,16 +186,21 @@ class Recording:
         if (llm := self._llm()) is not None:
             frontend.require_params(llm, params)
         number = marks.sample_number(sample)
-        missing.check_params(self.spec, params, number)
+        missing.check_params(self.wishes.of(number), params, number)
         return number
 
     def _marked(self, copied: Any, sample: int) -> Any:
         self._marked_samples.add(sample)
         marked = copy.copy(copied)
         field = "extra_args" if hasattr(marked, "extra_args") else "extra_kwargs"
-        label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1)
+        spec = self.wishes.of(sample)
+        begin, reads_cache = begin_of(spec.positions), None
+        if not begin.is_last_or_later:
+            reads_cache = marks.cache_bound(marked, begin)
+            marked.skip_reading_prefix_cache = True
+        own = plain_positions(spec.shipped_positions) if len(self.wishes.shipped) > 1 else None
+        label = mark(self._start.capture_id, sample, getattr(marked, "n", 1) or 1, own, reads_cache)
         setattr(marked, field, {**(getattr(marked, field) or {}), **label})
-        marked.skip_reading_prefix_cache = True
         if hasattr(marked, "skip_clone"):
             # vLLM copies the parameters of each request deeply, to keep what it writes into them from the caller's.
             marked.skip_clone = True
@@ -232,7 +241,7 @@ class Recording:
         """
         self.started()
         call = messages.Take(capture_id=self.capture_id)
-        return self._connection.hand_over(call, self._start.shared)()
+        return self._connection.hand_over(call, self._way)()
 
     def end(self) -> None:
         """Have the workers end the capture, without a wait: `finish` is to follow, and takes what they hand over.
@@ -244,9 +253,7 @@ class Recording:
         """
         self.started()
         if self._finishing is None:
-            self._finishing = self._connection.hand_over(
-                messages.Finish(capture_id=self.capture_id), self._start.shared
-            )
+            self._finishing = self._connection.hand_over(messages.Finish(capture_id=self.capture_id), self._way)
 
     def finish(self, outputs: Sequence[Any]) -> Capture:
         """End the capture and return its rows, checked against what the engine returned.
@@ -267,21 +274,35 @@ class Recording:
         try:
             outputs = marks.checked_outputs(outputs, self._marked_samples)
             self.end()
-            sequences = Sequences(outputs, self.spec.positions, self.tokens)  # while the workers finish
+            parts = [(spec, self._sequences(spec, outputs)) for spec in self._first_of_kind()]  # while workers finish
         except BaseException:
             self.stop()
             raise
         handed_over = self._finished()
         handed = time.perf_counter()
-        result = self._check(outputs, sequences, handed_over)
+        results = [self._part(spec, outputs, sequences, handed_over) for spec, sequences in parts]
+        result = results[0] if len(results) == 1 else MixedCapture(results, outputs)
         result.model = self._model
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
             check=time.perf_counter() - handed,
         )
-        missing.check_result(self.spec, sequences, result)
+        for part in results:
+            for spec in self.wishes:
+                missing.check_result(spec, part.sequences, result, self.wishes.has(spec))
         return result
+
+    def _first_of_kind(self) -> list[Spec]:
+        """Return a Spec for each choice of streams and layers."""
+        return list({_kind(spec): spec for spec in reversed(self.wishes.distinct)}.values())[::-1]
+
+    def _sequences(self, kind: Spec, outputs: list[Any]) -> Sequences:
+        """Return the sequences of the samples with the streams and layers of a Spec."""
+        if self.wishes.is_one:
+            return Sequences(outputs, kind.positions, self.tokens)
+        mine = [output if _kind(self.wishes.of(n)) == _kind(kind) else None for n, output in enumerate(outputs)]
+        return Sequences(mine, lambda sample: self.wishes.of(sample).positions, self.tokens)
 
     def _finished(self) -> HandedOver:
         """Wait for what the workers hand over. Interrupted, it is to be called again."""
@@ -299,13 +320,28 @@ class Recording:
         self._has_ended = True
         self._connection.ended(self._start.capture_id)
 
-    def _check(self, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
+    def _part(self, spec: Spec, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
+        """Return the samples that have the streams and layers of a Spec."""
         choice = Choice(sequences)
         ranks = [RankRows(descriptor, memory, choice) for descriptor, memory in handed_over if descriptor.streams]
-        return self.new_result(outputs, sequences, ranks)
+        mine = [output if sample in sequences.request_ids else None for sample, output in enumerate(outputs)]
+        result = self.new_result(mine, sequences, ranks, spec)
+        if not self.wishes.is_one:
+            result.specs = [self.wishes.of(sample) for sample in range(len(outputs))]
+        return result
 
-    def new_result(self, outputs: list[Any], sequences: Sequences, ranks: Sequence[RowSource]) -> Capture:
-        """Return rows as a result of this capture."""
+    def places_of(self, spec: Spec) -> set[Place]:
+        """Return the streams and layers of one of the Specs of this capture."""
+        return {(stream, layer) for stream, layers in self._layers[_kind(spec)].items() for layer in layers}
+
+    def new_result(self, outputs: list[Any], sequences: Sequences, ranks: Sequence[RowSource], spec: Spec) -> Capture:
+        """Return rows as a result of this capture, in the streams and layers of one of its Specs."""
+        layers = self._layers[_kind(spec)]
+        if len(self._layers) > 1:
+            ranks = [SomeRows(rank, self.places_of(spec)) for rank in ranks]
+        ranks = [made_of(rank, spec, sequences) for rank in ranks]
+        if spec.reduce is not None:
+            sequences = with_one_row_each(sequences)
         conventions = {info.name: info.convention for hello in self._connection.hellos for info in hello.streams}
         if self._connection.residual:
             conventions["hidden_states"] = self._connection.residual
@@ -314,13 +350,13 @@ class Recording:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"
         return Capture(
-            self.spec,
+            spec,
             outputs,
             sequences,
             ranks,
-            {name: conventions[name] for name, layers in self._start.streams.items() if layers},
+            {name: conventions[name] for name, numbers in layers.items() if numbers},
             routing,
-            list(self._start.streams),
+            list(layers),
             self._connection.num_layers,
             bool(self._connection.available("final_hidden_states")),
         )
@@ -333,12 +369,26 @@ class Recording:
                 self._finished()  # and let go of it
                 return
             stop = messages.Stop(capture_id=self._start.capture_id)
-            self._connection.ask(messages.Stopped, stop, self._start.shared)()
+            self._connection.ask(messages.Stopped, stop, self._way)()
             self._ended()
         except TapError as error:
             if current is None:
                 raise
             current.add_note(f"(and the capture could not be stopped: {error})")
+
+
+def _kind(spec: Spec) -> tuple[Any, ...]:
+    """Return what Specs have in common whose samples have the same streams and layers, and the same made of them."""
+    return tuple(getattr(spec, field) for field in (*LAYERED_FIELDS, *SINGLE_FIELDS, "reduce", "dtype"))
+
+
+def _union(streams: Iterable[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Return the layers of all streams that any of several choices has."""
+    union: dict[str, set[int]] = {}
+    for layers_of in streams:
+        for stream, layers in layers_of.items():
+            union.setdefault(stream, set()).update(layers)
+    return {stream: tuple(sorted(layers)) for stream, layers in union.items()}
 
 
 def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -356,6 +406,8 @@ def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
             reason = connection.why_not(stream)
             if not available and not reason and (stream not in ROUTER_STREAMS or has_experts):
                 reason = "no forward pass went through the place where it is taken"
+                if stream in BLOCK_STREAMS:
+                    reason = "no layer that has run adds the output of such a block to the residual stream"
             if reason:
                 raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
             if not available and getattr(spec, field) == "all" and spec.missing == "error":

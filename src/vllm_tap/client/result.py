@@ -13,7 +13,7 @@ from vllm_tap.client import hints
 from vllm_tap.client.hugging_face import output_of
 from vllm_tap.client.owned import OwnedRows, Place, RowSource
 from vllm_tap.client.sequences import Sequences
-from vllm_tap.errors import LayerError, RowsMissingError, SpecError
+from vllm_tap.errors import DatasetError, LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
 
@@ -105,7 +105,7 @@ class Sample:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Positions of the rows in the sequence. Tensor int32 [R], ascending."""
+        """Positions of the rows in the sequence. Tensor int32 [R], ascending. Of a reduced row, its last position."""
         _, positions = self._capture.sequences.position_of(self._wanted)
         return torch.from_numpy(positions.astype(np.int32))
 
@@ -123,6 +123,12 @@ class Sample:
     def completion(self) -> int:
         """Number of the completion of the prompt; 0 unless `n` is above 1."""
         return self._slot[1]
+
+    @property
+    def spec(self) -> Spec:
+        """The specification that this sample was asked for by."""
+        specs = self._capture.specs
+        return self._capture.spec if specs is None else specs[self._slot[0]]
 
     @property
     def output(self) -> Any:
@@ -149,6 +155,16 @@ class Sample:
     def hidden_states(self) -> LayerMap:
         """The residual stream after each decoder layer, before the final norm: {layer: Tensor [R, D]}."""
         return self._layers("hidden_states")
+
+    @property
+    def attention_output(self) -> LayerMap:
+        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("attention_output")
+
+    @property
+    def mlp_output(self) -> LayerMap:
+        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("mlp_output")
 
     @property
     def router_logits(self) -> LayerMap:
@@ -196,7 +212,7 @@ class Sample:
         Cost:
             That of reading each tensor once (see `LayerMap`); the further axis is a view.
         """
-        return output_of(self, self._capture)
+        return output_of(self, self._capture, self.spec)
 
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)
@@ -218,7 +234,7 @@ class Capture(Sequence[Sample]):
         conventions: {stream: where its rows come from}; of the router's streams also how it chooses.
         routing: {layer: how its router chooses experts by their logits}, a `frame.routing.Routing` for each layer with
             experts; its `scoring` is "unknown" where vLLM does not say, or its experts do not follow from what it says.
-        spec: What was asked for.
+        spec: What was asked for; with a Spec for each prompt, that of the first, see `Sample.spec`.
         model: Name, revision and dtype of the model.
         seconds: Time of the call by part: `start` (the engine prepares), `generate`, `finish` (the engine hands over
             while the outputs are read; of which `wait` was for the last transfer), `check` (labels compared with them).
@@ -226,6 +242,9 @@ class Capture(Sequence[Sample]):
 
     # As long as nothing else is known, which is what hints go by.
     has_final_norm = has_experts = True
+    specs: Sequence[Spec] | None = None
+    """Specs by sample, where these are not all alike."""
+
     first_sample = 0
     """Number of its first sample among the prompts of a stream, whose captures have one sample each."""
 
@@ -269,6 +288,7 @@ class Capture(Sequence[Sample]):
         only._owner = self._owned(start, stop, streams)
         only.outputs, only.sequences = [self.outputs[sample]], self.sequences.only(number)
         only.layers = {name: self.layers[name] for name in streams}
+        only.specs = None if self.specs is None else [self.specs[sample]]
         return only
 
     def __len__(self) -> int:
@@ -316,16 +336,32 @@ class Capture(Sequence[Sample]):
         self.require(stream)
         owner = self._owner_of(stream, layer)
         if owner is None:
-            raise LayerError(
-                f"layer {layer} was not captured: {stream} of this result has layers {self.layers[stream]}. "
-                f"{hints.for_layer(self, stream, self._absolute(layer))}",
-                layer=layer,
-            )
+            raise self.no_layer(stream, layer)
         start, stop, _ = slice(start, stop).indices(self.num_rows)
         return owner.rows(stream, self._absolute(layer), start, max(stop, start))
 
-    def row_labels(self, start: int = 0, stop: int | None = None) -> RowLabels:
+    def no_layer(self, stream: str, layer: Any) -> LayerError:
+        """Return what to raise for a layer that this capture does not have."""
+        return LayerError(
+            f"layer {layer} was not captured: {stream} of {self._name} has layers {self.layers[stream]}. "
+            f"{hints.for_layer(self, stream, self._absolute(layer))}",
+            layer=layer,
+        )
+
+    @property
+    def _name(self) -> str:
+        return "this result" if self.specs is None else f"samples with {self.spec}"
+
+    def row_labels(
+        self, start: int = 0, stop: int | None = None, *, stream: str | None = None, layer: int | None = None
+    ) -> RowLabels:
         """Return what the rows of `rows(stream, layer, start, stop)` are: sample, completion, position and token.
+
+        Args:
+            start: As for `rows`.
+            stop: As for `rows`.
+            stream: Needed where samples have Specs of their own with different streams or layers; as for `rows`.
+            layer: The same.
 
         Returns:
             RowLabels: tensors [R], CPU, of their own.
@@ -360,7 +396,11 @@ class Capture(Sequence[Sample]):
             SpecError: Not captured.
         """
         if stream not in self.layers:
-            raise SpecError(hints.for_stream(self, stream))
+            raise SpecError(hints.for_stream(self, stream, self._name))
+
+    def number_from(self, first_sample: int) -> None:
+        """Give the samples the numbers that they have among more of them."""
+        self.first_sample = first_sample
 
     def save(self, path: Any, *, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> None:
         """Write everything into a new dataset, which `vllm_tap.open_dataset` reads; it is there whole or not at all.
@@ -370,7 +410,8 @@ class Capture(Sequence[Sample]):
             metadata: A mapping that JSON can hold, or None, for each sample; it becomes `Sample.metadata`.
 
         Raises:
-            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full.
+            DatasetError: The folder holds a dataset already, cannot be written to, or the disk is full; or samples have
+                different Specs.
 
         Source:
             See `conventions`, which the dataset repeats.
@@ -381,6 +422,11 @@ class Capture(Sequence[Sample]):
         from vllm_tap.client.identity import versions
         from vllm_tap.store.save import save
 
+        if self.specs is not None:
+            raise DatasetError(
+                "samples of this capture have different Specs, and a dataset has one: capture the prompts of each Spec "
+                "in a call of their own to save them."
+            )
         save(self, path, model=self.model, versions=versions(), metadata=metadata)
 
     @property

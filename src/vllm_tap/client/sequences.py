@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tap.spec import wanted_tokens
+from vllm_tap.positions import Positions, Tokens
+from vllm_tap.spec import Choice, ranges, wanted_tokens
+
+Ints = npt.NDArray[np.int64]
 
 
 class TokenArrays:
@@ -48,7 +51,7 @@ class Sequences:
 
     Args:
         outputs: vLLM's, by sample; None for a sample without one.
-        positions: Which rows are asked for.
+        positions: Which rows are asked for, or a function that says it of each sample.
         ahead: What was read of them ahead.
 
     Attributes:
@@ -63,7 +66,7 @@ class Sequences:
     """
 
     def __init__(
-        self, outputs: Sequence[Any], positions: str | tuple[int, ...], ahead: TokenArrays | None = None
+        self, outputs: Sequence[Any], positions: Choice | Callable[[int], Choice], ahead: TokenArrays | None = None
     ) -> None:
         ahead = TokenArrays() if ahead is None else ahead
         self.slots: dict[tuple[int, int], int] = {}
@@ -90,11 +93,31 @@ class Sequences:
         self.token_ids = np.frombuffer(token_ids, np.int32)
         self.wanted, self.wanted_starts = self._wanted(positions)
 
-    def _wanted(self, positions: str | tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        if positions == "all":
-            return np.arange(self.starts[-1]), self.starts
-        wanted = wanted_tokens(positions, self.prompt_lens, self.starts, np.zeros_like(self.prompt_lens))
-        return wanted, np.searchsorted(wanted, self.starts)
+    def _wanted(self, positions: Choice | Callable[[int], Choice]) -> tuple[Ints, Ints]:
+        if not callable(positions):
+            return self._with_starts(self._chosen(positions, np.arange(len(self.slots))))
+        of_choice: dict[Choice, list[int]] = {}
+        for (sample, _), number in self.slots.items():
+            of_choice.setdefault(positions(sample), []).append(number)
+        found = [self._chosen(choice, np.array(numbers)) for choice, numbers in of_choice.items()]
+        return self._with_starts(np.sort(np.concatenate([np.empty(0, np.int64), *found])))
+
+    def _with_starts(self, wanted: Ints) -> tuple[Ints, Ints]:
+        return wanted, self.starts if len(wanted) == self.starts[-1] else np.searchsorted(wanted, self.starts)
+
+    def _chosen(self, choice: Choice, numbers: Ints) -> Ints:
+        """Return the flat indices, ascending, that a choice takes of some sequences."""
+        if not isinstance(choice, Positions) and len(numbers) == len(self.slots):
+            return wanted_tokens(choice, self.prompt_lens, self.starts, np.zeros_like(self.prompt_lens))
+        firsts, prompt_lens = self.starts[:-1][numbers], self.prompt_lens[numbers]
+        lengths = self.starts[1:][numbers] - firsts
+        flat = ranges(firsts, lengths)
+        if not isinstance(choice, Positions):
+            starts = np.concatenate(([0], np.cumsum(lengths)))
+            return flat[wanted_tokens(choice, prompt_lens, starts, np.zeros_like(prompt_lens))]
+        firsts, prompt_lens, of_each = (np.repeat(each, lengths) for each in (firsts, prompt_lens, lengths))
+        tokens = Tokens(flat - firsts, prompt_lens, of_each, self.token_ids[flat])
+        return flat[choice.choose(tokens)]
 
     @classmethod
     def of_rows(cls, completion: int, positions: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]) -> Sequences:

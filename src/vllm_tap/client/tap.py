@@ -8,9 +8,10 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
-from vllm_tap.client.prompts import is_conversation, read_prompts
+from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture, Sample
+from vllm_tap.client.wishes import Wishes
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec, nearest
 from vllm_tap.vllm import frontend, stepping
@@ -50,14 +51,14 @@ class Tap:
         frontend.require_llm(llm)
         self._llm = llm
 
-    def capture(self, prompts: Any, spec: Spec, **arguments: Any) -> Capture:
+    def capture(self, prompts: Any, spec: Spec | Sequence[Spec], **arguments: Any) -> Capture:
         """Generate from prompts and return all rows at the end; see `vllm_tap.capture`."""
         return capture(self._llm, prompts, spec, **arguments)
 
     def stream(
         self,
         prompts: Iterable[Any],
-        spec: Spec,
+        spec: Spec | Sequence[Spec],
         *,
         on_full: str = "wait",
         budget_bytes: int | None = None,
@@ -71,7 +72,7 @@ class Tap:
 
         Args:
             prompts: As `capture` takes them, of any number: they are read as there is room.
-            spec: What to capture.
+            spec: What to capture; or a list with a Spec for each prompt, as for `capture`.
             on_full: "wait": prompts wait until rows of those before them have been read, so that the budget holds;
                 "fail": all prompts are added at once, and rows beyond the budget end the stream with `BudgetError`.
             budget_bytes: Most memory for rows that have not been read, over all workers; by default a quarter of RAM,
@@ -104,7 +105,7 @@ class Tap:
     def stream_rows(
         self,
         prompts: Iterable[Any],
-        spec: Spec,
+        spec: Spec | Sequence[Spec],
         *,
         budget_bytes: int | None = None,
         transport: str = "auto",
@@ -117,7 +118,7 @@ class Tap:
 
         Args:
             prompts: As for `stream`.
-            spec: What to capture.
+            spec: As for `stream`.
             budget_bytes: As for `stream`; prompts wait for room.
             transport: As for `capture`.
             staging: As for `capture`.
@@ -127,10 +128,11 @@ class Tap:
 
         Returns:
             Stream: an iterator of `RowBlock`s, those of one sequence in order of position. Positions that nobody asked
-            for make no block. The last one of a sequence has `finished`.
+            for make no block. The last one of a sequence has `finished`. Where positions count from the end of what is
+            generated, it is the only one.
 
         Raises:
-            SpecError: The engine pools, or `n` is above 1.
+            SpecError: The engine pools, `n` is above 1, or a `Spec` has `reduce`.
             TapError: As for `stream`.
 
         Cost:
@@ -139,6 +141,11 @@ class Tap:
         plan = self._plan(sampling_params, sampling, lora_request)
         if frontend.pools(self._llm) or (plan.params.n or 1) > 1:
             raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
+        for wish in Wishes(spec):
+            if wish.reduce is not None:
+                raise SpecError(
+                    f"stream_rows yields rows as they come, not their {wish.reduce}: use stream, or capture."
+                )
         recording = Recording(self._llm, spec, transport=transport, budget_bytes=budget_bytes, staging=staging)
         budget = budget_bytes or default_budget_bytes()
         return Stream(_Run(self._llm, prompts, recording, plan, budget).blocks())
@@ -154,15 +161,21 @@ class Tap:
         return Plan(given, chat, lora_request)
 
     def _in_batches(
-        self, prompts: Iterable[Any], spec: Spec, plan: Plan, transport: str, staging: str, budget_bytes: int | None
+        self,
+        prompts: Iterable[Any],
+        spec: Spec | Sequence[Spec],
+        plan: Plan,
+        transport: str,
+        staging: str,
+        budget_bytes: int | None,
     ) -> Iterator[Sample]:
         """Yield samples of an engine that pools: captures of some prompts, one after another."""
-        number = 0
-        for batch in _batches(_each(prompts)):
+        number, wishes = 0, Wishes(spec)
+        for batch in _batches(each_prompt(prompts)):
             result = capture(
                 self._llm,
                 batch,
-                spec,
+                wishes.part(number, number + len(batch)),
                 transport=transport,
                 staging=staging,
                 budget_bytes=budget_bytes,
@@ -170,9 +183,10 @@ class Tap:
                 lora_request=plan.lora_request,
                 sampling_params=plan.params,
             )
-            result.first_sample = number
+            result.number_from(number)
             number += len(result)
             yield from result
+        wishes.require(number)
 
 
 class Plan(NamedTuple):
@@ -219,11 +233,12 @@ class _Run:
 
     def __init__(self, llm: Any, prompts: Iterable[Any], recording: Recording, plan: Plan, budget: int | None) -> None:
         self._llm, self._recording, self._plan = llm, recording, plan
-        self._prompts = enumerate(_each(prompts))
+        self._prompts = enumerate(each_prompt(prompts))
         self._budget = None if budget is None else budget // PART_OF_BUDGET
         self._collector = Collector(recording)
         self._running: dict[str, _Running] = {}
         self._sent: dict[int, int] = {}  # by sample: rows of earlier positions have been yielded
+        self._num_prompts = 0
         self._has_more = True
 
     def samples(self) -> Iterator[Sample]:
@@ -262,7 +277,7 @@ class _Run:
             return
         generated = len(output.outputs[0].token_ids)
         begin, end = self._sent.get(running.sample, 0), len(output.prompt_token_ids) + generated - 1
-        if not generated or (self._recording.spec.positions == "last_generated" and not is_last):
+        if not generated or (self._recording.wishes.of(running.sample).needs_end and not is_last):
             return
         if end > begin or is_last:
             result = self._collector.rows_until(running.sample, output, begin, end)
@@ -278,7 +293,9 @@ class _Run:
             number, prompt = next(self._prompts, (0, None))
             if prompt is None:
                 self._has_more = False
+                self._recording.wishes.require(self._num_prompts)
                 break
+            self._num_prompts = number + 1
             params = self._recording.mark(self._plan.params, number)
             chat = self._plan.chat if is_conversation(prompt) else None
             added = stepping.add(self._llm, prompt, params, self._plan.lora_request, chat)
@@ -303,13 +320,6 @@ class _Run:
         self._running.clear()
         if not self._recording.has_ended:
             self._recording.stop()
-
-
-def _each(prompts: Iterable[Any]) -> Iterator[Any]:
-    """Yield prompts one by one as `read_prompts` makes them."""
-    single = isinstance(prompts, str | dict) or is_conversation(prompts) or not isinstance(prompts, Iterable)
-    for prompt in [prompts] if single else prompts:
-        yield from read_prompts([prompt]).items
 
 
 def _batches(prompts: Iterator[Any]) -> Iterator[list[Any]]:

@@ -7,6 +7,7 @@ them, and never raise: a failure is a reply.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import weakref
@@ -33,10 +34,13 @@ from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
-from vllm_tap.streams import ROUTER_STREAMS, SOURCES
+from vllm_tap.streams import ROUTER_STREAMS
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
+from vllm_tap.transport.tcp import settings
+from vllm_tap.transport.tcp.address import host_id
+from vllm_tap.transport.tcp.server import NetworkServer
 from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm import runner as vllm_runner
@@ -98,6 +102,10 @@ class TapWorker(vllm_runner.Recorder):
         self._pools: Pools | None = None
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
+        self._network: NetworkServer | None = None
+        self._no_network = "it was started without VLLM_TAP_LISTEN=host:port"
+        self._new_secret = ""
+        self._client_numbers = itertools.count(1)
         self._profile: Profile | None = None
         self._closing: list[Closable] = []
 
@@ -114,6 +122,7 @@ class TapWorker(vllm_runner.Recorder):
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
             vllm_runner.watch_runner(worker.model_runner, self)
+            self._listen()
         except Exception as error:
             self.refusal = str(error) if isinstance(error, TapError) else f"{type(error).__name__}: {error}"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
@@ -187,7 +196,7 @@ class TapWorker(vllm_runner.Recorder):
             self._backend.note_stream()
         if self._taps is not None and not self.refusal:
             self._pass_dummy_rows(self._taps)
-        return self._hello()
+        return structs.replace(self._hello(), secret=self._new_secret)
 
     def _hello(self) -> messages.Hello:
         """Say what can be captured here, as far as the forward passes until now have shown."""
@@ -197,9 +206,13 @@ class TapWorker(vllm_runner.Recorder):
         if taps is not None and not refusal:
             refusal = self._backend.refusal if self._backend else ""
             verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
-            streams = tuple(self._streams(taps, verdict.convention, reasons))
+            streams = tuple(self._streams(taps, reasons))
         rank = vllm_runner.read_rank(worker)
-        wants_rows = verdict.wants_rows or any(found.reason == NO_ROWS for found in routing.values())
+        wants_rows = (
+            verdict.wants_rows
+            or (taps is not None and taps.wants_rows)
+            or any(found.reason == NO_ROWS for found in routing.values())
+        )
         return messages.Hello(
             rank=rank,
             pid=os.getpid(),
@@ -216,6 +229,9 @@ class TapWorker(vllm_runner.Recorder):
             may_change=taps is not None and not refusal and (wants_rows or taps.may_change),
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,
+            network=self._network.address if self._network is not None else "",
+            no_network=self._no_network if self._network is None else "",
+            host=host_id().hex(),
             refusal=refusal,
         )
 
@@ -254,11 +270,11 @@ class TapWorker(vllm_runner.Recorder):
         graph_rows = vllm_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
         return max(graph_rows + 1, PROBE_ROWS)
 
-    def _streams(self, taps: ModelTaps, residual: str, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
+    def _streams(self, taps: ModelTaps, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
+        conventions = taps.conventions()
         places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
         for (stream, dtype, width), numbers in by_shape(places).items():
-            source = residual if stream == "hidden_states" else SOURCES[stream]
-            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), source)
+            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), conventions[stream])
 
     def call(self, data: bytes) -> bytes:
         """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""
@@ -282,8 +298,8 @@ class TapWorker(vllm_runner.Recorder):
         self._require_new(start.capture_id)
         if not start.shared:
             self._memory().add(start.capture_id, shared=False)
-        elif not self._shared_server().is_connected(start.clients.get(self.rank, 0)):
-            raise CaptureError(f"rank {self.rank}: the client of capture {start.capture_id} is not connected any more.")
+        else:
+            self._server_of(start.clients.get(self.rank, 0))
         try:
             session = self.begin(start, tuple(self._share(start)), self._owner(start), Session)
         except Exception:
@@ -303,6 +319,7 @@ class TapWorker(vllm_runner.Recorder):
             TapError: It cannot begin; nothing has been taken.
         """
         self._require_new(start.capture_id)
+        start.choice()  # before anything is taken
         pools = self._memory()
         pool = pools.of(owner)
         pools.keep(owner)
@@ -311,7 +328,8 @@ class TapWorker(vllm_runner.Recorder):
         except Exception:
             pools.linger(owner)
             raise
-        session = new_session(start, self.rank, streams, sink, pool.open_account(start.budget_bytes))
+        drafts = vllm_runner.request_rows(self._worker) > 1
+        session = new_session(start, self.rank, streams, sink, pool.open_account(start.budget_bytes), drafts)
         self._sessions[start.capture_id] = session
         self._closing.append(session)
         return session
@@ -360,7 +378,7 @@ class TapWorker(vllm_runner.Recorder):
         try:
             descriptor = self._with_routing(session, session.finish())
             if session.start.shared:
-                self._shared_server().publish(session.client, session.block_ids)
+                self._server_of(session.client).publish(session.client, session.block_ids)
         except Exception:
             self._abandon(session)
             raise
@@ -374,7 +392,7 @@ class TapWorker(vllm_runner.Recorder):
             block_ids = session.block_ids
             descriptor = self._with_routing(session, session.take())
             if session.start.shared:
-                self._shared_server().publish(session.client, block_ids)
+                self._server_of(session.client).publish(session.client, block_ids)
         except Exception:
             self._abandon(session)
             raise
@@ -512,10 +530,40 @@ class TapWorker(vllm_runner.Recorder):
 
     def _shared_server(self) -> SegmentServer:
         if self._server is None:
-            self._server = SegmentServer(self._memory().add_client)
+            self._server = SegmentServer(self._memory().add_client, self._client_numbers)
             self._server.on_disconnect = weakly(self._client_gone)
             self._closing.append(self._server)
         return self._server
+
+    def _listen(self) -> None:
+        """Serve clients of a network, if this worker is to; where it cannot, generation goes on."""
+        try:
+            given = settings.read(os.environ, self._worker.local_rank)
+            if given is None:
+                return
+            pools = self._memory()
+            new_pool = functools.partial(pools.add, shared=False)
+            self._network = NetworkServer(given, new_pool, self._call_server(), self._client_numbers)
+        except TapError as error:
+            self._no_network = str(error)
+            logger.error("vllm-tap: rank %d serves no network: %s", self.rank, error)
+            return
+        self._network.on_disconnect = weakly(self._client_gone)
+        self._closing.append(self._network)
+        self._new_secret = given.secret.decode() if given.is_random else ""
+        how = "within TLS" if given.tls else "in the clear"
+        logger.info("vllm-tap: rank %d serves %s %s", self.rank, self._network.address, how)
+
+    def _server_of(self, client: int) -> SegmentServer | NetworkServer:
+        """Return the server that a client is connected to.
+
+        Raises:
+            CaptureError: None.
+        """
+        for server in (self._shared_server(), self._network):
+            if server is not None and server.is_connected(client):
+                return server
+        raise CaptureError(f"rank {self.rank}: client {client} is not connected any more: connect again.")
 
     def _client_gone(self, client: int) -> None:
         assert self._backend is not None

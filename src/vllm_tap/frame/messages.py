@@ -7,7 +7,7 @@ Decoding checks the types, `Descriptor.validate` the numbers, before any memory 
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,8 +17,9 @@ from vllm_tap.errors import DescriptorError, TapError
 from vllm_tap.frame.layout import LABEL_BYTES, IntArray, Layout, Stream, layout
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
+from vllm_tap.spec import Choice, read_positions
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -72,7 +73,9 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
     of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
     `routing_version` rises whenever it changes.
-    `address` is the socket that hands out segments, `calls` the one that takes calls.
+    `address` is the socket that hands out segments, `calls` the one that takes calls. `network` is where clients of
+    other hosts connect, empty if the worker does not listen, and then `no_network` says why not; `secret` is what they
+    have to know, for the process that has the engine object, where the worker made it; `host` tells hosts apart.
     """
 
     rank: Rank
@@ -90,20 +93,25 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     may_change: bool = False
     address: str
     calls: str
+    network: str = ""
+    no_network: str = ""
+    secret: str = ""
+    host: str = ""
     refusal: str
 
 
 class Start(Message, frozen=True, tag=True, kw_only=True):
     """Call that begins a capture, the same for every worker; the reply is `Started`.
 
-    `clients` gives each rank the number under which it knows the client's reader. `expected_rows` is a guess that lets
+    `positions` are those of requests whose mark names none, see `choice`. `clients` gives each rank the number under
+    which it knows the client's reader. `expected_rows` is a guess that lets
     the worker prepare memory ahead; 0 if unknown. `routing_versions` gives each rank the version of its `routing` that
     the client knows.
     """
 
     capture_id: str
     streams: dict[str, tuple[int, ...]]
-    positions: str | tuple[int, ...]
+    positions: str | tuple[int, ...] | dict[str, list[Any]]
     residual: str
     shared: bool
     clients: dict[int, int]
@@ -111,6 +119,14 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     staging: str
     expected_rows: int
     routing_versions: dict[int, int] = {}
+
+    def choice(self) -> Choice:
+        """Return `positions` as a `Spec` has them.
+
+        Raises:
+            SpecError: They are none.
+        """
+        return read_positions(self.positions)
 
 
 class Finish(Message, frozen=True, tag=True, kw_only=True):

@@ -144,6 +144,11 @@ class Sample:
         return self.stop - self.start
 
     @property
+    def spec(self) -> Spec:
+        """The specification that was asked for, that of all samples of a dataset."""
+        return self._source.spec
+
+    @property
     def positions(self) -> torch.Tensor:
         """Positions of the rows in the sequence. Tensor int32 [R], ascending."""
         return self._label("positions")
@@ -162,6 +167,16 @@ class Sample:
     def hidden_states(self) -> LayerMap:
         """The residual stream after each decoder layer, before the final norm: {layer: Tensor [R, D]}."""
         return self._layers("hidden_states")
+
+    @property
+    def attention_output(self) -> LayerMap:
+        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("attention_output")
+
+    @property
+    def mlp_output(self) -> LayerMap:
+        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
+        return self._layers("mlp_output")
 
     @property
     def router_logits(self) -> LayerMap:

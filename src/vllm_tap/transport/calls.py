@@ -1,10 +1,13 @@
-"""Calls from a client to a worker over a Unix socket: bytes in, bytes out, and two threads that wake each other.
+"""Calls from a client to a worker over a socket: bytes in, bytes out, and two threads that wake each other.
 
 `CallServer` runs in the engine worker, `Caller` in the client process.
 
-A connection is an abstract Unix stream socket. The client sends a frame for a call, the worker answers each with one:
+A connection is an abstract Unix stream socket, or one of a network that `transport.tcp` has let in. The client sends a
+frame for a call, the worker answers each with one:
 
-    u64 number of the call, u64 nbytes, both little-endian, then the bytes
+    u64 number of the call, from 1, u64 nbytes, both little-endian, then the bytes
+
+Over a network the worker sends frames of number 0 while it handles a call.
 
 A client has a connection for every thread that calls, and one call at a time on it: before it sends the next, it reads
 the reply of a call that was interrupted.
@@ -23,10 +26,12 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from vllm_tap.errors import DescriptorError, TransportError
 from vllm_tap.frame.messages import MAX_MESSAGE_BYTES
 from vllm_tap.transport import threads, wire
+from vllm_tap.transport.tcp.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,11 @@ _HEADER = struct.Struct("<QQ")
 _BACKLOG = 16
 _RETRY_S = 1.0
 _GONE = "the worker has gone ({}): start the engine again."
+
+PULSE = _HEADER.pack(0, 0)
+"""Frame that only says that the worker lives."""
+
+Connection = socket.socket | Stream
 
 
 class CallServer:
@@ -59,8 +69,8 @@ class CallServer:
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._closing = threading.Event()
-        self._connections: set[socket.socket] = set()
-        self._busy: set[socket.socket] = set()
+        self._connections: set[Connection] = set()
+        self._busy: set[Connection] = set()
         self._listener = _listen(self.address)
         threads.start("vllm-tap-calls", self._accept, stop=self.close)
 
@@ -73,6 +83,19 @@ class CallServer:
             self._settled.notify_all()
             for open_socket in (self._listener, *self._connections):
                 _shutdown(open_socket)
+
+    def adopt(self, stream: Stream, pulsing: Callable[[Stream], AbstractContextManager[None]]) -> None:
+        """Answer calls of a client of a network, let in already, in this thread; at the end close its connection.
+
+        Args:
+            stream: Its connection.
+            pulsing: Sends `PULSE` to it from time to time, inside its block.
+        """
+        with self._lock:
+            self._connections.add(stream)
+            if self._closing.is_set():
+                _shutdown(stream)
+        self._serve(stream, lambda: pulsing(stream))
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until the calls that have reached this process are handled; return whether they are.
@@ -120,9 +143,11 @@ class CallServer:
             logger.error("refused a client of calls: %s", error)
             self._drop(connection)
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(
+        self, connection: Connection, pulsing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
         try:
-            while self._answer(connection):
+            while self._answer(connection, pulsing):
                 pass
         except DescriptorError as error:
             logger.warning("a client's connection for calls is closed: %s", error)
@@ -131,12 +156,13 @@ class CallServer:
         finally:
             self._drop(connection)
 
-    def _answer(self, connection: socket.socket) -> bool:
+    def _answer(self, connection: Connection, pulsing: Callable[[], AbstractContextManager[None]]) -> bool:
         """Answer one call; return whether the connection goes on."""
         with self._handling(connection):
             number, request = _Incoming().receive(connection)
             try:
-                reply = self._handle(request)
+                with pulsing():
+                    reply = self._handle(request)
             except Exception:
                 logger.exception("a call failed without a reply; the connection that it came on is closed")
                 return False
@@ -144,7 +170,7 @@ class CallServer:
         return True
 
     @contextlib.contextmanager
-    def _handling(self, connection: socket.socket) -> Iterator[None]:
+    def _handling(self, connection: Connection) -> Iterator[None]:
         """Wait for the next call, which counts as busy inside the block."""
         _is_readable(connection, wait=True)
         with self._lock:
@@ -156,7 +182,7 @@ class CallServer:
                 self._busy.discard(connection)
                 self._settled.notify_all()
 
-    def _drop(self, connection: socket.socket) -> None:
+    def _drop(self, connection: Connection) -> None:
         with self._settled:
             self._connections.discard(connection)
             self._settled.notify_all()
@@ -171,13 +197,18 @@ class Caller:
     throws it away. Not for finalizers and signal handlers, which may run inside another call of their thread.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, connect: Callable[[], Connection] | None = None) -> None:
         """Connect.
+
+        Args:
+            address: of the worker: a Unix socket's, unless there is another way to connect.
+            connect: makes a connection for a thread.
 
         Raises:
             TransportError: nothing answers at the address, or something of another user.
         """
         self._address = address
+        self._connect = connect or (lambda: wire.connect(address, socket.SOCK_STREAM))
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -242,6 +273,7 @@ class Caller:
             line.shutdown()
             raise
         except (OSError, EOFError) as error:
+            line.shutdown()  # it may only have been silent for too long
             if self._closed:
                 raise TransportError("the connection for calls was closed during a call.", path=self._address) from None
             raise TransportError(_GONE.format(error), path=self._address) from error
@@ -257,7 +289,7 @@ class Caller:
             raise TransportError("the connection for calls is closed: connect again.", path=self._address)
         line: _Line | None = getattr(self._of_thread, "line", None)
         if line is None:
-            line = _Line(wire.connect(self._address, socket.SOCK_STREAM))
+            line = _Line(self._connect())
             with self._lock:
                 self._lines.add(line)
                 if self._closed:  # meanwhile
@@ -269,7 +301,7 @@ class Caller:
 class _Line:
     """One thread's connection and the call that is under way on it, if any."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._call: _Call | None = None
 
@@ -279,7 +311,8 @@ class _Line:
     @property
     def alive(self) -> bool:
         poll = select.poll()
-        poll.register(self._connection, 0)  # the end alone: a reply that nobody has read does not hide it
+        # The end alone: a reply that nobody has read does not hide it.
+        poll.register(self._connection, select.POLLRDHUP)
         return not poll.poll(0)
 
     def send(self, number: int, data: bytes) -> None:
@@ -317,14 +350,17 @@ class _Call:
         """True if the worker may know of this call."""
         return bool(self._sent)
 
-    def send(self, connection: socket.socket) -> None:
+    def send(self, connection: Connection) -> None:
         while rest := self._request[sum(self._sent) :]:
             # One C function sends and keeps the count: a signal handler that raises runs before or after both.
             self._sent.extend(map(connection.send, (rest,), (socket.MSG_NOSIGNAL,)))
 
-    def finish(self, connection: socket.socket) -> bytes:
+    def finish(self, connection: Connection) -> bytes:
         self.send(connection)
         number, reply = self._reply.receive(connection)
+        while (number, reply) == (0, b""):  # the worker lives
+            self._reply = _Incoming()
+            number, reply = self._reply.receive(connection)
         if number != self.number:
             raise DescriptorError(f"the worker answered call {number}, expected {self.number}: start the engine again.")
         return reply
@@ -337,7 +373,7 @@ class _Incoming:
         self._header: list[bytes] = []
         self._data: list[bytes] = []
 
-    def receive(self, connection: socket.socket) -> tuple[int, bytes]:
+    def receive(self, connection: Connection) -> tuple[int, bytes]:
         _fill(connection, self._header, _HEADER.size)
         number, nbytes = _HEADER.unpack(b"".join(self._header))
         if nbytes > MAX_MESSAGE_BYTES:
@@ -346,7 +382,7 @@ class _Incoming:
         return number, b"".join(self._data)
 
 
-def _fill(connection: socket.socket, pieces: list[bytes], nbytes: int) -> None:
+def _fill(connection: Connection, pieces: list[bytes], nbytes: int) -> None:
     """Receive until the pieces have so many bytes."""
     while missing := nbytes - sum(map(len, pieces)):
         # One C function receives and keeps: a signal handler that raises runs before or after both.
@@ -359,14 +395,14 @@ def _encode(number: int, data: bytes) -> bytes:
     return _HEADER.pack(number, len(data)) + data
 
 
-def _is_readable(end: socket.socket, *, wait: bool = False) -> bool:
+def _is_readable(end: Connection, *, wait: bool = False) -> bool:
     """Tell whether there is something to receive or to accept, or an end to see."""
     poll = select.poll()
     poll.register(end, select.POLLIN)
     return bool(poll.poll(None if wait else 0))
 
 
-def _shutdown(connection: socket.socket) -> None:
+def _shutdown(connection: Connection) -> None:
     """Wake whoever waits for a socket, in any thread."""
     with contextlib.suppress(OSError):  # it has ended already
         connection.shutdown(socket.SHUT_RDWR)

@@ -150,6 +150,18 @@ PARTS: Final = (
                 "to choose between lists of layers", "the one with most weights is taken",
             ),
             Assumption("torch.nn.Module", ("forward",), "to tap what decoder layers and the final norm return"),
+            Assumption(
+                "vllm.model_executor.layers.linear.LinearBase", ("quant_method",),
+                "to find blocks with matrices where these are kept elsewhere", "`mlp_output` is refused",
+            ),
+            Assumption(
+                "vllm.model_executor.models.granite.GraniteDecoderLayer", ("residual_multiplier",),
+                "to capture what blocks add behind the layer's scale", "it does not add up, and is refused",
+            ),
+            Assumption(
+                "vllm.config.compilation.PassConfig", ("fuse_allreduce_rms",),
+                "to put no tap between what the compiler makes one kernel of", "that stays two kernels",
+            ),
         ),
     ),
     Part(
@@ -219,6 +231,16 @@ PARTS: Final = (
         (
             *REQUESTS,
             Assumption(
+                "vllm.v1.core.kv_cache_manager.KVCacheManager", ("get_computed_blocks", "coordinator"),
+                "to let captured requests read the prefix cache up to their first wanted position",
+                "requests whose first wanted position comes before the last one of the prompt skip the cache",
+            ),
+            Assumption(
+                "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator", ("find_longest_cache_hit",),
+                "to let captured requests read the prefix cache up to their first wanted position",
+                "requests whose first wanted position comes before the last one of the prompt skip the cache",
+            ),
+            Assumption(
                 "vllm.v1.engine.parallel_sampling.ParentRequest", ("get_child_info",),
                 "to tell completions of one prompt apart: their requests are named `{index}_{parent}`",
                 "captures with n > 1 fail, rows missing",
@@ -283,7 +305,7 @@ PARTS: Final = (
                 "to abort what an interrupted call leaves behind, and to see an engine die", _NO_CLIENT,
             ),
             Assumption(
-                "vllm.v1.engine.llm_engine.LLMEngine", ("step",),
+                "vllm.v1.engine.llm_engine.LLMEngine", ("step", "add_request"),
                 "to keep what is finished when `vllm-tap capture` is interrupted", "`vllm-tap capture` fails",
             ),
             Assumption(

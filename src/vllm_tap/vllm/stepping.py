@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineDiedError
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.token_types import with_types
 
 
 class Added(NamedTuple):
@@ -42,6 +43,7 @@ class SoFar(NamedTuple):
 
 def add(llm: Any, prompt: Any, params: Any, lora_request: Any, chat: Mapping[str, Any] | None) -> Added:
     """Add a prompt, or a conversation with what `LLM.chat` takes beside it, to an engine that generates."""
+    (params,) = with_types(llm, [prompt], [params])
     before = set(frontend.unfinished(llm))
     frontend.enqueue(llm, [prompt], [params], chat, {"lora_request": lora_request, "use_tqdm": False})
     states = llm.llm_engine.output_processor.request_states

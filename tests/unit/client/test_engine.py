@@ -145,3 +145,24 @@ def test_parameters_are_made_of_copies_of_known_fields(monkeypatch: pytest.Monke
     assert params.stop is not mine
     with pytest.raises(SpecError, match="no field 'max_token'"):
         frontend.new_params(llm, {"max_token": (token for token in ())})
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "match"),
+    [
+        ("classify", None, ""),
+        ("classify", "classify", ""),
+        (None, "token_classify", ""),
+        ("classify", "token_classify", r"start it with pooler_config=PoolerConfig\(task='token_classify'\)"),
+        ("classify", "embed", "has no pooling task 'embed': it has classify, token_classify"),
+    ],
+)
+def test_a_pooling_task_is_one_that_the_engine_runs(own: str | None, asked: str | None, match: str) -> None:
+    """An engine is started for one of those that its model supports; vLLM runs no other."""
+    llm = SimpleNamespace(supported_tasks=("classify", "token_classify"), pooling_task=own)
+    params = SimpleNamespace(task=asked)
+    if match:
+        with pytest.raises(SpecError, match=match):
+            frontend.pooling_task(llm, params)
+    else:
+        assert frontend.pooling_task(llm, params) == (asked or own)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tap.client.memory import FetchedMemory, MappedMemory
+from vllm_tap.client.memory import FetchedMemory, MappedMemory, by_calls
 from vllm_tap.errors import DescriptorError
 from vllm_tap.frame.layout import IntArray, Layout, Stream, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
@@ -115,7 +115,7 @@ def test_mapped_bytes_equal_fetched_ones(worker):
     """Labels, views in any order and repeated, and a gather over several segments are those of plain copies."""
     descriptor = worker.describe()
     assert len({chunk.segment_id for chunk in descriptor.chunks}) > 1
-    mapped, fetched = worker.map(descriptor), FetchedMemory(descriptor, placed(descriptor), worker.fetch)
+    mapped, fetched = worker.map(descriptor), FetchedMemory(descriptor, placed(descriptor), by_calls(worker.fetch))
     num_blocks = NUM_CHUNKS * BLOCKS_OF_CHUNK
     counts = np.full(num_blocks, NUM_ROWS)
     np.testing.assert_array_equal(mapped.labels(counts), fetched.labels(counts))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vllm_tap.client.expected_rows import ExpectedRows, num_rows
 from vllm_tap.client.progress import Bar, is_shown
+from vllm_tap.positions import Positions
 
 
 class Engine:
@@ -162,7 +163,15 @@ def test_expected_rows_shrink_when_a_request_ends_early() -> None:
 
 @pytest.mark.parametrize(
     ("positions", "count"),
-    [("all", 8), ("prompt", 5), ("generated", 3), ("last", 1), ((0, -1), 2), ((0, -5, 9), 1), (object(), 8)],
+    [
+        ("all", 8),
+        ("prompt", 5),
+        ("generated", 3),
+        ("last", 1),
+        ((0, -1), 2),
+        ((0, -5, 9), 1),
+        (Positions.prompt(-2) | Positions.generated(-1), 5),
+    ],
 )
 def test_rows_of_a_sequence(positions: Any, count: int) -> None:
     """5 tokens of a prompt and 4 generated ones, of which the last has no row."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_tap.client.prompts import read_prompts
+from vllm_tap.client.prompts import each_prompt, read_prompts, unpacked
 from vllm_tap.errors import SpecError
+from vllm_tap.vllm.token_types import types_of, with_types
 
 IDS = [5, 9, 44]
 PROMPT = {"prompt_token_ids": IDS}
 CHAT = [{"role": "user", "content": "Where do bees go?"}]
 
 
-class Encoding(dict[str, Any]):
+class Encoding(UserDict[str, Any]):
     """A mapping that is no dict of vLLM's, as a tokenizer returns."""
 
 
@@ -41,6 +44,12 @@ class Encoding(dict[str, Any]):
         (Encoding(input_ids=[[0, *IDS], [*IDS, 0]], attention_mask=[[0, 1, 1, 1], [1, 1, 1, 0]]), [PROMPT, PROMPT]),
         (Encoding(input_ids=torch.tensor([[0, *IDS]]), attention_mask=torch.tensor([[0, 1, 1, 1]])), [PROMPT]),
         ([Encoding(input_ids=IDS), Encoding(input_ids=torch.tensor([IDS]))], [PROMPT, PROMPT]),
+        (
+            Encoding(input_ids=[[0, *IDS]], attention_mask=[[0, 1, 1, 1]], token_type_ids=[[0, 0, 1, 1]]),
+            [{**PROMPT, "token_type_ids": [0, 1, 1]}],
+        ),
+        (Encoding(input_ids=IDS, token_type_ids=np.array([0, 0, 1])), [{**PROMPT, "token_type_ids": [0, 0, 1]}]),
+        (Encoding(input_ids=IDS, token_type_ids=[0, 0, 0], special_tokens_mask=[1, 0, 0]), [PROMPT]),
         (({"prompt": text} for text in "ab"), [{"prompt": "a"}, {"prompt": "b"}]),
         (map(str.upper, ["a", "b"]), ["A", "B"]),
         ({"encoder_prompt": "a", "decoder_prompt": None}, [{"encoder_prompt": "a", "decoder_prompt": None}]),
@@ -92,6 +101,7 @@ def test_what_is_taken_as_conversations(given: Any, items: list[Any]) -> None:
         ([{"messages": "bees"}], 'its "messages" are no list'),
         (Encoding(input_ids=[[0, 0]], attention_mask=[[0, 0]]), "no token that its attention_mask keeps"),
         (Encoding(input_ids=[[0.5]]), "expected whole numbers"),
+        (Encoding(input_ids=[IDS], pixel_values=torch.zeros(1)), "has pixel_values beside its input_ids"),
     ],
 )
 def test_what_is_not_taken_is_a_sentence(given: Any, match: str) -> None:
@@ -112,3 +122,46 @@ def test_a_generator_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     make: Callable[[], Any] = generate
     assert len(read_prompts(make()).items) == len(made) == 3
+
+
+@pytest.mark.parametrize(
+    "given", [Encoding(input_ids=[IDS, IDS]), IDS, np.array(IDS), "bees", CHAT, [IDS, "bees", CHAT]]
+)
+def test_prompts_one_by_one_are_the_same(given: Any) -> None:
+    """A prompt alone is no iterable of its parts, whichever way it is read."""
+    one_by_one = list(each_prompt(given))
+    if not isinstance(given, list) or given is CHAT or given is IDS:
+        assert one_by_one == read_prompts(given).items
+    assert list(each_prompt(unpacked(given))) == one_by_one
+
+
+@pytest.mark.parametrize(
+    ("prompt", "architecture", "num_types", "match"),
+    [
+        ({"token_type_ids": [0, 1, 1]}, "BertForSequenceClassification", 2, ""),
+        ({"token_type_ids": [1, 1]}, "BertForSequenceClassification", 2, ""),
+        ({"token_type_ids": [0, 0]}, "LlamaForCausalLM", 0, ""),
+        ("bees", "LlamaForCausalLM", 0, ""),
+        ({"token_type_ids": [0, 1, 1]}, "LlamaForCausalLM", 0, "prompt 1 has token_type_ids, and LlamaForCausalLM"),
+        ({"token_type_ids": [0, 1, 1]}, "RobertaForSequenceClassification", 1, "reads none"),
+        ({"token_type_ids": [0, 1, 1]}, "BertModel", 2, "reads none"),
+        ({"token_type_ids": [0, 1, 0]}, "BertForSequenceClassification", 2, "zeros, then ones"),
+        ({"token_type_ids": [0, 2, 2]}, "BertForSequenceClassification", 2, "zeros, then ones"),
+    ],
+)
+def test_token_types_travel_with_the_parameters(prompt: Any, architecture: str, num_types: int, match: str) -> None:
+    """To models that read them, as vLLM takes them; elsewhere they are refused, unless they say nothing."""
+    llm = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture], type_vocab_size=num_types))
+    )
+    plain = SimpleNamespace(extra_kwargs={"mine": 1})
+    if match:
+        with pytest.raises(SpecError, match=match):
+            with_types(llm, ["bees", prompt], [plain, plain])
+        return
+    first, second = with_types(llm, ["bees", prompt], [plain, plain])
+    assert first is plain
+    assert plain.extra_kwargs == {"mine": 1}
+    types = types_of(prompt)
+    carried = {"compressed_token_type_ids": types.index(1)} if any(types) else {}
+    assert second.extra_kwargs == {"mine": 1, **carried}

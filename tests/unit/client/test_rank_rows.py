@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_tap.client.memory import FetchedMemory
+from vllm_tap.client.memory import FetchedMemory, by_calls
 from vllm_tap.client.rank_rows import Choice, RankRows, _is_of
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
@@ -58,9 +58,8 @@ def rank_rows(
         byte_order="little",
         wait_seconds=0.0,
     )
-    fetched = FetchedMemory(
-        descriptor, descriptor.validate("c", "little"), lambda _, at, n: memory[at : at + n].tobytes()
-    )
+    fetch = by_calls(lambda _, at, n: memory[at : at + n].tobytes())
+    fetched = FetchedMemory(descriptor, descriptor.validate("c", "little"), fetch)
     return RankRows(descriptor, fetched, choice or Choice(sequences))
 
 

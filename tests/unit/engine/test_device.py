@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from simulated_cuda import SimulatedCuda
-from simulated_engine import DECODE, LLAMA, REQUESTS, ROUTER, STEPS, Engine, Place
+from simulated_engine import BLOCKS, DECODE, LLAMA, REQUESTS, ROUTER, STEPS, Engine, Place
 from vllm_tap.engine.capture import session as session_module
 from vllm_tap.engine.cuda import driver as cuda_calls
 from vllm_tap.engine.cuda import group as device_group
@@ -43,7 +43,7 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
     assert (cuda.num_copies == 0) == (way == "direct")
 
 
-@pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
+@pytest.mark.parametrize("places", [LLAMA, BLOCKS, ROUTER], ids=["llama", "blocks", "router"])
 def test_a_step_leaves_the_device_in_one_copy(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place]
 ) -> None:

@@ -12,7 +12,7 @@ from simulated_cuda import SimulatedCuda
 from simulated_engine import DECODE, LLAMA, ROUTER, STEPS, Engine, Model, Place
 from vllm_tap.engine.cuda import kernel
 from vllm_tap.engine.cuda import sink as device_sink
-from vllm_tap.errors import BudgetError, CaptureError, EngineUnsupportedError, TransportError
+from vllm_tap.errors import BudgetError, CaptureError, DeviceError, EngineUnsupportedError
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
@@ -140,7 +140,7 @@ def test_a_copy_that_fails_ends_the_capture_and_nothing_else(
     for step in STEPS[:3]:
         engine.step(session, step)
     cuda.copies_left = sys.maxsize
-    with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(DeviceError, match="failed: CUDA_ERROR_INVALID_VALUE"):
         session.finish()
     engine.abandon(session)
     session = engine.start()
@@ -161,7 +161,7 @@ def test_a_last_copy_that_fails_ends_the_capture(cuda: SimulatedCuda) -> None:
         if copies:
             engine.finish(session)
         else:
-            with pytest.raises(TransportError, match="failed: CUDA_ERROR_INVALID_VALUE"):
+            with pytest.raises(DeviceError, match="failed: CUDA_ERROR_INVALID_VALUE"):
                 session.finish()
             cuda.copies_left = sys.maxsize
             engine.abandon(session)

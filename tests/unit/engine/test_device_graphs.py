@@ -14,7 +14,7 @@ from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda
 from simulated_engine import DECODE, LLAMA, Engine, Model, Place, copies_of, num_running
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
 from vllm_tap.engine.cuda.tapped_graph import MOST_FORMS, NOTHING
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import DeviceError
 
 
 def test_taps_in_graphs_run_only_in_steps_with_rows(cuda: SimulatedCuda) -> None:
@@ -36,7 +36,7 @@ def test_a_graph_that_cannot_be_made_ends_the_capture_alone(cuda: SimulatedCuda)
     cuda.instances_left = 0
     engine.step(session, DECODE)
     cuda.instances_left = sys.maxsize
-    with pytest.raises(TransportError, match="cuGraphInstantiate failed: CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(DeviceError, match="cuGraphInstantiate failed: CUDA_ERROR_INVALID_VALUE"):
         session.finish()
     session.close()
     session = engine.start()
@@ -212,7 +212,7 @@ def test_a_graph_that_could_not_be_given_up_is_not_launched_again(
     monkeypatch.setattr(
         SimulatedCuda, "cuGraphExecDestroy", lambda *args: 1 if next(refusals, False) else destroy(*args)
     )
-    with pytest.raises(TransportError, match="cuGraphExecDestroy failed"):
+    with pytest.raises(DeviceError, match="cuGraphExecDestroy failed"):
         copy.forget()
     session = engine.start()
     engine.step(session, DECODE)

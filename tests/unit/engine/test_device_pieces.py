@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from simulated_cuda import SimulatedCuda
-from simulated_engine import DECODE, LLAMA, ROUTER, STEPS, Engine, Place, num_running
+from simulated_engine import BLOCKS, DECODE, LLAMA, ROUTER, STEPS, Engine, Place, num_running
 from vllm_tap.engine.cuda import graphs
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
 
@@ -125,6 +125,16 @@ def test_taps_of_pieces_that_cannot_be_disabled_stay(cuda: SimulatedCuda, caplog
     engine.idles_and_captures()
     engine.model.rows.switch.forget()
     assert num_running(engine) == 0
+
+
+def test_a_piece_runs_the_taps_of_its_first_capture_alone(cuda: SimulatedCuda) -> None:
+    """A piece has the taps of its layer's blocks too: a capture of hidden states does not pay for them."""
+    engine = Engine(cuda, BLOCKS)
+    for leave_out, num_on in ((2, 1), (0, 3)):
+        session = engine.start(leave_out=leave_out)
+        engine.step(session, DECODE)
+        assert num_running(engine) == num_on
+        engine.finish(session)
 
 
 def test_pieces_have_no_taps_until_a_capture_wants_these(cuda: SimulatedCuda) -> None:

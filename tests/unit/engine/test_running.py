@@ -223,7 +223,8 @@ def test_an_entry_that_cannot_be_told_is_refused_by_that() -> None:
     assert ran(taps, "embeddings") == []
     assert taps.reasons() == {
         "embeddings": "layer 0 was given no tensor of the stream's width (16), or more than one, and none by the name "
-        "of hidden_states"
+        "of hidden_states",
+        "attention_output": "layer 0: the rows that go into it were not seen",
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tap import errors
-from vllm_tap.errors import DescriptorError, TapError
+from vllm_tap.errors import DescriptorError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, layout
 from vllm_tap.frame.messages import (
@@ -28,6 +28,7 @@ from vllm_tap.frame.messages import (
     StreamInfo,
 )
 from vllm_tap.frame.routing import Routing
+from vllm_tap.positions import Positions
 
 STREAM = Stream("hidden_states", "bfloat16", 64, (0, 5))
 CAPTURE = "1-0-abc"
@@ -78,6 +79,7 @@ def test_a_reply_arrives_as_it_was_sent(message: messages.Message) -> None:
 
 CALLS = [
     START,
+    msgspec.structs.replace(START, positions={"or": [{"prompt": [-8, None, None]}, {"mask": [1, 2]}]}),
     messages.Greet(),
     messages.Take(capture_id=CAPTURE),
     messages.Finish(capture_id=CAPTURE),
@@ -89,6 +91,30 @@ CALLS = [
 def test_a_call_arrives_as_it_was_sent(message: messages.Message) -> None:
     """So is the argument of every call, numbers as keys included."""
     assert messages.decode_call(messages.encode(message)) == message
+
+
+PLAIN = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["all", "last"]),
+    lambda part: (
+        st.lists(part, max_size=3)
+        | st.dictionaries(st.sampled_from(["or", "sub", "prompt", "at", "tokens", "x"]), part, max_size=2)
+    ),
+)
+
+
+@given(PLAIN)
+def test_positions_from_outside_are_some_or_are_refused(plain: Any) -> None:
+    """Whatever came as positions: a call that does not decode, or a sentence before anything is taken."""
+    try:
+        call = messages.decode_call(msgspec.msgpack.encode({**msgspec.to_builtins(START), "positions": plain}))
+    except (DescriptorError, OverflowError):
+        return
+    assert isinstance(call, Start)
+    try:
+        choice = call.choice()
+    except SpecError:
+        return
+    assert isinstance(choice, str | tuple | Positions)
 
 
 @given(st.binary(max_size=200))

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from vllm_tap.engine.capture.interfaces import Sink
-from vllm_tap.engine.capture.selection import CapturedRequest, Selection, Selector
-from vllm_tap.errors import BudgetError, CaptureError, TapError
+from vllm_tap.engine.capture.selection import Selection, Selector
+from vllm_tap.errors import BudgetError, CaptureError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layout
 from vllm_tap.labels import Mark
+from vllm_tap.spec import Choice, read_positions, takes_generated
 from vllm_tap.transport.segment.pool import Account, Block
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
@@ -37,7 +38,13 @@ class Session:
     """A capture under way."""
 
     def __init__(
-        self, start: messages.Start, rank: int, streams: Sequence[Stream], sink: Sink, account: Account
+        self,
+        start: messages.Start,
+        rank: int,
+        streams: Sequence[Stream],
+        sink: Sink,
+        account: Account,
+        drafts: bool = False,
     ) -> None:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
@@ -50,7 +57,8 @@ class Session:
         self._block_bytes = functools.lru_cache(functools.partial(block_bytes, streams=self.streams))
         self._form = functools.lru_cache(self._new_form)
         self._period = math.lcm(CACHE_LINE, *(stream.alignment for stream in self.streams))
-        self._selector = Selector(start.positions)
+        self._positions = start.choice()
+        self._selector = Selector(self._positions, drafts)
         self._table: list[messages.Request] = []  # requests that the client has not been told of
         self._first_request = 0  # number of the first of them
         self._chunks: list[Block] = []
@@ -75,11 +83,22 @@ class Session:
         """
         if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
-        self._selector.add(request_id, CapturedRequest(self._first_request + len(self._table), prompt_len))
+        positions = self._positions_of(mark)
+        self._selector.add(request_id, self._first_request + len(self._table), prompt_len, positions)
         self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
         # A rank without a layer of this capture ships nothing, not even labels.
         self._is_open = bool(self.streams) and self.error is None
-        self._generates = self._generates or (generates and self.start.positions in ("all", "generated"))
+        self._generates = self._generates or (generates and takes_generated(positions))
+
+    def _positions_of(self, mark: Mark) -> Choice:
+        """Return which rows of a request are taken; those of its capture if it says what nobody understands."""
+        if mark.positions is None:
+            return self._positions
+        try:
+            return read_positions(mark.positions)
+        except SpecError as error:
+            self.fail(error)
+            return self._positions
 
     def arm(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from vllm_tap.errors import EngineUnsupportedError, TransportError
+from vllm_tap.errors import DeviceError, EngineUnsupportedError
 
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _AUTO_FREE: Final = 1  # CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
@@ -55,11 +55,11 @@ def check(code: int, what: str) -> None:
         raise failure(code, what)
 
 
-def failure(code: int, what: str) -> TransportError:
+def failure(code: int, what: str) -> DeviceError:
     """Return what a code that the driver returned stands for."""
     name = ctypes.c_char_p()
     _driver().cuGetErrorName(code, ctypes.byref(name))
-    return TransportError(f"{what} failed: {(name.value or b'error').decode()} ({code})", code=code)
+    return DeviceError(f"{what} failed: {(name.value or b'error').decode()} ({code})", code=code)
 
 
 def current_context() -> int:

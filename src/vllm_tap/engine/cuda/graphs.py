@@ -31,12 +31,12 @@ import torch
 
 from vllm_tap.engine.cuda import driver
 from vllm_tap.engine.cuda.tapped_graph import NOTHING, GraphCopy, GraphPiece, Node, can_name_streams
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import DeviceError
 
 logger = logging.getLogger("vllm_tap")
 
-FEW_TAPS: Final = 4
-"""Most taps of a graph that counts as a piece of a model."""
+FEW_TAPS: Final = 8
+"""Most taps of a graph that counts as a piece of a model: those of one layer with experts, or norms behind blocks."""
 
 YIELD_SECONDS: Final = 0.0002
 """Between pieces that are made ready ahead: whoever waits for one gets in between."""
@@ -147,7 +147,7 @@ class GraphSwitch:
             for size in sizes[place : place + 1] + sizes[max(place - 1, 0) : place]:
                 if any(copy.prepare(self.on) for copy in self._copies[size]):
                     return True
-        except TransportError as error:  # the step that needs it will fail with the same
+        except DeviceError as error:  # the step that needs it will fail with the same
             logger.debug("vllm-tap: a CUDA graph with taps could not be made ahead: %s", error)
         self._prepared = num_rows, self.on
         return False
@@ -156,7 +156,7 @@ class GraphSwitch:
         """Give up what was made for captures, and disable taps in pieces; the next one does it again. From any thread.
 
         Raises:
-            TransportError: The driver refused.
+            DeviceError: The driver refused.
         """
         with self._lock:
             self._prepared = 0, NOTHING
@@ -175,7 +175,7 @@ class GraphSwitch:
         try:
             # Asked first: while the engine is busy, it costs no look at hundreds of pieces.
             return is_quiet() and all(self._complete(piece, is_quiet) for _, piece in self._all_pieces())
-        except TransportError as error:
+        except DeviceError as error:
             logger.info("vllm-tap: pieces of CUDA graphs are made ready when a capture wants them: %s", error)
             return True
 
@@ -219,7 +219,7 @@ def _or_left_in() -> Iterator[None]:
     """Put up with taps that stay in a graph: they are right and only slower, because they find the header idle."""
     try:
         yield
-    except TransportError as error:
+    except DeviceError as error:
         logger.warning("vllm-tap: taps stay in a CUDA graph while nobody captures: %s", error)
 
 

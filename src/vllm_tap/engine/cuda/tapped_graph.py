@@ -19,7 +19,7 @@ import torch
 
 from vllm_tap.engine.cuda import driver
 from vllm_tap.engine.cuda.kernel import MAX_GROUPS
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import DeviceError
 
 logger = logging.getLogger("vllm_tap")
 
@@ -79,7 +79,7 @@ class TappedGraph:
         self._owner, self._switch = weakref.ref(owner), switch
         self._launch, self._current_stream = driver.bare_launch(), _current_stream()
 
-    def _leave_to_pytorch(self, error: TransportError | None = None) -> None:
+    def _leave_to_pytorch(self, error: DeviceError | None = None) -> None:
         """Have PyTorch queue its own executable graph: there is nothing else to queue, or the driver refused it."""
         if error is not None:
             self._switch.fail(error)
@@ -129,7 +129,7 @@ class GraphPiece(TappedGraph):
         """Have its taps there, disabled, before a capture wants one.
 
         Raises:
-            TransportError: The driver refused. The graph runs nevertheless.
+            DeviceError: The driver refused. The graph runs nevertheless.
         """
         self._put_in()
         self._look_at(1)
@@ -139,7 +139,7 @@ class GraphPiece(TappedGraph):
         """Disable its taps: nobody is going to want them for a while.
 
         Raises:
-            TransportError: The driver refused, and some stay.
+            DeviceError: The driver refused, and some stay.
         """
         self._on = NOTHING
         self._set({place: False for place in range(len(self._taps))})
@@ -151,11 +151,12 @@ class GraphPiece(TappedGraph):
             if wanted and self._enabled is None:
                 self._put_in()
                 self._look_at(on.num_groups)
+                wanted = {place: place in wanted for place in range(len(self._taps))}
             elif wanted and on.num_groups > self._num_groups:
                 self._look_at(on.num_groups)
             self._set(wanted)
             self._on = on
-        except TransportError as error:
+        except DeviceError as error:
             self._switch.fail(error)
 
     def _put_in(self) -> None:
@@ -218,7 +219,7 @@ class GraphCopy(TappedGraph):
                 if self._executable:
                     driver.check(self._launch(self._executable, self._current_stream()), "cuGraphLaunch")
                     return
-            except TransportError as error:
+            except DeviceError as error:
                 failed = error
         self._leave_to_pytorch(failed)
 
@@ -247,7 +248,7 @@ class GraphCopy(TappedGraph):
     def _executable_with(self, wanted: _Nodes) -> int:
         try:
             return _executable_with(*wanted, self._graph, self._taps, out_of_the_way=True)
-        except TransportError as error:
+        except DeviceError as error:
             logger.info("vllm-tap: kernels after taps start when these have ended altogether: %s", error)
             return _executable_with(*wanted, self._graph, self._taps)
 
@@ -294,7 +295,7 @@ def _set_depth(function: Callable[..., None], *args: int) -> None:
     """Put up with a driver that refuses: kernels then look at all groups, which is right and slower."""
     try:
         function(*args)
-    except TransportError as error:
+    except DeviceError as error:
         logger.info("vllm-tap: taps in a CUDA graph look at %d groups: %s", MAX_GROUPS, error)
 
 
@@ -305,5 +306,5 @@ def _give_up(forms: dict[_Nodes, int], graph: int = 0) -> None:
             driver.destroy_executable(forms.popitem()[1])
         if graph:
             driver.destroy_graph(graph)
-    except TransportError as error:
+    except DeviceError as error:
         logger.info("vllm-tap: a CUDA graph with taps stays in memory: %s", error)

@@ -10,11 +10,13 @@ from typing import Any, Final
 
 import torch
 
+from vllm_tap.engine.model.blocks import convention_of, look_at, reasons_of
 from vllm_tap.engine.model.residual import UNKNOWN, Norm, Verdict, decide
 from vllm_tap.engine.model.routers import Routers
 from vllm_tap.engine.model.stack import StackTaps, tap_norms
 from vllm_tap.engine.model.tap import Rows, Tap
 from vllm_tap.frame.routing import Routing
+from vllm_tap.streams import BLOCK_STREAMS, SOURCES
 from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
 
@@ -40,6 +42,8 @@ class ModelTaps:
         self._verdict: Verdict | None = None
         self._is_settled = self._is_wide = False
         self._keep_probes(self._stacks)
+        for place in (place for stack in self._stacks for place in stack.open_places):
+            place.keep_probe = True
         self._choose(self._stacks[0])
 
     def _choose(self, stack: StackTaps) -> None:
@@ -75,6 +79,11 @@ class ModelTaps:
         return any(place.width for stack in self._stacks for place in stack.layers) or not self._stack.layers
 
     @property
+    def wants_rows(self) -> bool:
+        """True if a forward pass of rows with values in them would let more be said of blocks."""
+        return any(blocks.wants_rows for blocks in self._stack.blocks.values())
+
+    @property
     def may_change(self) -> bool:
         """True if forward passes that are still to come may change what is said here."""
         return (not self._is_settled and self.model.is_last_stage) or not all(tap.width for tap in self._stack.layers)
@@ -84,17 +93,15 @@ class ModelTaps:
     def end_pass(self) -> None:
         """Count a forward pass that has ended, or is about to begin. Two of its layers' probes are enough for the next.
 
-        The first one shows which layers run at all; after it, an idle engine keeps rows of the last of them alone.
+        The first one shows which layers run at all, and what their blocks add; after it, an idle engine keeps rows of
+        the last of them alone.
         """
         self.rows.num_passes += 1
-        if self._is_settled or not self._is_wide or not self.seen:
+        if not self._is_wide or not self.seen:
             return
         self._is_wide = False
-        for stack in self._stacks:
-            last = _last(stack.layers)
-            for place in stack.layers:
-                if last is not None and place.layer < last.layer:
-                    place.keep_probe, place.probe = False, None
+        self._look_at_blocks()
+        self._let_go()
 
     def _keep_probes(self, stacks: list[StackTaps]) -> None:
         """Watch the next forward pass."""
@@ -103,10 +110,23 @@ class ModelTaps:
             for place in (*stack.layers, *(place for _, place in stack.norms)):
                 place.keep_probe = True
 
-    def _forget_probes(self) -> None:
-        for stack in self._stacks:
-            for place in (*stack.layers, *(place for _, place in stack.norms)):
-                place.keep_probe, place.probe = False, None
+    def _let_go(self) -> None:
+        """Keep no rows that nothing is to be told by, and watch nothing for them."""
+        needed = {place for stack in self._stacks for place in stack.open_places}
+        for stack in self._stacks if self.model.is_last_stage and not self._is_settled else ():
+            last = None if self._is_wide else _last(stack.layers)
+            needed |= {place for place in stack.layers if last is None or place.layer >= last.layer}
+            needed |= {place for _, place in stack.norms}
+        for place in {place for stack in self._stacks for place in stack.watched} - needed:
+            place.keep_probe, place.probe = False, None
+
+    def _look_at_blocks(self) -> None:
+        """Decide by the last forward pass what the blocks of layers add."""
+        for stack in (stack for stack in self._stacks if stack.open_places):
+            look_at(stack.blocks)
+            stack.take_blocks()
+            self._let_go()
+        self.by_place |= self._stack.by_place
 
     # --------------------------------------------------------------------------------------------- what they return
 
@@ -116,6 +136,7 @@ class ModelTaps:
         Once it is known it stays so. Where it is refused, or the rows seen so far had no values in them, the forward
         passes that follow are watched: weights may come later.
         """
+        self._look_at_blocks()
         if not self.model.is_last_stage:
             ran = [stack for stack in self._stacks if any(place.width for place in stack.layers)]
             if ran and self._stack not in ran:
@@ -146,8 +167,12 @@ class ModelTaps:
         for _, place, _ in behind[max(verdict.norm, 0) :][:1]:
             self.by_place[FINAL, place.layer] = place
         self._verdict, self._is_settled = verdict, bool(verdict.convention)
-        if self._is_settled:
-            self._forget_probes()
+        self._let_go()
+
+    def conventions(self) -> dict[str, str]:
+        """Return which tensor the rows of each stream are."""
+        blocks = {stream: convention_of(self._stack.blocks, stream) for stream in BLOCK_STREAMS}
+        return SOURCES | blocks | {HIDDEN: self.residual().convention}
 
     def reasons(self) -> dict[str, str]:
         """Return why streams whose places exist cannot be had: {stream: reason}."""
@@ -163,7 +188,12 @@ class ModelTaps:
                 f"layer 0 was given no tensor of the stream's width ({self.model.width}), or more than one, and none "
                 "by the name of hidden_states"
             )
-        return reasons | self._reasons_of_experts()
+        return reasons | self._reasons_of_blocks() | self._reasons_of_experts()
+
+    def _reasons_of_blocks(self) -> dict[str, str]:
+        if self.model.fuses_reduction:
+            return dict.fromkeys(BLOCK_STREAMS, self.model.fuses_reduction)
+        return reasons_of(self._stack.blocks)
 
     def _reasons_of_experts(self) -> dict[str, str]:
         reasons = {}

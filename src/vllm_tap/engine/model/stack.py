@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from vllm_tap.engine.model.blocks import Addend, LayerBlocks
 from vllm_tap.engine.model.residual import Norm
 from vllm_tap.engine.model.tap import Rows, Tap, Taps, tap, tap_experts
 from vllm_tap.errors import EngineUnsupportedError
 from vllm_tap.frame.layout import ITEMSIZE
 from vllm_tap.vllm import model as vllm_model
+from vllm_tap.vllm.blocks import Block, find_blocks, tap_block
 from vllm_tap.vllm.decoder import Stack
 from vllm_tap.vllm.experts import Experts, find_experts, keeps_tensors, leaves_logits
 
@@ -26,6 +28,7 @@ class StackTaps:
         layers: Those of hidden states, in order of the layers that this worker holds.
         norms: Modules that may be the norm behind the list, without their taps, and the tap of what each returns.
         experts: Those of the layers that have some, by layer.
+        blocks: Those of the layers, by layer; their taps come into `by_place` when rows have told which they are.
     """
 
     def __init__(self, stack: Stack, model: vllm_model.Model, device: torch.device, rows: Rows[Any]) -> None:
@@ -33,16 +36,57 @@ class StackTaps:
         self.by_place: dict[tuple[str, int], Tap] = {}
         self.experts: dict[int, Experts] = {}
         self.norms: list[tuple[Norm, Tap]] = []
-        if model.is_first_stage and 0 in stack.layers:
-            _tap_entry(stack.layers[0], model.width, self._new("embeddings", 0))
+        self.blocks: dict[int, LayerBlocks] = {}
+        before: Tap | None = None
         for index, layer in stack.layers.items():
-            _tap_stream(layer, self._new("hidden_states", index))
+            if before is None:
+                before = self._tap_entry(layer, index, model)
+            behind = self._new("hidden_states", index)
+            _tap_stream(layer, behind)
             self._tap_experts(layer, index)
+            if not model.fuses_reduction:
+                self.blocks[index] = LayerBlocks(self._tap_blocks(layer, index, model.width), before, behind)
+            before = behind
         self.layers = [place for (stream, _), place in self.by_place.items() if stream == "hidden_states"]
 
     def _new(self, stream: str, layer: int, dtype: torch.dtype | None = None) -> Tap:
         new = self.by_place[stream, layer] = Tap(stream, layer, self.rows, self._device, dtype)
         return new
+
+    def _tap_entry(self, layer: torch.nn.Module, index: int, model: vllm_model.Model) -> Tap | None:
+        """Tap what goes into the first layer here: the embeddings, or what the stage before it has sent."""
+        if index == 0 and model.is_first_stage:
+            place = self._new("embeddings", 0)
+        else:
+            place = Tap("embeddings", index, self.rows, self._device)
+        _tap_entry(layer, model.width, place)
+        return place
+
+    def _tap_blocks(self, layer: torch.nn.Module, index: int, width: int) -> list[Addend]:
+        found = find_blocks(layer)
+        return [self._tap_block(block, index, width) for block in (*found.blocks, *found.norms)]
+
+    def _tap_block(self, block: Block, index: int, width: int) -> Addend:
+        place = Tap(block.stream, index, self.rows, self._device)
+        control = place.control
+        tap_block(block, width, lambda rows, bias: tap(rows, bias, control))
+        return Addend(block, place)
+
+    @property
+    def watched(self) -> list[Tap]:
+        """The taps of which rows are looked at, but for those of experts."""
+        blocks = [place for blocks in self.blocks.values() for place in blocks.taps]
+        return [*self.layers, *(place for _, place in self.norms), *blocks]
+
+    @property
+    def open_places(self) -> list[Tap]:
+        """The taps whose rows tell what blocks add, where that is not known yet."""
+        return [place for blocks in self.blocks.values() if not blocks.is_settled for place in blocks.taps]
+
+    def take_blocks(self) -> None:
+        """Offer the taps of blocks that rows have told."""
+        for index, blocks in self.blocks.items():
+            self.by_place |= {(stream, index): one.tap for stream, one in blocks.chosen.items()}
 
     def _tap_experts(self, layer: torch.nn.Module, index: int) -> None:
         experts = find_experts(layer)

@@ -258,6 +258,17 @@ class SegmentPool:
         """Return where a block starts in this process."""
         return self.segment(block.segment_id).address + block.offset
 
+    def block(self, block_id: int) -> Block:
+        """Return a block by its number.
+
+        Raises:
+            TransportError: there is none, or none any more.
+        """
+        try:
+            return self._blocks[block_id]
+        except KeyError:
+            raise TransportError(f"there is no block {block_id} in this pool", block_id=block_id) from None
+
     def release(self, block_id: int) -> bool:
         """Free a block; return False if there is none of that number."""
         with self._changed:

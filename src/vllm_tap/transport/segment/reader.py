@@ -133,7 +133,7 @@ class SegmentReader:
         Cost:
             No copy. Microseconds; the first lease in a segment maps it, about 0.13 s a GiB.
         """
-        _check_block(block)
+        check_block(block)
         with self._lock:  # two threads with one block share one lease, which ends once
             pages = self._leased.get(block.block_id)
             if pages is None:
@@ -162,7 +162,7 @@ class SegmentReader:
         with self._lock:
             try:
                 for block in blocks:
-                    _check_block(block)
+                    check_block(block)
                 mappings = self._begin(blocks)
             except BaseException:
                 self._give_back(blocks)
@@ -176,8 +176,7 @@ class SegmentReader:
         taken = self._link.leased(block_ids)
         if taken:
             raise DescriptorError(f"block {min(taken)} is leased or held already", block_id=min(taken))
-        if len(block_ids) < len(blocks):
-            raise DescriptorError(f"{len(blocks)} blocks have {len(block_ids)} different numbers: one comes twice")
+        check_distinct(blocks)
         mappings = {segment_id: self._mapping(segment_id) for segment_id in {block.segment_id for block in blocks}}
         for block in blocks:
             _check_bounds(block, mappings[block.segment_id].nbytes)
@@ -186,7 +185,7 @@ class SegmentReader:
 
     def _give_back(self, blocks: Sequence[Block]) -> None:
         """End what nobody leases of a list that was refused."""
-        block_ids = {block.block_id for block in blocks if type(block.block_id) is int and 1 <= block.block_id < _END}
+        block_ids = usable_ids(blocks)
         self._link.end(block_ids - self._link.leased(block_ids))
 
     def segment_array(self, segment_id: int) -> Bytes:
@@ -295,12 +294,33 @@ def _at_end_of(owner: object, function: Callable[..., None], *args: object) -> N
     weakref.finalize(owner, function, *args).atexit = False
 
 
-def _check_block(block: Block) -> None:
+def check_block(block: Block) -> None:
+    """Refuse a block whose numbers cannot be.
+
+    Raises:
+        DescriptorError: Which one.
+    """
     segment_id, offset, nbytes, block_id = block
     if not type(segment_id) is type(offset) is type(nbytes) is type(block_id) is int:
         raise DescriptorError(f"{_name(block)} holds something that is not an integer")
     if offset < 0 or nbytes < 1 or not 1 <= block_id < _END or not 1 <= segment_id < _END:
         raise DescriptorError(f"{_name(block)} has a number out of range", block_id=block.block_id)
+
+
+def check_distinct(blocks: Sequence[Block]) -> None:
+    """Refuse a list in which a block comes twice.
+
+    Raises:
+        DescriptorError: One does.
+    """
+    block_ids = {block.block_id for block in blocks}
+    if len(block_ids) < len(blocks):
+        raise DescriptorError(f"{len(blocks)} blocks have {len(block_ids)} different numbers: one comes twice")
+
+
+def usable_ids(blocks: Sequence[Block]) -> set[int]:
+    """Return the numbers of those blocks that have one."""
+    return {block.block_id for block in blocks if type(block.block_id) is int and 1 <= block.block_id < _END}
 
 
 def _check_bounds(block: Block, segment_nbytes: int) -> None:

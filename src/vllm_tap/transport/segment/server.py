@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_tap.errors import DescriptorError, TransportError
 from vllm_tap.transport import threads, wire
@@ -52,6 +52,7 @@ class SegmentServer:
 
     Args:
         new_pool: called with the number of a client that has connected, from the server's thread; returns its pool.
+        numbers: numbers for clients.
 
     Attributes:
         address: abstract name of the socket, without the leading zero byte; random, so that nothing shares it.
@@ -59,13 +60,13 @@ class SegmentServer:
             its blocks are free.
     """
 
-    def __init__(self, new_pool: Callable[[int], SegmentPool]) -> None:
+    def __init__(self, new_pool: Callable[[int], SegmentPool], numbers: Iterator[int] | None = None) -> None:
         self.address = f"vllm-tap-{secrets.token_hex(8)}"
         self.on_disconnect: Callable[[int], None] | None = None
         self._new_pool = new_pool
         self._lock = threading.Lock()
         self._clients: dict[int, _Client] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1) if numbers is None else numbers
         self._dropped: deque[tuple[int, int]] = deque()  # number of a client, of a segment
         self._closing = False
         self._is_listening, self._retry_at = True, 0.0

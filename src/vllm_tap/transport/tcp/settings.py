@@ -1,0 +1,99 @@
+"""Settings of a worker on a network: where it listens, its secret and its TLS, out of the environment. Worker process.
+
+VLLM_TAP_LISTEN     host:port; the worker of local rank r takes port + r, or any free one for port 0
+VLLM_TAP_SECRET     what clients have to know, 16 bytes or more; a random one without
+VLLM_TAP_TLS        1 or 0; without, on unless the host is the loopback interface
+VLLM_TAP_TLS_CERT   PEM file of a certificate and its chain; a new one, signed by itself, without
+VLLM_TAP_TLS_KEY    PEM file of its private key
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from vllm_tap.errors import SpecError, TransportError
+from vllm_tap.transport.tcp import address
+from vllm_tap.transport.tcp.access import SECRET_VARIABLE, Gate, read_secret
+from vllm_tap.transport.tcp.certificate import server_context
+
+LISTEN_VARIABLE: Final = "VLLM_TAP_LISTEN"
+TLS_VARIABLE: Final = "VLLM_TAP_TLS"
+
+_BACKLOG: Final = 64
+
+
+class Settings(NamedTuple):
+    """Terms on which a worker listens.
+
+    Attributes:
+        host: Of the interface.
+        port: 0 for any.
+        secret: What clients have to know.
+        is_random: Whether the secret was made here, so that nobody knows it yet.
+        tls: Whether to speak TLS.
+        certificate: PEM file; empty for a new certificate.
+        key: PEM file of its key.
+    """
+
+    host: str
+    port: int
+    secret: bytes
+    is_random: bool
+    tls: bool
+    certificate: str = ""
+    key: str = ""
+
+    def gate(self) -> Gate:
+        """Return what lets clients in.
+
+        Raises:
+            TransportError: TLS cannot be set up.
+        """
+        if not self.tls:
+            return Gate(self.secret, None, b"")
+        return Gate(self.secret, *server_context(self.certificate, self.key))
+
+    def listen(self) -> socket.socket:
+        """Return a socket that listens.
+
+        Raises:
+            TransportError: It cannot.
+        """
+        try:
+            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            where = address.Address(self.host, self.port)
+            raise TransportError(f"the worker cannot listen on {where}: {error}. See {LISTEN_VARIABLE}.") from error
+
+
+def read(environment: Mapping[str, str], local_rank: int) -> Settings | None:
+    """Return the settings of a worker; None where it is to listen nowhere.
+
+    Raises:
+        SpecError: A setting that cannot be.
+    """
+    given = environment.get(LISTEN_VARIABLE)
+    if not given:
+        return None
+    host, port = address.parse(given)
+    text = environment.get(SECRET_VARIABLE)
+    secret = read_secret(text) if text else secrets.token_urlsafe(32).encode()
+    return Settings(
+        host,
+        port + local_rank if port else 0,
+        secret,
+        not text,
+        _tls(environment.get(TLS_VARIABLE), host),
+        environment.get("VLLM_TAP_TLS_CERT", ""),
+        environment.get("VLLM_TAP_TLS_KEY", ""),
+    )
+
+
+def _tls(given: str | None, host: str) -> bool:
+    if given not in (None, "", "0", "1"):
+        raise SpecError(f"{TLS_VARIABLE} is 0 or 1, got {given!r}.")
+    return not address.is_loopback(host) if not given else given == "1"

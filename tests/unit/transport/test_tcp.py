@@ -1,0 +1,307 @@
+"""Rows and calls over a network, on loopback: what arrives, who is let in, and what faults leave."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+import pytest
+
+from vllm_tap.codec.choose import RATES, best
+from vllm_tap.errors import DescriptorError, SpecError, TransportError
+from vllm_tap.transport.calls import CallServer
+from vllm_tap.transport.segment.pool import Block, SegmentPool
+from vllm_tap.transport.tcp import address, settings
+from vllm_tap.transport.tcp.access import ANSWER, PREFACE, Access, read_secret
+from vllm_tap.transport.tcp.address import Address, parse
+from vllm_tap.transport.tcp.reader import NetworkReader, caller
+from vllm_tap.transport.tcp.server import NetworkServer
+from vllm_tap.transport.tcp.settings import Settings
+
+MIB = 1 << 20
+SECRET = b"a secret of the tests"
+DEADLINE_S = 20.0
+SIZES = [1, 4095, 4096, 100_000, 3 * MIB, 9 * MIB]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return as soon as a condition holds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+class Worker:
+    """A server of rows and calls in this process; a call is answered backwards, b"wait" when the gate opens."""
+
+    def __init__(self, tls: bool) -> None:
+        self.pools: dict[int, SegmentPool] = {}
+        self.gate = threading.Event()
+        self.calls = CallServer(self._answer)
+        given = Settings("127.0.0.1", 0, SECRET, False, tls)
+        self.server = NetworkServer(given, self._new_pool, self.calls, itertools.count(1))
+        self.access = Access(SECRET, tls=tls)
+
+    def _new_pool(self, number: int) -> SegmentPool:
+        self.pools[number] = SegmentPool(64 * MIB, shared=False)
+        return self.pools[number]
+
+    def _answer(self, data: bytes) -> bytes:
+        if data == b"wait":
+            self.gate.wait(DEADLINE_S)
+        return data[::-1]
+
+    def reader(self, address: str = "", **terms: object) -> NetworkReader:
+        """Connect."""
+        return NetworkReader(address or self.server.address, self.access._replace(**terms))
+
+    def put(self, reader: NetworkReader, *sizes: int) -> tuple[list[Block], list[bytes]]:
+        """Publish blocks of random bytes; return them and these."""
+        pool = self.pools[reader.client]
+        blocks = [pool.reserve(nbytes) for nbytes in sizes]
+        for block in blocks:
+            pool.view(block)[:] = np.random.default_rng(block.block_id).bytes(block.nbytes)
+        self.server.publish(reader.client, [block.block_id for block in blocks])
+        return blocks, [bytes(pool.view(block)) for block in blocks]
+
+    def close(self) -> None:
+        """End all."""
+        self.gate.set()
+        self.server.close()
+        self.calls.close()
+        for pool in self.pools.values():
+            pool.close()
+
+
+@pytest.fixture(params=[False, True], ids=["clear", "tls"])
+def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    """A worker that listens on loopback."""
+    worker = Worker(request.param)
+    yield worker
+    worker.close()
+
+
+class Proxy:
+    """Passes connections on; breaks each after so many bytes of the worker, or stops passing anything on."""
+
+    def __init__(self, target: str, break_after: int = 1 << 60, first_whole: int = 0) -> None:
+        self._target, self._break_after, self._first_whole = parse(target), break_after, first_whole
+        self.num_broken, self.stalled = 0, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = str(Address(*self._listener.getsockname()))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        for number in itertools.count():
+            client, _ = self._listener.accept()
+            worker = socket.create_connection(self._target)
+            limit = 1 << 60 if number < self._first_whole else self._break_after
+            for source, sink, most in ((client, worker, 1 << 60), (worker, client, limit)):
+                threading.Thread(target=self._pass, args=(source, sink, most), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, most: int) -> None:
+        try:
+            while data := source.recv(min(65536, most)):
+                while self.stalled.is_set():
+                    time.sleep(0.05)
+                sink.sendall(data)
+                most -= len(data)
+                if not most:
+                    self.num_broken += 1
+                    break
+        except OSError:
+            pass
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # which wakes the thread of the other direction
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd", "bytesplit", "auto"])
+def test_blocks_arrive_unchanged_and_are_free_at_once(worker, codec):
+    """Blocks of many sizes, by every codec; the worker has them back as soon as they are here."""
+    reader = worker.reader(codec=codec)
+    blocks, contents = worker.put(reader, *SIZES)
+    held = reader.hold(blocks)
+    for index, content in enumerate(contents):
+        assert held.lease(index).array.tobytes() == content
+    wait_until(lambda: not worker.pools[reader.client].stats().num_blocks)
+    reader.close()
+    assert held.lease(0).array.tobytes() == contents[0]
+
+
+def test_a_client_that_is_gone_leaves_nothing(worker):
+    """Its blocks are free, its number is refused, and `on_disconnect` hears of it."""
+    gone: list[int] = []
+    worker.server.on_disconnect = gone.append
+    reader = worker.reader()
+    worker.put(reader, 100, 100)
+    reader.close()
+    wait_until(lambda: gone == [reader.client])
+    assert not worker.pools[reader.client].stats().num_blocks
+    with pytest.raises(TransportError, match="not connected"):
+        worker.server.publish(reader.client, [1])
+
+
+def test_blocks_of_others_are_not_to_be_had(worker):
+    """A client that guesses numbers gets nothing, frees nothing, and its own blocks are free after the refusal."""
+    mine, theirs = worker.reader(), worker.reader()
+    (block, other), contents = worker.put(theirs, 1000, 1000)
+    with pytest.raises(DescriptorError, match=f"of block {block.block_id} for this client"):
+        mine.hold([block])
+    wait_until(lambda: worker.pools[theirs.client].stats().num_blocks == 2)
+    assert theirs.lease(block).array.tobytes() == contents[0]
+    with pytest.raises(DescriptorError):
+        theirs.lease(other._replace(nbytes=1001))
+
+
+@pytest.mark.parametrize("secret", [b"another secret, as long", b""])
+def test_without_the_secret_nothing_is_to_be_had(worker, secret):
+    """Neither rows nor calls, and the client is told what may be wrong."""
+    terms = worker.access._replace(secret=secret)
+    for connect in (NetworkReader, caller):
+        with pytest.raises(TransportError, match="is the secret the one"):
+            connect(worker.server.address, terms)
+
+
+def test_who_does_not_know_the_secret_is_no_worker():
+    """A client takes no rows of something that only listens at the address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        connection.recv(PREFACE.size, socket.MSG_WAITALL)
+        connection.sendall(ANSWER.pack(b"vtpn", 1, 0, bytes(32)))
+        connection.recv(32, socket.MSG_WAITALL)
+        connection.sendall(bytes(200))
+
+    threading.Thread(target=answer, daemon=True).start()
+    with pytest.raises(TransportError, match="does not know the secret"):
+        NetworkReader(str(Address(*listener.getsockname())), Access(SECRET, tls=False))
+
+
+def test_rows_in_the_clear_are_refused_by_a_worker_that_speaks_tls():
+    """And the other way round, with a sentence on what to change."""
+    for tls, says in ((True, "speaks TLS only"), (False, "pass tls=False")):
+        worker = Worker(tls)
+        with pytest.raises(TransportError, match=says):
+            NetworkReader(worker.server.address, Access(SECRET, tls=not tls))
+        worker.close()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 5_000_000])
+def test_calls_are_answered(worker, nbytes):
+    """Requests and replies of any length, again and again."""
+    given = caller(worker.server.address, worker.access)
+    for seed in range(2):
+        data = random.Random(seed).randbytes(nbytes)
+        assert given.receive(given.send(data)) == data[::-1]
+    given.close()
+
+
+def test_a_call_may_take_longer_than_silence_is_allowed(worker):
+    """The worker says that it lives, so that the client goes on waiting."""
+    given = caller(worker.server.address, worker.access._replace(timeout_s=2.0))
+    number = given.send(b"wait")
+    threading.Timer(3.5, worker.gate.set).start()
+    assert given.receive(number) == b"tiaw"
+    given.close()
+
+
+def test_a_link_that_stalls_ends_calls_and_rows(worker):
+    """Nothing hangs: both fail when the worker has been silent for as long as is allowed."""
+    proxy = Proxy(worker.server.address)
+    terms = worker.access._replace(timeout_s=1.0)
+    given, reader = caller(proxy.address, terms), worker.reader(proxy.address, timeout_s=1.0)
+    blocks, contents = worker.put(reader, 1000, 3 * MIB)
+    kept = reader.hold(blocks[:1])
+    proxy.stalled.set()
+    begin = time.monotonic()
+    with pytest.raises(TransportError, match="gone"):
+        given.receive(given.send(b"abc"))
+    with pytest.raises(TransportError, match=r"silent|sent nothing|ended"):
+        reader.hold(blocks[1:])
+    assert time.monotonic() - begin < DEADLINE_S
+    assert kept.lease(0).array.tobytes() == contents[0]
+    assert not reader.alive
+    proxy.stalled.clear()
+
+
+def test_connections_that_break_are_made_anew(worker):
+    """Resets in the middle of rows: every block arrives once and whole."""
+    proxy = Proxy(worker.server.address, break_after=5 * MIB, first_whole=1)
+    reader = worker.reader(proxy.address)
+    for _ in range(3):
+        blocks, contents = worker.put(reader, *SIZES)
+        held = reader.hold(blocks)
+        assert [held.lease(index).array.tobytes() for index in range(len(blocks))] == contents
+    assert proxy.num_broken
+    reader.close()
+
+
+def test_bytes_that_mean_nothing_harm_nobody(worker):
+    """Connections that say anything, before and after they were let in, end alone."""
+    chance, where = random.Random(0), parse(worker.server.address)
+    for _ in range(100):
+        with socket.create_connection(where) as connection:
+            start = chance.choice([b"", b"vtpn", b"\x16\x03\x01", b"vtpn\x01\x00\x03\x00"])
+            connection.sendall(start + chance.randbytes(chance.choice([0, 1, 60, 500])))
+    reader = worker.reader()
+    blocks, contents = worker.put(reader, 5000)
+    for frame in (bytes(32), b"\xff" * 32, chance.randbytes(32)):
+        stream = reader._lanes.take()
+        stream.sendall(frame)
+        with pytest.raises((EOFError, OSError)):
+            stream.recv_exactly(1)
+        reader._lanes.give_back(stream, is_whole=False)
+    assert reader.lease(blocks[0]).array.tobytes() == contents[0]
+
+
+def test_a_worker_listens_where_it_was_told_and_nowhere_without(monkeypatch):
+    """Loopback with a port of any number; the second worker of a host has the next port."""
+    assert settings.read({}, 0) is None
+    found = settings.read({"VLLM_TAP_LISTEN": "0.0.0.0:7300"}, 1)
+    assert (found.host, found.port, found.tls, found.is_random) == ("0.0.0.0", 7301, True, True)
+    assert not settings.read({"VLLM_TAP_LISTEN": "localhost:0"}, 1).tls
+    with pytest.raises(SpecError, match="can be guessed"):
+        settings.read({"VLLM_TAP_LISTEN": "[::1]:0", "VLLM_TAP_SECRET": "short"}, 0)
+    with pytest.raises(SpecError, match="tcp://host:port"):
+        settings.read({"VLLM_TAP_LISTEN": "7300"}, 0)
+    monkeypatch.delenv("VLLM_TAP_SECRET", raising=False)
+    with pytest.raises(SpecError, match="wants a secret"):
+        read_secret(None)
+    worker = Worker(False)
+    listening = {at.laddr for at in psutil.Process().net_connections("tcp") if at.status == psutil.CONN_LISTEN}
+    assert parse(worker.server.address) in {tuple(at) for at in listening}
+    assert {at.ip for at in listening} <= {"127.0.0.1", "::1"}
+    worker.close()
+
+
+@pytest.mark.parametrize(("gbit_per_s", "name"), [(1, "bytesplit"), (100, "raw")])
+def test_the_codec_follows_the_link(gbit_per_s, name):
+    """A link that is slower than the cores takes fewer bytes; a faster one takes them as they are."""
+    assert best(gbit_per_s * 1e9 / 8, RATES, 4) == name
+
+
+def test_rows_of_another_host_arrive_unchanged_while_the_link_is_measured(worker, monkeypatch):
+    """The first pieces tell the rate of the link; whatever codec follows, the bytes are the same."""
+    monkeypatch.setattr(address, "host_id", lambda: bytes(16))
+    reader = worker.reader()
+    assert not reader.same_host
+    assert reader.meter.is_probing
+    for slow in (False, True):
+        if slow:  # from here on rows are worth a codec
+            monkeypatch.setattr(type(reader.meter), "choose", lambda self: "bytesplit")
+        blocks, contents = worker.put(reader, *SIZES)
+        held = reader.hold(blocks)
+        assert [held.lease(index).array.tobytes() for index in range(len(blocks))] == contents
+    assert reader.meter.link_bytes_per_second > 0
+    reader.close()
