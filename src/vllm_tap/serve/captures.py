@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import torch
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException  # vLLM answers to this one as to its own errors
 
 from vllm_tap.client import missing
 from vllm_tap.client.live import Lives

@@ -43,14 +43,15 @@ class Result:
 
     async def read(self) -> AsyncIterator[bytes]:
         """Yield all frames, as they come, to the end."""
-        number = 0
+        number, sent = 0, b""
         while True:
             changed = self._changed
             while number < len(self.frames):
-                yield self.frames[number]
+                sent = self.frames[number]
+                yield sent
                 number += 1
             if self.has_ended:
-                if number > len(self.frames):  # rows fell away
+                if sent is not self.frames[-1]:  # rows fell away
                     yield self.frames[-1]
                 return
             await changed.wait()

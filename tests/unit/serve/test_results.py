@@ -56,6 +56,23 @@ def test_a_reader_gets_frames_as_they_come_and_others_all_of_them() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("num_read", range(5))
+def test_a_reader_of_rows_that_fall_away_is_told(num_read: int) -> None:
+    """However many it has read."""
+
+    async def test(results: Results) -> None:
+        result = results.open("key", ["name"])
+        for number in range(4):
+            results.add(result, bytes([number]))
+        reader = result.read()
+        for _ in range(num_read):
+            await anext(reader)
+        results.end(result, "it broke")
+        assert body.frames([frame async for frame in reader][-1])[0].head["message"] == "it broke"
+
+    run(test)
+
+
 def test_names_are_those_of_a_key() -> None:
     """Another key finds nothing by them, and may use the same; within a key they are its own."""
 
