@@ -27,7 +27,7 @@ from engine.engines import (
     rows_of,
     sequence,
 )
-from vllm_tap import AsyncTap, Spec
+from vllm_tap import AsyncTap, Positions, Spec
 from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -133,10 +133,17 @@ def test_samples_come_as_they_end(engine: Running, tap: AsyncTap, references: Ca
     engine.run(run())
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", "last", "last_generated", [0, -1]], ids=str)
-def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Running, tap: AsyncTap, positions: Any) -> None:
-    """Put together; each row comes before eight more tokens are generated."""
-    spec = Spec(hidden_states="all", positions=positions)
+EXPRESSIONS = Positions.prompt(-3) | Positions.generated(step=2), Positions.generated(-3)
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "last", "last_generated", [0, -1], *EXPRESSIONS], ids=str)
+@pytest.mark.parametrize("reduce", [None, "mean"])
+def test_rows_of_a_running_sequence_are_those_of_a_capture(
+    engine: Running, tap: AsyncTap, positions: Any, reduce: str | None
+) -> None:
+    """Put together; each row that is known comes before eight more tokens are generated."""
+    spec = Spec(hidden_states="all", positions=positions, reduce=reduce)
+    comes_late = positions in ("last", [0, -1]) or spec.needs_end or reduce
 
     async def run() -> None:
         whole = await tap.capture(prompts((5, 33, 9)), spec, **GREEDY)
@@ -144,7 +151,7 @@ def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Running, tap:
         async for block in tap.stream_rows(prompts((5, 33, 9)), spec, **GREEDY):
             found.setdefault(block.index, []).append(block)
             late = len(block.output.prompt_token_ids) + len(block.output.outputs[0].token_ids) - 1
-            assert not len(block) or positions in ("last", [0, -1]) or late - int(block.positions[-1]) < 8
+            assert not len(block) or comes_late or late - int(block.positions[-1]) < 8
         for index, sample in enumerate(whole):
             assert [block.finished for block in found[index]] == [False] * (len(found[index]) - 1) + [True]
             assert torch.cat([b.positions for b in found[index]]).tolist() == sample.positions.tolist()
@@ -152,7 +159,7 @@ def test_rows_of_a_running_sequence_are_those_of_a_capture(engine: Running, tap:
                 rows = torch.cat([block.hidden_states[layer] for block in found[index]])
                 expected = sample.hidden_states[layer].clone()  # a view would hold the memory
                 assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
-        assert positions != "all" or all(len(blocks) > 3 for blocks in found.values())
+        assert positions != "all" or reduce or all(len(blocks) > 3 for blocks in found.values())
         del whole, sample
         await until_free(engine)
 

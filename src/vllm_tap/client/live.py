@@ -83,7 +83,8 @@ class Request:
         completions = tokens.outputs
         generated = len(completions[0].token_ids) if completions else 0
         end = len(tokens.prompt_token_ids) + generated - 1
-        waits = self._live.spec.positions == "last_generated" and not tokens.finished
+        spec = self._live.spec
+        waits = (spec.needs_end or spec.reduce is not None) and not tokens.finished
         if not generated or waits or (end <= self._sent and not tokens.finished):
             return None
         begin, self._sent = self._sent, end

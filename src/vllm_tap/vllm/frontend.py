@@ -43,8 +43,8 @@ def require_llm(llm: Any) -> None:
     """
     if not all(hasattr(llm, name) for name in ("collective_rpc", "model_config", "llm_engine")):
         raise SpecError(
-            f"expected a vllm.LLM, got {type(llm).__name__}: start one with vllm.LLM(model). Servers and AsyncLLM "
-            "cannot be captured from."
+            f"expected a vllm.LLM, got {type(llm).__name__}: start one with vllm.LLM(model). For an AsyncLLM "
+            "use vllm_tap.AsyncTap, for a server `vllm-tap serve`."
         )
 
 
