@@ -309,7 +309,9 @@ class _Run:
     def _has_room(self) -> bool:
         if self._budget is None or not self._running:
             return True
-        return sum(running.num_bytes for running in self._running.values()) < self._budget
+        expected = sum(running.num_bytes for running in self._running.values())
+        # What was handed over counts as well: its memory is free again when the last row in it has been read.
+        return expected + self._collector.held_bytes < self._budget
 
     def _end(self) -> None:
         self._recording.stop()
