@@ -1,7 +1,7 @@
 # `make help` lists the targets: it prints what stands behind ## here.
 #
-# Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has vLLM
-# already is used as it is:  make test VENV=$VIRTUAL_ENV
+# Everything is installed into $(VENV) by need; stamp files there remember what is done. An environment that has
+# vLLM keeps it, and gets what tests need and this checkout of vllm-tap:  make test VENV=$VIRTUAL_ENV
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +31,7 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Everything is installed into $(VENV), or VENV=FOLDER: an environment that has vLLM is used as it is."
+	@echo "Everything is installed into $(VENV), or VENV=FOLDER: one that has vLLM keeps it, and gets this checkout of vllm-tap."
 
 setup: $(VENV)/.dev $(VENV)/.torchvision $(VENV)/.minilm  ## install what tests and checks need
 

@@ -49,10 +49,11 @@ def _add_form_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from vllm_tap.interchange.export import export
+    from vllm_tap.interchange.export import export, require_form
     from vllm_tap.store.dataset import open_dataset
 
     given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+    require_form(options.to, given)  # before a dataset is opened
     facts = export(open_dataset(options.dataset), options.to, options.out, **given)
     if options.json:
         print(json.dumps({"path": str(options.out), **facts}))

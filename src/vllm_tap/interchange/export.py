@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -54,10 +54,8 @@ def export(source: Any, to: str, path: Any, **options: Any) -> dict[str, Any]:
     Cost:
         One pass over the rows; one sequence in memory at a time.
     """
-    if to not in FORMS:
-        raise SpecError(f"there is no export {to!r}.{nearest(str(to), FORMS)}")
+    require_form(to, options)
     writer = writer_of(to)
-    _check(to, writer, options)
     with drafted(Path(path)) as folder:
         facts = {"format": FORMAT, "to": to, "model": model_of(source), **writer(source, folder, **options)}
         facts["conventions"] = dict(source.conventions)
@@ -72,8 +70,15 @@ def writer_of(to: str) -> Callable[..., dict[str, Any]]:
     return writer
 
 
-def _check(to: str, writer: Callable[..., Any], options: dict[str, Any]) -> None:
-    known = dict(list(inspect.signature(writer).parameters.items())[2:])
+def require_form(to: str, options: Mapping[str, Any]) -> None:
+    """Refuse a form that there is not, and options that it does not take or lacks; nothing is read.
+
+    Raises:
+        SpecError: As for `export`.
+    """
+    if to not in FORMS:
+        raise SpecError(f"there is no export {to!r}.{nearest(str(to), FORMS)}")
+    known = dict(list(inspect.signature(writer_of(to)).parameters.items())[2:])
     for name in options:
         if name not in known:
             listed = ", ".join(known) or "none"

@@ -26,7 +26,13 @@ def sequences(source: Any) -> Iterator[Any]:
 
 
 def source_of(sample: Any) -> Any:
-    """Return the capture or the dataset that a sample is of."""
+    """Return the capture or the dataset that a sample is of.
+
+    Raises:
+        SpecError: It is no sample.
+    """
+    if not (hasattr(sample, "_capture") or hasattr(sample, "_source")):
+        raise SpecError(f"this takes one sample, such as result[0], got a {type(sample).__name__}.")
     return sample._capture if hasattr(sample, "_capture") else sample._source
 
 

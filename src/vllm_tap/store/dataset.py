@@ -60,7 +60,10 @@ class Dataset(Sequence[Sample]):
         self.path = place.path
         self._parts = sealed_parts(place)
         if not self._parts:
-            raise DatasetError(f"{self.path} holds no sealed part of a dataset.", path=self.path)
+            raise DatasetError(
+                f"{self.path} holds no sealed part of a dataset: give the folder that record or Capture.save wrote.",
+                path=self.path,
+            )
         self.facts = _common_facts(self._parts)
         stated = [part.manifest for part in self._parts]
         self._firsts = [one.first_sample for one in stated]

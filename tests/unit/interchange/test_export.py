@@ -302,3 +302,5 @@ def test_the_command_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "needs last" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), "--to", "npz", "--out", str(tmp_path / "other"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 6
+    assert main(["export", str(tmp_path / "nothing"), "--to", "specforg", "--out", str(tmp_path / "other")]) == 1
+    assert "Did you mean 'specforge'?" in capsys.readouterr().err, "before a dataset is looked for"

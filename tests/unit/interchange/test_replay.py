@@ -26,6 +26,12 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_dataset(folder)
 
 
+def test_what_is_no_sample_is_refused(source: Any) -> None:
+    """As a result of many."""
+    with pytest.raises(SpecError, match=r"takes one sample, such as result\[0\], got a (Capture|Dataset)"):
+        replay(source)
+
+
 def test_a_record_has_all_layers(source: Any) -> None:
     """Ids and weights where a layer has experts, zeros where it has none; no row for the last token."""
     for completion in (0, 1):
