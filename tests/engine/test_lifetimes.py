@@ -376,4 +376,7 @@ def test_an_engine_that_dies_during_a_capture_is_an_error(monkeypatch, engine, v
         with pytest.raises(EngineDiedError, match="new LLM"):
             engine.capture(prompts(), HIDDEN, sampling_params=greedy(max_tokens=100))
     assert time.monotonic() - killed_at < 2 * DEATH_S
+    assert engine.llm.llm_engine.output_processor.request_states  # those that it died with hide nothing
+    with pytest.raises(EngineDiedError, match="new LLM"):
+        engine.capture(prompts(), HIDDEN)
     engine.close()

@@ -62,7 +62,7 @@ def test_samples_that_come_while_others_run_are_those_of_hugging_face(
 
 def test_completions_of_a_prompt_come_one_by_one(engine: Engine) -> None:
     """With `n` above 1, each is a sample."""
-    arguments = {**GREEDY, "temperature": 1.0, "seed": 3, "n": 3}
+    arguments = {**GREEDY, "temperature": 1.0, "n": 3}  # no seed: with chunked prompts it ends vLLM 0.32 on the CPU
     samples = list(Tap(engine.llm).stream(prompts((5, 17)), EVERYTHING, **arguments))
     assert sorted((sample.index, sample.completion) for sample in samples) == [(i, c) for i in (0, 1) for c in range(3)]
     for sample in samples:

@@ -68,7 +68,10 @@ def require_no_others(llm: Any, advice: str) -> None:
 
     Raises:
         SpecError: There are some.
+        EngineDiedError: The engine core has ended, with or without them.
     """
+    if getattr(getattr(llm.llm_engine.engine_core, "resources", None), "engine_dead", False):
+        raise EngineDiedError("the engine has ended. See its log, and start a new LLM.")
     waiting = len(unfinished(llm))
     if waiting:
         raise SpecError(
