@@ -64,7 +64,7 @@ def test_rows_are_those_of_the_decoder(tmp_path: Path, num_encoder: int):
     likely = [entry for output in result.outputs for step in output.outputs[0].logprobs for entry in step.values()]
     if any(math.isnan(entry.logprob) for entry in likely):
         engine.close()
-        pytest.skip("the engine's own logarithms of probabilities are NaN, so its rows are too: nothing to compare")
+        pytest.xfail("known fault: the engine computes NaN, and so are its rows")
     assert result.layers["hidden_states"] == list(range(NUM_LAYERS))
     extract = transformers.WhisperFeatureExtractor(feature_size=80)
     for sound, sample in zip(sounds, result, strict=True):
