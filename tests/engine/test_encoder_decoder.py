@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,7 @@ def test_rows_are_those_of_the_decoder(tmp_path: Path, num_encoder: int):
         }
         for index, sound in enumerate(sounds)
     ]
-    result = engine.capture(given, Spec(hidden_states="all", final_hidden_states=True), max_tokens=4, logprobs=1)
-    likely = [entry for output in result.outputs for step in output.outputs[0].logprobs for entry in step.values()]
-    if any(math.isnan(entry.logprob) for entry in likely):
-        engine.close()
-        pytest.xfail("known fault: the engine computes NaN, and so are its rows")
+    result = engine.capture(given, Spec(hidden_states="all", final_hidden_states=True), max_tokens=4)
     assert result.layers["hidden_states"] == list(range(NUM_LAYERS))
     extract = transformers.WhisperFeatureExtractor(feature_size=80)
     for sound, sample in zip(sounds, result, strict=True):
