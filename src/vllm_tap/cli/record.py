@@ -81,6 +81,9 @@ def _record(llm: Any, prompts: list[Any], spec: Any, options: argparse.Namespace
 
 
 def _say(part: Any) -> None:
+    from tqdm import tqdm  # comes with vLLM
+
     last = part.first_sample + part.num_samples - 1
     size = size_text(sum(file.nbytes for file in part.files))
-    print(f"samples {part.first_sample:,} to {last:,}: {part.num_rows:,} rows, {size}", file=sys.stderr)
+    # Above the bar of the next part, which may be there already.
+    tqdm.write(f"samples {part.first_sample:,} to {last:,}: {part.num_rows:,} rows, {size}", file=sys.stderr)
