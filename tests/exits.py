@@ -193,8 +193,9 @@ class Forks:
 
     def __init__(self) -> None:
         command = [sys.executable, __file__, "--serve"]
+        alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
-            command, env=environment_of(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=environment_of() | alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, how: Exit, folder: Path) -> End:

@@ -19,6 +19,9 @@ TapError
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -120,3 +123,16 @@ BY_NAME: dict[str, type[TapError]] = {
     )
 }
 """Error classes by name, for turning a worker's reply back into the exception it stands for."""
+
+
+@contextmanager
+def counted_from(first: int) -> Iterator[None]:
+    """Give samples that errors of the block name the numbers that they have behind so many others."""
+    try:
+        yield
+    except TapError as error:
+        sample = error.identity.get("sample")
+        if first and isinstance(sample, int):
+            error.args = (re.sub(rf"\b(prompt|sample) {sample}\b", rf"\1 {sample + first}", str(error), count=1),)
+            error.identity["sample"] = sample + first
+        raise

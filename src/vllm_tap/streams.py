@@ -108,3 +108,28 @@ def streams_of(field: str) -> tuple[str, ...]:
 def field_of(stream: str) -> str:
     """Return the field of a `Spec` that asks for a stream."""
     return STREAMS[NUMBERS[stream]].field
+
+
+def not_of_sample(sample: object, name: str) -> AttributeError:
+    """Return what to raise for an attribute that a sample lacks."""
+    if name in LAYERED_FIELDS:  # and no stream of its own
+        read = " and ".join(f"sample.{stream}[layer]" for stream in streams_of(name))
+        return AttributeError(
+            f"{name} are two streams: read {read}, or all layers at once with vllm_tap.interchange.replay(sample)."
+        )
+    return AttributeError(f"{type(sample).__name__!r} object has no attribute {name!r}")
+
+
+def not_of_samples(samples: object, name: str) -> AttributeError:
+    """Return what to raise for an attribute that several samples together lack."""
+    kind = type(samples).__name__
+    streams = (name,) if name in NUMBERS else streams_of(name)
+    if not streams:
+        return AttributeError(f"{kind!r} object has no attribute {name!r}")
+    last = "[layer]" if STREAMS[NUMBERS[streams[0]]].per_layer else ""
+    layer = "layer" if last else "0" if streams[0] == "embeddings" else "-1"
+    one = " and ".join(f".{stream}{last}" for stream in streams)
+    return AttributeError(
+        f"{name} are of samples: read {one} of each (`for sample in ...`, or [0]), "
+        f'or .rows("{streams[0]}", {layer}) of all together.'
+    )

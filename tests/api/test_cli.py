@@ -284,15 +284,20 @@ def test_json_lines_hold_conversations(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt_token_ids": [true]}', "a list of token ids"),
         ("p.jsonl", b'{"token_ids": [99999999999]}', '"token_ids" is a list of token ids'),
         ("p.jsonl", b'{"messages": []}', '"messages" is a list of messages'),
-        ("p.jsonl", b'{"messages": [{"role": "user"}, {"content": "a"}]}', 'line 1: message 1 has no "role"'),
         (
             "p.jsonl",
-            b'{"messages": [{"role": "user"}]}\n{"prompt": "a"}',
+            b'{"messages": [{"role": "user", "content": ""}, {"content": "a"}]}',
+            'line 1: message 1 has no "role"',
+        ),
+        ("p.jsonl", b'{"messages": [{"role": "user"}]}', 'line 1: message 0 (user) has no "content": vLLM'),
+        (
+            "p.jsonl",
+            b'{"messages": [{"role": "user", "content": ""}]}\n{"prompt": "a"}',
             "line 2: no conversation, and the lines before",
         ),
         (
             "p.jsonl",
-            b'{"prompt": "a"}\n{"messages": [{"role": "user"}]}',
+            b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": ""}]}',
             "line 2: a conversation, and the lines before",
         ),
         ("p.jsonl", b'{"messages": "Hi"}', '"messages" is a list of messages'),

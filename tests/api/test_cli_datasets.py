@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from synthetic_rows import MODEL, SyntheticCapture, prompts_of
-from vllm_tap.cli import main
+from vllm_tap import open_dataset
+from vllm_tap.cli import main, record
+from vllm_tap.client.progress import Bar
 from vllm_tap.store.recording import Run, record_with
 
 
@@ -62,3 +65,16 @@ def test_record_refuses_before_an_engine_starts(folder: Path, capsys: pytest.Cap
     assert "add --resume" in capsys.readouterr().err
     assert main(["inspect", str(folder.parent)]) == 1
     assert "no sealed part" in capsys.readouterr().err
+
+
+def test_a_part_is_told_on_a_line_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though the bar of the next part is shown by then, and goes on below it."""
+    bar = Bar(lambda: (3, 100), lambda: 9)
+    bar.make()
+    for part in open_dataset(folder).parts:
+        record._say(part.manifest)
+        bar.tick()
+    bar.close()
+    lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
+    assert [line.partition(":")[0] for line in lines if "samples" in line] == ["samples 0 to 4", "samples 5 to 7"]
+    assert any("3/9 rows" in line for line in lines[lines.index(next(x for x in lines if "samples 5" in x)) :])

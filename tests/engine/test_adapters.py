@@ -67,4 +67,10 @@ def test_rows_are_those_of_the_requests_adapter(tiny_model: Callable[..., Path],
     turns = ((None, plain), (request, adapted), ([request] * len(prompts()), adapted), (None, plain))
     for lora_request, known in turns:
         compare(engine.capture(prompts(), SPEC, lora_request=lora_request), known)
+    conventions = engine.capture(prompts(), SPEC).conventions
+    for _ in range(2):  # it goes, and is there again when it is asked for
+        assert engine.llm.llm_engine.remove_lora(1)
+        compare(plainly := engine.capture(prompts(), SPEC), plain)
+        assert plainly.conventions == conventions
+        compare(engine.capture(prompts(), SPEC, lora_request=request), adapted)
     engine.close()

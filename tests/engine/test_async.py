@@ -212,7 +212,15 @@ def test_a_capture_that_cannot_be_leaves_the_others_alone(engine: Running, tap: 
         await refused(LayerError, "no layer 9", spec=Spec(hidden_states=[9]))
         await refused(PositionError, "no position 50", spec=Spec(hidden_states=[0], positions=[50]))
         await refused(SpecError, "has no field 'maxtokens'", maxtokens=3)
-        await refused(SpecError, "no conversations", prompts=[{"role": "user", "content": "hello"}])
+        hello = [5, 9]
+        await refused(SpecError, "prompt 1 is a conversation", prompts=[hello, [{"role": "user", "content": "hello"}]])
+        await refused(SpecError, r"vLLM refuses prompt 1, .*\b300\b", prompts=[hello, [5] * 300])
+        await refused(SpecError, r"vLLM refuses prompt 1, .*256", prompts=["bees", "the sea " * 100])
+        typed = {"input_ids": hello, "token_type_ids": [0, 1]}
+        await refused(SpecError, "^prompt 1 has token_type_ids", prompts=[hello, typed])
+        short = Spec(hidden_states=[0], positions=[4])
+        await refused(PositionError, "prompt 1 has 2 tokens", prompts=[[5] * 5, hello], spec=short)
+        await refused(PositionError, "prompt 1 has . tokens?", prompts=["bees and the sea", "a"], spec=short)
         with pytest.raises(SpecError, match="one sequence is generated for each prompt"):
             await anext(tap.stream_rows(prompts(), EVERYTHING, n=2))
         with pytest.raises(SpecError, match="expected a vLLM AsyncLLM"):

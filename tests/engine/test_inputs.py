@@ -97,3 +97,35 @@ def test_options_of_a_chat_without_one_are_refused(engine):
     """They would be dropped."""
     with pytest.raises(SpecError, match="chat_template_kwargs: for conversations alone"):
         captured(engine, ["bees"], chat_template_kwargs={})
+
+
+LONG = "The sea is blue. " * 20
+BAD: dict[str, tuple[Any, Any, str]] = {
+    "text": ("bees", LONG, "256 tokens"),
+    "token ids": ([5, 9], [5] * 300, r"256 tokens.* 300 "),
+    "unknown ids": ([5, 9], [5, 1 << 30], f"{1 << 30} is out of vocabulary"),
+    "conversation": (CHATS[0], [{"role": "user", "content": LONG}], "256 tokens"),
+    "image": ("bees", {"prompt": "bees", "multi_modal_data": {"image": object()}}, "multi-?modal"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_prompt_that_the_engine_refuses_is_named(engine, kind):
+    """Whatever it is: its number, and what vLLM says of it, such as how long it may be. So it is by streams."""
+    good, bad, says = BAD[kind]
+    with pytest.raises(SpecError, match=f"(?si)vLLM refuses prompt 2, .*{says}") as caught:
+        captured(engine, [good, good, bad, good])
+    assert caught.value.sample == 2
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    with pytest.raises(SpecError, match=f"(?si)vLLM refuses prompt 1, .*{says}"):
+        list(vllm_tap.Tap(engine.llm).stream([good, bad], SPEC, max_tokens=2))
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_messages_that_call_tools_need_no_content(engine):
+    """As in vLLM."""
+    call = {"type": "function", "id": "1", "function": {"name": "hive", "arguments": "{}"}}
+    chat = [CHATS[0][1], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "three"}]
+    assert captured(engine, [chat]).outputs[0].prompt_token_ids == (
+        engine.llm.chat([chat], use_tqdm=False)[0].prompt_token_ids
+    )

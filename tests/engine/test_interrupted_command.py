@@ -1,4 +1,4 @@
-"""Ctrl-C in a terminal in which `vllm-tap capture` runs: what it says, what it saves, what it leaves."""
+"""Ctrl-C in a terminal in which `vllm-tap capture` or `record` runs: what it says, what it saves, what it leaves."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from vllm_tap import open_dataset
+
 pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 4000
 MAX_TOKENS = 8
+BATCH = 100
 INTERRUPT = b"\x03"
 
 
@@ -54,16 +57,17 @@ class Terminal:
 
 
 @pytest.fixture
-def start(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[[], Terminal]]:
-    """A function that starts a capture of many prompts; nothing of it is left behind the test."""
+def start(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """A function that starts a capture of many prompts, or a recording; nothing of it is left behind the test."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"Prompt {number}\n" for number in range(NUM_PROMPTS)))
-    command = f"capture {tiny_model('llama')} --prompts {prompts} --save {tmp_path / 'rows.safetensors'} --layers 0,-1"
+    commands = {"capture": f"--save {tmp_path / 'rows.safetensors'}", "record": f"{tmp_path / 'run'} --batch {BATCH}"}
     options = ["--enforce-eager", "--max-tokens", str(MAX_TOKENS), "--engine", '{"gpu_memory_utilization": 0.2}']
     program = "import sys; from vllm_tap.cli import command; sys.exit(command())"
     started: list[Terminal] = []
 
-    def call() -> Terminal:
+    def call(name: str = "capture") -> Terminal:
+        command = f"{name} {tiny_model('llama')} {commands[name]} --prompts {prompts} --layers 0,-1"
         started.append(Terminal(sys.executable, "-c", program, *command.split(), *options))
         return started[-1]
 
@@ -121,3 +125,22 @@ def test_an_engine_that_starts_is_ended(start: Callable[[], Terminal], tmp_path:
     psutil.wait_procs(engine, timeout=60)
     assert not any(process.is_running() for process in engine)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_recording_that_is_ended_can_be_gone_on_with(start: Callable[..., Terminal], tmp_path: Path) -> None:
+    """One line says how; whole parts are in the dataset, and nothing of the engine is left."""
+    terminal = start("record")
+    assert "samples 0 to 99" in (text := terminal.read_until(r"samples [\d,]+ to")), text
+    engine = family(terminal)
+    terminal.press(INTERRUPT)
+    text = terminal.read_until("never shown")
+    assert terminal.wait() == 130, text
+    lines = [line for line in re.split(r"[\r\n]+", text.replace("^C", "")) if line and "%|" not in line]
+    assert lines[-1].startswith("vllm-tap: interrupted: whole parts are in the dataset, and the same command with --r")
+    assert all(line.startswith("samples ") for line in lines[:-1]), lines
+    psutil.wait_procs(engine, timeout=60)
+    assert not any(process.is_running() for process in engine)
+    dataset = open_dataset(tmp_path / "run")
+    assert len(dataset) % BATCH == 0
+    assert 0 < len(dataset) < NUM_PROMPTS
+    assert [sample.prompt for sample in dataset] == [f"Prompt {number}" for number in range(len(dataset))]

@@ -37,7 +37,7 @@ from vllm_tap import Spec
 from vllm_tap.client import recording
 from vllm_tap.client.connection import Connection
 from vllm_tap.client.interruption import Interruption
-from vllm_tap.errors import BudgetError, EngineDiedError, TransportError
+from vllm_tap.errors import BudgetError, EngineDiedError, SpecError, TransportError
 from vllm_tap.labels import KEY
 from vllm_tap.transport.calls import Caller
 
@@ -145,11 +145,10 @@ def test_rows_that_are_held_count_against_the_budget(engine, known):
 
 
 def test_a_prompt_that_the_engine_refuses_leaves_no_session(engine, known):
-    """vLLM's own error comes through; the capture is over in the workers, and the next one has its own rows only."""
-    from vllm.exceptions import VLLMValidationError
-
-    with pytest.raises(VLLMValidationError, match=str(MAX_MODEL_LEN)):
+    """It is named; the capture is over in the workers, and the next one has its own rows only."""
+    with pytest.raises(SpecError, match=f"prompt 1, .*{MAX_MODEL_LEN} tokens") as caught:
         engine.capture(prompts([5, MAX_MODEL_LEN + 20]), HIDDEN)
+    assert type(caught.value.__cause__).__module__ == "vllm.exceptions"
     assert engine.status()[0]["captures"] == []
     assert engine.used_bytes() == 0
     compare(engine.capture(prompts(), HIDDEN), known)

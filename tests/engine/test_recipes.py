@@ -5,6 +5,7 @@ Runs in the test process, beside one eager model with experts.
 
 from __future__ import annotations
 
+import copy
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from engine.engines import Engine, References, greedy, prompts
 from vllm_tap import Spec, capture
+from vllm_tap.interchange import replay
 
 pytestmark = pytest.mark.engine
 
@@ -110,6 +112,24 @@ def test_replayed_experts_are_those_of_the_routers(engine: Engine, references: C
         assert len(record.ids) == len(tokens)
         for layer, (ids, _) in references(FAMILY).choices_of(tokens.tolist()).items():
             assert np.sort(record.ids[:, layer]).tolist() == ids.tolist()
+
+
+def test_experts_that_are_forced_upon_a_model_make_the_rows_of_the_engine(engine: Engine, model: Any) -> None:
+    """Also of a model whose own routers would choose others; behind the block these do."""
+    wanted = Spec(routed_experts="all", final_hidden_states=True)
+    sample = capture(engine.llm, prompts((33,)), wanted, progress=False, **GREEDY)[0]
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight)
+    expected = model.lm_head(sample.final_hidden_states)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return other(sample.token_ids[None].long(), use_cache=False).logits[0]
+
+    with recipe("replay")["forced"](other, replay(sample)):
+        torch.testing.assert_close(logits(), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_lens_ends_with_the_token_that_is_generated(engine: Engine, model: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 import vllm_tap
 from engine.engines import TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
 from vllm_tap import Positions, Spec, Tap
-from vllm_tap.errors import BudgetError, SpecError
+from vllm_tap.errors import BudgetError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
 
@@ -151,4 +151,11 @@ def test_a_stream_refuses_what_a_capture_refuses(engine: Engine) -> None:
         tap.stream_rows(prompts(), EVERYTHING, n=2)
     with pytest.raises(SpecError, match=r"expected a vllm.LLM"):
         Tap("model")
+    for stream in (tap.stream, tap.stream_rows):
+        for given in (prompts((5, 2)), ["bees and the sea", "a"]):  # known before they run, and behind
+            with pytest.raises(PositionError, match=r"prompt 1 has . tokens? and no position 4") as caught:
+                list(stream(given, Spec(hidden_states=[0], positions=[4]), **GREEDY))
+            assert caught.value.sample == 1
+        with pytest.raises(SpecError, match=r"^prompt 1 has token_type_ids"):
+            list(stream([[5, 9], {"input_ids": [5, 9], "token_type_ids": [0, 1]}], EVERYTHING, **GREEDY))
     assert_is_free(engine)

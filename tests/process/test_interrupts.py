@@ -58,6 +58,7 @@ def begin() -> Iterator[Callable[[str], Any]]:
     def call(program: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", START + program],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -112,6 +113,17 @@ def test_the_second_ends_all(begin: Callable[[str], Any]) -> None:
     process.child.wait(timeout=60)
 
 
+@pytest.mark.parametrize("program", [WHILE_STARTING, "KEEPS = False" + WHILE_RUNNING, "KEEPS = True" + WHILE_RUNNING])
+def test_an_ignored_signal_stays_ignored(begin: Callable[[str], Any], program: str) -> None:
+    """As in a shell's background job, whatever the command does just then: it goes on to its end."""
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    waited = program.replace("time.sleep(600)", "sys.stdin.readline()")
+    process = begin(ignored + waited + 'print("went on", signal.getsignal(signal.SIGINT).name); child.kill()')
+    interrupt(process)
+    out, err = process.communicate("\n\n", timeout=60)
+    assert (process.returncode, out, err) == (0, "went on SIG_IGN\n", "")
+
+
 def test_an_interrupt_waits_until_nothing_is_half_done() -> None:
     """It is raised at the end of what must not be interrupted, or where it is let in."""
     seen = []
@@ -132,12 +144,15 @@ def test_an_interrupt_waits_until_nothing_is_half_done() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             seen.append("never")
 
-    before = signal.getsignal(signal.SIGINT)  # ignored where a shell started this in the background
-    with Interruption() as interruption:
-        for interrupted in (interrupted_in_held, interrupted_before_allowed, interrupted_in_allowed):
-            with pytest.raises(KeyboardInterrupt):
-                interrupted()
-        with interruption.held(), interruption.allowed():
-            seen.append("quiet")
-    assert seen == ["held", "quiet"]
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started this in background
+    try:
+        with Interruption() as interruption:
+            for interrupted in (interrupted_in_held, interrupted_before_allowed, interrupted_in_allowed):
+                with pytest.raises(KeyboardInterrupt):
+                    interrupted()
+            with interruption.held(), interruption.allowed():
+                seen.append("quiet")
+        assert seen == ["held", "quiet"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,8 +68,8 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
         type=arguments.positions,
         default="all",
         metavar="WHICH",
-        help="all (the default), prompt, generated, last, prompt positions such as 0,-1, or an expression in JSON such "
-        'as {"prompt": [-8]}',
+        help="all (the default), prompt, generated, last (of the prompt), last_generated, prompt positions such as "
+        '0,-1, or an expression in JSON such as {"prompt": [-8]}',
     )
 
 
@@ -85,7 +87,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
         "--transport",
         choices=("auto", "segment", "inline"),
         default="auto",
-        help="shared memory, bytes through calls, or the first that works (default)",
+        help="the first that works (default), shared memory, or bytes through calls",
     )
     group.add_argument(
         "--staging",
@@ -191,7 +193,7 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
     from vllm_tap.vllm.frontend import pools
 
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
-    try:
+    with refusals_told(options.prompts):
         return capture(
             llm,
             prompts,
@@ -201,7 +203,16 @@ def _capture(llm: Any, prompts: list[Any], spec: Spec, options: argparse.Namespa
             budget_bytes=options.budget_bytes,
             **sampling,
         )
+
+
+@contextmanager
+def refusals_told(path: Path) -> Iterator[None]:
+    """Name the file in what is said of its prompts, and put vLLM's own refusals into a line."""
+    try:
+        yield
+    except TapError as error:
+        if "sample" in error.identity:
+            error.args = (f"{path}: {error}",)
+        raise
     except ValueError as error:
-        if isinstance(error, TapError):
-            raise
-        raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error
+        raise SpecError(f"vLLM refused a prompt of {path}, or an option: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from vllm_tap.client.prompts import silence
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import MAX_NUMBER
 
@@ -92,4 +93,6 @@ def _conversation(messages: Any, place: str) -> list[dict[str, Any]]:
             raise SpecError(
                 f'{place}: message {number} has no "role": write {{"role": "user", "content": "..."}} for each message.'
             )
+        if fault := silence(message, number):
+            raise SpecError(f"{place}: {fault}")
     return messages

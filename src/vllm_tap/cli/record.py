@@ -12,7 +12,7 @@ from vllm_tap.cli.inspect import print_facts
 from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
-from vllm_tap.errors import DatasetError, SpecError, TapError
+from vllm_tap.errors import DatasetError
 
 INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
 
@@ -23,8 +23,7 @@ def add_command(commands: Any) -> None:
         "record",
         help="run prompts through a model and keep the rows in a dataset",
         description="Run prompts through a model, some at a time, and write hidden states (the default: of all "
-        "layers), router logits or routed experts into a dataset. After a kill, the same command with --resume goes "
-        "on.",
+        "layers) or other streams into a dataset. After a kill, the same command with --resume goes on.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or name of a model")
     parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset, or a URL that fsspec knows")
@@ -65,7 +64,7 @@ def _record(llm: Any, prompts: list[Any], spec: Any, options: argparse.Namespace
     from vllm_tap.vllm.frontend import pools
 
     sampling = {} if pools(llm) else {"max_tokens": options.max_tokens, "temperature": 0}
-    try:
+    with capture.refusals_told(options.prompts):
         return record(
             llm,
             prompts,
@@ -79,13 +78,12 @@ def _record(llm: Any, prompts: list[Any], spec: Any, options: argparse.Namespace
             budget_bytes=options.budget_bytes,
             **sampling,
         )
-    except ValueError as error:
-        if isinstance(error, TapError):
-            raise
-        raise SpecError(f"vLLM refused a prompt of {options.prompts}, or an option: {error}") from error
 
 
 def _say(part: Any) -> None:
+    from tqdm import tqdm  # comes with vLLM
+
     last = part.first_sample + part.num_samples - 1
     size = size_text(sum(file.nbytes for file in part.files))
-    print(f"samples {part.first_sample:,} to {last:,}: {part.num_rows:,} rows, {size}", file=sys.stderr)
+    # Above the bar of the next part, which may be there already.
+    tqdm.write(f"samples {part.first_sample:,} to {last:,}: {part.num_rows:,} rows, {size}", file=sys.stderr)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
+from vllm_tap.client import missing
 from vllm_tap.client.live import Lives, Request, connect_async
-from vllm_tap.client.missing import check_prompts
-from vllm_tap.client.prompts import is_conversation, read_prompts
+from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.tap import RowBlock
-from vllm_tap.errors import SpecError
+from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec
 from vllm_tap.vllm import asynchronous
+from vllm_tap.vllm.refused import told
+from vllm_tap.vllm.token_types import with_types
 
 MOST_WAITING: Final = 64
 """Samples or blocks that wait for their reader, beyond which requests wait to hand over more."""
@@ -66,14 +67,14 @@ class AsyncTap:
         """
         items = _checked(prompts)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
-        check_prompts(spec, items)
+        missing.check_prompts(spec, items)
         connection = (await self._connected()).connection
         starting = asyncio.create_task(asyncio.to_thread(Recording, connection, spec, **self._options))
         try:
             recording = await asyncio.shield(starting)
             async with asyncio.TaskGroup() as group:
                 running = [
-                    group.create_task(self._final(prompt, recording.mark(params, number), lora_request))
+                    group.create_task(self._final(number, prompt, recording.mark(params, number), lora_request))
                     for number, prompt in enumerate(items)
                 ]
             outputs = [task.result() for task in running]
@@ -84,19 +85,21 @@ class AsyncTap:
                 raise error.exceptions[0] from None
             raise
 
-    async def _final(self, prompt: Any, params: Any, lora_request: Any) -> Any:
+    async def _final(self, number: int, prompt: Any, params: Any, lora_request: Any) -> Any:
         """Return the output of a prompt."""
         last = None
-        async for output in self._outputs(prompt, params, lora_request):
+        async for output in self._outputs(number, prompt, params, lora_request):
             last = output
         return last
 
-    async def _outputs(self, prompt: Any, params: Any, lora_request: Any) -> AsyncGenerator[Any, None]:
+    async def _outputs(self, number: int, prompt: Any, params: Any, lora_request: Any) -> AsyncGenerator[Any, None]:
         name = f"tap-{secrets.token_hex(8)}"
-        outputs = asynchronous.generate(self._llm, prompt, params, name, lora_request=lora_request)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+        with told(number):
+            (params,) = with_types(self._llm, [prompt], [params])
+            outputs = asynchronous.generate(self._llm, prompt, params, name, lora_request=lora_request)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield output
 
     async def stream(
         self,
@@ -129,9 +132,10 @@ class AsyncTap:
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
 
         async def samples(number: int, prompt: Any, request: Request) -> AsyncGenerator[Sample, None]:
-            output = await self._final(prompt, request.params, lora_request)
+            output = await self._final(number, prompt, request.params, lora_request)
             result = await request.result(output)
             result.first_sample = number
+            missing.check_sample(spec, number, output, result)
             for sample, completion in result.sequences.slots:
                 yield result.sample(sample, completion)
 
@@ -175,7 +179,7 @@ class AsyncTap:
 
         async def blocks(number: int, prompt: Any, request: Request) -> AsyncGenerator[RowBlock, None]:
             tokens = asynchronous.Tokens(is_delta=True)
-            async with contextlib.aclosing(self._outputs(prompt, request.params, lora_request)) as outputs:
+            async with contextlib.aclosing(self._outputs(number, prompt, request.params, lora_request)) as outputs:
                 async for output in outputs:
                     tokens.add(output)
                     result = await request.rows(tokens)
@@ -184,6 +188,8 @@ class AsyncTap:
                         block = RowBlock(result, 0)
                         block.finished = tokens.finished
                         yield block
+                        if tokens.finished:
+                            missing.check_sample(spec, number, tokens, result)
 
         async with contextlib.aclosing(self._merged(prompts, spec, params, blocks, most_running)) as items:
             async for item in items:
@@ -205,7 +211,8 @@ class AsyncTap:
         async def work() -> None:
             try:
                 for number, prompt in numbered:
-                    check_prompts(spec, [prompt])
+                    with counted_from(number):
+                        missing.check_prompts(spec, [prompt])
                     async with (
                         lives.request(spec, params) as request,
                         contextlib.aclosing(run(number, prompt, request)) as items,
@@ -255,16 +262,19 @@ def _checked(prompts: Any) -> list[Any]:
     Raises:
         SpecError: There are none, or conversations.
     """
-    read = read_prompts(prompts)
-    if read.are_chats:
-        raise SpecError(
-            "AsyncLLM takes no conversations: render them with the tokenizer's apply_chat_template, and pass the "
-            "token ids."
-        )
-    return read.items
+    items = list(_each(prompts))
+    if not items:
+        raise SpecError("prompts is empty: there is nothing to capture.")
+    return items
 
 
-def _each(prompts: Any) -> Iterable[Any]:
-    """Yield prompts one by one as vLLM takes them."""
-    single = isinstance(prompts, str | dict) or is_conversation(prompts) or not isinstance(prompts, Iterable)
-    return itertools.chain.from_iterable(_checked([prompt]) for prompt in ([prompts] if single else prompts))
+def _each(prompts: Any) -> Iterator[Any]:
+    """Yield prompts one by one as vLLM takes them; they are read as they are asked for."""
+    for number, prompt in enumerate(each_prompt(prompts)):
+        if is_conversation(prompt):
+            raise SpecError(
+                f"prompt {number} is a conversation, and AsyncLLM takes none: render it with the tokenizer's "
+                "apply_chat_template, and pass the token ids.",
+                sample=number,
+            )
+        yield prompt

@@ -71,7 +71,7 @@ def capture(
 
     Raises:
         SpecError: No prompts, no `Spec` or a list of another length, an unknown layer or argument, or requests of yours
-            wait in the engine.
+            wait in the engine; or vLLM refuses a prompt, such as one that is too long: `sample` is its number.
         EngineUnsupportedError: The plugin is not loaded, or the model cannot be tapped.
         BudgetError: The rows do not fit the budget.
         RowsMissingError: A row did not arrive, or came for other tokens than the final ones.

@@ -21,6 +21,7 @@ class Interruption:
     """Takes SIGINT in a block of the main thread, in which Ctrl-C ends a capture with what is finished.
 
     `outputs` of the result is then None where a prompt is not finished. If none is, KeyboardInterrupt goes on.
+    Where SIGINT is ignored, as a shell has it for what runs in the background, it stays so.
     """
 
     def __init__(self) -> None:
@@ -28,13 +29,16 @@ class Interruption:
         self._allowed = True
 
     def __enter__(self) -> Interruption:
-        self._before: Any = signal.signal(signal.SIGINT, self._handle)
+        self._before: Any = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
         _active.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         _active.remove(self)
-        signal.signal(signal.SIGINT, self._before)
+        if self._before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._seen = True

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.client.sequences import Sequences
-from vllm_tap.errors import PositionError
+from vllm_tap.errors import PositionError, counted_from
 from vllm_tap.spec import GENERATED, Spec
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ def check_result(
     error.identity.update(completion=completion, result=result)
     error.args = (f"{error} {len(lacking)} of {len(sequences.slots)} sequences lack rows; `result` has the others.",)
     raise error
+
+
+def check_sample(spec: Spec, sample: int, output: Any, result: Capture) -> None:
+    """Refuse the capture of one sample of a stream, which has ended, if it lacks rows that were asked for.
+
+    Raises:
+        PositionError: It does.
+    """
+    with counted_from(sample):
+        check_result(spec, Sequences([output], spec.positions), result)
 
 
 def lacking_rows(spec: Spec, sequences: Sequences) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -29,6 +30,10 @@ TAKES: Final = (
 
 BESIDE_TEXT: Final = ("pixel_values", "image_", "video_", "input_features", "input_values", "audio_", "inputs_embeds")
 """Beginnings of names that processors give to what is no text. The ids alone are no prompt then."""
+
+
+SAYS: Final = ("content", "tool_calls", "function_call", "reasoning", "reasoning_content", "refusal", "audio", "tools")
+"""Keys of a message under which something is said. vLLM reads a message without them as an empty text."""
 
 
 class Prompts(NamedTuple):
@@ -119,8 +124,10 @@ def is_token_ids(given: Any) -> bool:
 
 def _prompts_of(one: Any, index: int) -> list[Any]:
     """Return the prompts that one element stands for: an encoding may hold several."""
-    if isinstance(one, str) or is_conversation(one):
+    if isinstance(one, str):
         return [one]
+    if is_conversation(one):
+        return [_that_says_all(one, index)]
     if is_token_ids(one):
         return [{"prompt_token_ids": _plain(one)}]
     if isinstance(one, Mapping):
@@ -155,7 +162,24 @@ def _of_messages(one: Mapping[str, Any], index: int) -> list[Any]:
     """Return the conversation of a record, as data sets have them."""
     if not is_conversation(one["messages"]):
         raise SpecError(f'prompt {index}: its "messages" are no list of {{"role": ..., "content": ...}}.', sample=index)
-    return [one["messages"]]
+    return [_that_says_all(one["messages"], index)]
+
+
+def _that_says_all(messages: Any, index: int) -> Any:
+    """Return a conversation each of whose messages says something, be it an empty text."""
+    fault = next(filter(None, map(silence, messages, itertools.count())), None)
+    if fault is not None:
+        raise SpecError(f"prompt {index}: {fault}", sample=index)
+    return messages
+
+
+def silence(message: Mapping[str, Any], number: int) -> str | None:
+    """Return what to say of a message that says nothing; None of one that does."""
+    if any(key in message for key in SAYS):
+        return None
+    others = [key for key in message if key != "role"]
+    has = f", but {', '.join(map(repr, others))}" if others else ""
+    return f'message {number} ({message["role"]}) has no "content"{has}: vLLM would read an empty text.'
 
 
 def _of_encoding(encoding: Mapping[str, Any], index: int) -> list[Any]:

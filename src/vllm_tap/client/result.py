@@ -16,6 +16,7 @@ from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DatasetError, LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
+from vllm_tap.streams import not_of_sample, not_of_samples
 
 if TYPE_CHECKING:
     from vllm_tap.client.model_output import HuggingFaceOutput
@@ -214,6 +215,11 @@ class Sample:
         """
         return output_of(self, self._capture, self.spec)
 
+    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_of_sample(self, name)
+
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)
         return LayerMap(self, stream)
@@ -270,6 +276,11 @@ class Capture(Sequence[Sample]):
             for place in rank.places:
                 self._owner[place] = rank
         self.layers = {name: sorted(layer for stream, layer in self._owner if stream == name) for name in streams}
+
+    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_of_samples(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owner": self._owned(0, self.num_rows, tuple(self.layers))}

@@ -6,15 +6,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from vllm_tap.client import missing
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
 from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.wishes import Wishes
-from vllm_tap.errors import SpecError
+from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec, nearest
 from vllm_tap.vllm import frontend, stepping
+from vllm_tap.vllm.refused import told
 
 ON_FULL: Final = ("wait", "fail")
 
@@ -172,17 +174,18 @@ class Tap:
         """Yield samples of an engine that pools: captures of some prompts, one after another."""
         number, wishes = 0, Wishes(spec)
         for batch in _batches(each_prompt(prompts)):
-            result = capture(
-                self._llm,
-                batch,
-                wishes.part(number, number + len(batch)),
-                transport=transport,
-                staging=staging,
-                budget_bytes=budget_bytes,
-                progress=False,
-                lora_request=plan.lora_request,
-                sampling_params=plan.params,
-            )
+            with counted_from(number):
+                result = capture(
+                    self._llm,
+                    batch,
+                    wishes.part(number, number + len(batch)),
+                    transport=transport,
+                    staging=staging,
+                    budget_bytes=budget_bytes,
+                    progress=False,
+                    lora_request=plan.lora_request,
+                    sampling_params=plan.params,
+                )
             result.number_from(number)
             number += len(result)
             yield from result
@@ -251,6 +254,7 @@ class _Run:
                 for output in ended:
                     sample = self._running.pop(output.request_id).sample
                     result = self._collector.result(sample, output)
+                    missing.check_sample(result.spec, sample, output, result)
                     yield from (result.sample(0, completion) for _, completion in result.sequences.slots)
             self._end()
         finally:
@@ -286,6 +290,8 @@ class _Run:
             block.finished = is_last
             if len(block) or is_last:
                 yield block
+            if is_last:
+                missing.check_sample(result.spec, running.sample, output, result)
 
     def _admit(self) -> bool:
         """Add prompts for which there is room; return whether any runs."""
@@ -296,9 +302,12 @@ class _Run:
                 self._recording.wishes.require(self._num_prompts)
                 break
             self._num_prompts = number + 1
+            with counted_from(number):
+                missing.check_prompts(self._recording.wishes.of(number), [prompt])
             params = self._recording.mark(self._plan.params, number)
             chat = self._plan.chat if is_conversation(prompt) else None
-            added = stepping.add(self._llm, prompt, params, self._plan.lora_request, chat)
+            with told(number):
+                added = stepping.add(self._llm, prompt, params, self._plan.lora_request, chat)
             most_rows = len(added.inside) * (added.prompt_len + (params.max_tokens or self._longest()))
             self._running[added.request_id] = _Running(number, added, most_rows * self._recording.row_bytes)
         return bool(self._running)

@@ -21,6 +21,7 @@ from vllm_tap.store.place import Place
 from vllm_tap.store.places import place_of
 from vllm_tap.store.rows import Rows
 from vllm_tap.store.sample import Sample
+from vllm_tap.streams import not_of_samples
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,6 +76,11 @@ class Dataset(Sequence[Sample]):
 
     def __reduce__(self) -> tuple[Callable[[Any], Dataset], tuple[str]]:
         return open_dataset, (self.path,)
+
+    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_of_samples(self, name)
 
     @functools.cached_property
     def spec(self) -> Spec:
@@ -253,7 +259,7 @@ class Dataset(Sequence[Sample]):
         return rows_of(self._table(number).slice(first, stop - first))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the index of all parts as one table: a row for each sequence; see docs/format.md for the columns.
+        """Return the index of all parts as one table: a row for each sequence; see docs/dataset.md for the columns.
 
         `row_start` and `row_stop` count in `rows` of the dataset, not of a part.
         """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from vllm_tap.errors import BudgetError, DatasetError, SpecError
+from vllm_tap.errors import BudgetError, DatasetError, SpecError, counted_from
 from vllm_tap.spec import Spec
 from vllm_tap.store import index
 from vllm_tap.store.dataset import Dataset, open_dataset
@@ -96,13 +96,14 @@ def _require_same_run(run: Run, facts: Facts, path: str) -> None:
 
 
 def _captured(capture: Callable[[list[Any]], RowSource], piece: Piece, writer: _Writer) -> RowSource:
-    try:
-        return capture(piece.prompts)
-    except BudgetError:
-        # The rows of the piece before may have taken the room: they go when they are written.
-        if not writer.wait():
-            raise
-        return capture(piece.prompts)
+    with counted_from(piece.first):
+        try:
+            return capture(piece.prompts)
+        except BudgetError:
+            # The rows of the piece before may have taken the room: they go when they are written.
+            if not writer.wait():
+                raise
+            return capture(piece.prompts)
 
 
 class _Writer:

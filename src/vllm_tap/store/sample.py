@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vllm_tap.spec import Spec
 from vllm_tap.store.index import IndexRow
+from vllm_tap.streams import not_of_sample
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +209,11 @@ class Sample:
         from vllm_tap.client.hugging_face import output_of
 
         return output_of(self, self._source)  # type: ignore[arg-type]
+
+    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_of_sample(self, name)
 
     def _layers(self, stream: str) -> LayerMap:
         self._source.require(stream)

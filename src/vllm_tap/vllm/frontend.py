@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
 from vllm_tap.transport import threads
+from vllm_tap.vllm.refused import Handed, is_death, told_by_length, told_in
 
 WATCH_SECONDS: Final = 0.1
 """Seconds after which a call that waits looks whether the engine is still there."""
@@ -228,6 +229,7 @@ def generate(
         interrupted: Called before the prompts are aborted, where something else than an error ended the wait for them.
 
     Raises:
+        SpecError: vLLM refuses a prompt.
         EngineDiedError: The engine died on the way.
     """
     others = set(unfinished(llm))
@@ -236,10 +238,11 @@ def generate(
             if pools(llm):
                 queued()
                 options = {"use_tqdm": use_tqdm, "lora_request": lora_request}
-                outputs = llm.encode(prompts, pooling_params=params, pooling_task=_one_task(llm, params), **options)
+                with told_by_length(llm, prompts):
+                    outputs = llm.encode(prompts, pooling_params=params, pooling_task=_one_task(llm, params), **options)
             else:
-                with _first_step_first(llm):
-                    enqueue(llm, prompts, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
+                with _first_step_first(llm), _adding(llm, handed := Handed(prompts)):
+                    enqueue(llm, handed, params, chat, {"lora_request": lora_request, "use_tqdm": use_tqdm})
                 queued()
                 mine = set(unfinished(llm)) - others
                 read = functools.partial(tokens, _token_lists(llm, mine))
@@ -247,7 +250,7 @@ def generate(
                 with _outputs_watched(llm, mine, read, computed):
                     outputs = llm.wait_for_completion(use_tqdm=use_tqdm)
     except Exception as error:
-        if type(error).__name__ == "EngineDeadError":
+        if is_death(error):
             raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
         _abort(llm, others)
         raise
@@ -297,6 +300,20 @@ def watched(llm: Any) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+@contextmanager
+def _adding(llm: Any, prompts: Handed) -> Iterator[None]:
+    """Count prompts that an engine takes during the block, and name the one that it refuses."""
+    add_request = llm.llm_engine.add_request
+
+    def counted(*args: Any, **options: Any) -> Any:
+        request_id = add_request(*args, **options)
+        prompts.num_taken += 1
+        return request_id
+
+    with _replaced(llm.llm_engine, "add_request", counted), told_in(prompts):
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm_tap.errors import EngineDiedError
 from vllm_tap.vllm import frontend
+from vllm_tap.vllm.refused import is_death
 from vllm_tap.vllm.token_types import with_types
 
 
@@ -62,7 +63,7 @@ def step(llm: Any) -> list[Any]:
         with frontend.watched(llm):
             return [output for output in llm.llm_engine.step() if output.finished]
     except Exception as error:
-        if type(error).__name__ != "EngineDeadError":
+        if not is_death(error):
             raise
         raise EngineDiedError("the engine died while it generated. See its log, and start a new LLM.") from error
 

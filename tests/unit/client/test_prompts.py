@@ -68,6 +68,9 @@ def test_what_is_taken_as_prompts(given: Any, items: list[Any]) -> None:
         ((chat for chat in (CHAT, CHAT)), [CHAT, CHAT]),
         ([{"messages": CHAT, "label": 1}], [CHAT]),
         (tuple(CHAT), [tuple(CHAT)]),
+        ([{**CHAT[0], "content": None}], [[{**CHAT[0], "content": None}]]),
+        ([*CHAT, {"role": "assistant", "tool_calls": []}], [[*CHAT, {"role": "assistant", "tool_calls": []}]]),
+        ([*CHAT, {"role": "assistant", "reasoning": "a"}], [[*CHAT, {"role": "assistant", "reasoning": "a"}]]),
     ],
 )
 def test_what_is_taken_as_conversations(given: Any, items: list[Any]) -> None:
@@ -99,6 +102,12 @@ def test_what_is_taken_as_conversations(given: Any, items: list[Any]) -> None:
         ([{"prompt_token_ids": "bees"}], "prompt 0: prompt_token_ids is a str, expected whole numbers"),
         ([{"prompt_embeds": torch.zeros(2, 3)}], "rows are labelled by token ids"),
         ([{"messages": "bees"}], 'its "messages" are no list'),
+        ([CHAT, [*CHAT, {"role": "user"}]], r'prompt 1: message 1 \(user\) has no "content": vLLM would read an empty'),
+        (
+            [{"messages": [{"role": "user", "text": "bees"}]}],
+            """prompt 0: message 0 .* has no "content", but 'text':""",
+        ),
+        ([[*CHAT, {"role": "assistant", "name": "bee"}]], """prompt 0: message 1 .* has no "content", but 'name':"""),
         (Encoding(input_ids=[[0, 0]], attention_mask=[[0, 0]]), "no token that its attention_mask keeps"),
         (Encoding(input_ids=[[0.5]]), "expected whole numbers"),
         (Encoding(input_ids=[IDS], pixel_values=torch.zeros(1)), "has pixel_values beside its input_ids"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import re
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import vllm_tap
 from vllm_tap import Capture, LayerError, Spec, SpecError
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.frame.routing import Routing
+from vllm_tap.streams import NUMBERS
 
 NUM_LAYERS = 4
 WIDTHS = {"hidden_states": 8, "router_logits": 3, "expert_ids": 2}
@@ -95,6 +97,32 @@ def test_samples_without_rows_are_left_out_of_the_labels():
 
 
 # ---------------------------------------------------------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize("name", ["routed_experts", *NUMBERS])
+def test_streams_are_read_from_samples(name):
+    """By their own names: what an attribute that is not there says to read is there."""
+    result = captured(layers={**LAYERS, "expert_weights": [1, 3], "final_hidden_states": [3],
+                              "attention_output": [1], "mlp_output": [1]})  # fmt: skip
+    names = {"result": result, "sample": result[0], "layer": 1 if name != "hidden_states" else 0}
+    with pytest.raises(AttributeError, match=f"^{name} are of samples") as caught:
+        getattr(result, name)
+    for said in re.findall(r"(?<= )\.[a-z_]+(?:\[layer\])?(?= )", str(caught.value)):
+        assert len(eval(f"sample{said}", names)) == len(result[0])
+    (rows,) = re.findall(r"\.rows\(.*?\)", str(caught.value))
+    assert len(eval(f"result{rows}", names)) == result.num_rows
+    if name == "routed_experts":
+        with pytest.raises(AttributeError, match=r"interchange.replay\(sample\)") as caught:
+            result[0].routed_experts  # noqa: B018
+        for said in re.findall(r"sample\.\w+\[layer\]", str(caught.value)):
+            assert len(eval(said, names)) == len(result[0])
+
+
+def test_other_names_are_unknown():
+    """In Python's words."""
+    for owner in (captured(), captured()[0]):
+        with pytest.raises(AttributeError, match=f"'{type(owner).__name__}' object has no attribute 'bees'"):
+            owner.bees  # noqa: B018
 
 
 @pytest.mark.parametrize("stream", ["hidden_states", "router_logits", "expert_ids", "expert_weights", "embeddings",
@@ -244,6 +272,21 @@ def test_a_copy_of_a_sample_has_its_own_rows(copied):
             assert list(mine) == list(theirs)
             assert all(mine[layer].equal(theirs[layer]) for layer in theirs)
         assert again._capture.outputs == [result.outputs[slot[0]]]
+
+
+def doubled(sample: Any) -> Any:
+    """Compute something in another process."""
+    return sample, sample.hidden_states[2] * 2
+
+
+def test_samples_go_to_other_processes_and_come_back():
+    """As of a pool of workers, which send tensors in a way of torch's."""
+    samples = list(captured(Spec(hidden_states=[0, 2], positions="all"))._only(0, ["hidden_states"]))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        for sample, (again, twice) in zip(samples, pool.map(doubled, samples), strict=True):
+            assert again.token_ids.equal(sample.token_ids)
+            assert again.hidden_states[0].equal(sample.hidden_states[0])
+            assert twice.equal(sample.hidden_states[2] * 2)
 
 
 def test_a_copy_of_a_stream_has_no_other():

@@ -59,6 +59,13 @@ def test_what_is_sealed_is_not_captured_again(tmp_path: Path) -> None:
     assert engine.calls == []
 
 
+def test_a_prompt_that_is_refused_has_its_number_among_all(tmp_path: Path) -> None:
+    """Not that within its piece."""
+    with pytest.raises(SpecError, match=r"^prompt 11 of 3 is odd") as caught:
+        record(tmp_path, Engine(2, SpecError("prompt 1 of 3 is odd", sample=1)))
+    assert caught.value.sample == 11
+
+
 def test_prompts_are_read_piece_by_piece(tmp_path: Path) -> None:
     """An iterable of any length: no prompt of a later piece has been asked for when a piece is captured."""
     read = 0
