@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def require_pyarrow() -> None:
         raise DatasetError("the index of a dataset needs pyarrow: pip install 'vllm-tap[store]'.") from error
 
 
+@functools.cache
 def schema() -> pa.Schema:
     """Return the columns of an index."""
     import pyarrow as pa

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -257,7 +258,7 @@ class Sample:
         """Metadata that the user gave for this sample; empty without any."""
         return self._record.metadata
 
-    @property
+    @functools.cached_property
     def _record(self) -> IndexRow:
         return self._source.record(self.index, self.completion)
 
