@@ -36,7 +36,7 @@ def everything(dataset: Dataset) -> list[object]:
     found: list[object] = [len(dataset), dataset.num_rows, dataset.spec, dataset.layers, dataset.conventions]
     for sample in dataset.sequences():
         found += [sample.index, sample.completion, sample.positions.tolist(), sample.token_ids.tolist()]
-        found += [sample.prompt, sample.text, sample.metadata, sample.finish_reason]
+        found += [sample.prompt, sample.text, sample.metadata, sample.finish_reason, sample.weight_versions]
     for stream in LAYERS:
         for layer in dataset.layers.get(stream, ()):
             found.append(bits(dataset.rows(stream, layer)[:]))

@@ -249,6 +249,14 @@ class Sample:
         return self._record.finish_reason
 
     @property
+    def weight_versions(self) -> list[tuple[str, int, int]] | None:
+        """Weights that sampled the generated tokens, as vLLM labels them: (version, start, end) of each run of tokens.
+
+        None where vLLM does not report it, as before 0.32.
+        """
+        return self._record.weight_versions
+
+    @property
     def request_id(self) -> str:
         """Name of the request that its output gave."""
         return self._record.request_id
