@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from vllm_tap.errors import DatasetDamagedError, DatasetError
+from vllm_tap.store.checksum import crc32
 from vllm_tap.store.dtypes import Bytes
 from vllm_tap.store.manifest import FileFacts
 from vllm_tap.store.source import Labels, Texts
@@ -159,7 +159,7 @@ def decode(data: Bytes, file: FileFacts, num_sequences: int, path: str) -> pa.Ta
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if zlib.crc32(data.data) != file.crc32:
+    if crc32(data.data) != file.crc32:
         raise DatasetDamagedError(f"{path} has another checksum than its manifest states", path=path)
     try:
         parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
