@@ -194,9 +194,11 @@ REQUESTS ?= 2000
 fuzz-serve: $(VENV)/.dev  ## malformed requests for rows to a server: REQUESTS=2000 SEED=0
 	$(BIN)/python tests/fuzz_serve.py --count $(REQUESTS) --seed $(SEED)
 
-# Datasets against the disk of the folder for temporary files: FOLDER=/dev/shm for another one.
-bench-store: $(VENV)/.dev  ## datasets against the disk
-	$(BIN)/python -m vllm_tap.bench.store $(if $(FOLDER),--folder $(FOLDER))
+# Datasets against plain files, in the folder for temporary files and in memory. Takes 9 GB, and as much of memory as there.
+bench-store: $(VENV)/.dev  ## datasets against plain files on the disk and in memory
+	$(BIN)/python -m vllm_tap.bench.store --out bench/results/store-cpu.json
+	$(BIN)/python -m vllm_tap.bench.store --gib 1 --folder /dev/shm --out bench/results/store-memory-cpu.json
+	$(MAKE) bench-render
 
 bench: $(VENV)/.dev  ## the benchmark on this machine
 	$(BIN)/python -m vllm_tap.bench.handover

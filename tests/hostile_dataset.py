@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet  # noqa: F401 (before the memory is bounded)
+import pyarrow.parquet
 import torch
 
 from synthetic_rows import LAYERS, MODEL, SyntheticCapture, bits, prompts_of
@@ -36,7 +36,7 @@ def everything(dataset: Dataset) -> list[object]:
     found: list[object] = [len(dataset), dataset.num_rows, dataset.spec, dataset.layers, dataset.conventions]
     for sample in dataset.sequences():
         found += [sample.index, sample.completion, sample.positions.tolist(), sample.token_ids.tolist()]
-        found += [sample.prompt, sample.text, sample.metadata, sample.finish_reason]
+        found += [sample.prompt, sample.text, sample.metadata, sample.finish_reason, sample.weight_versions]
     for stream in LAYERS:
         for layer in dataset.layers.get(stream, ()):
             found.append(bits(dataset.rows(stream, layer)[:]))
@@ -192,6 +192,7 @@ class Hostile:
 def run(count: int, seed: int, root: Path) -> Counter[str]:
     """Make so many mutations; return what became of them."""
     torch.set_num_threads(1)
+    pyarrow.set_cpu_count(1)
     hostile = Hostile(root)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES, resource.RLIM_INFINITY))

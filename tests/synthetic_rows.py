@@ -43,9 +43,9 @@ def output_of(prompt: str, number: int, num_completions: int) -> Any:
     for index in range(num_completions):
         drawn = hashlib.shake_128(f"{prompt} {index}".encode()).digest(5)
         generated = [300 + byte for byte in drawn[: 1 + drawn[4] % 4]]
-        completions.append(
-            SimpleNamespace(index=index, token_ids=generated, text=f"<{generated}>", finish_reason="length")
-        )
+        spans = [SimpleNamespace(version=f"step {index}", start=0, end=len(generated))]
+        fields = {"text": f"<{generated}>", "finish_reason": "length", "weight_versions": spans}
+        completions.append(SimpleNamespace(index=index, token_ids=generated, **fields))
     return SimpleNamespace(request_id=str(number), prompt=prompt, prompt_token_ids=ids, outputs=completions)
 
 

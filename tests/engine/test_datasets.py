@@ -97,7 +97,10 @@ def test_a_saved_capture_is_the_capture(shelf, tmp_path):
             mine, theirs = dataset.sample(index, completion), result.sample(index, completion)
             assert mine.token_ids.equal(theirs.token_ids)
             assert mine.positions.equal(theirs.positions)
-            assert mine.text == result.outputs[index].outputs[completion].text
+            output = result.outputs[index].outputs[completion]
+            assert mine.text == output.text
+            spans = getattr(output, "weight_versions", None)
+            assert mine.weight_versions == (spans and [(span.version, span.start, span.end) for span in spans])
     for stream, layers in result.layers.items():
         for layer in layers:
             mine, theirs = dataset.rows(stream, layer)[:], result.rows(stream, layer)

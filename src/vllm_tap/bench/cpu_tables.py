@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,42 @@ def codecs(results_dir: Path) -> str:
     words = f"{size} of {Path(given['metadata']['model']).name}, medians of {results['repeats']}, one core."
     machine = cpu_machine(results, "lz4", "zstandard")
     return "\n\n".join([table(rows), words, origin((results, source, machine))])
+
+
+def store(results_dir: Path) -> str:
+    """Return the table of datasets against plain files, a column for each folder that was measured."""
+    read = [_read(results_dir, name) for name in ("store", "store-memory")]
+    rows = [["", *(results["folder"] for results, _ in read)]]
+    rows += [[label, *(words(results) for results, _ in read)] for label, words in STORE_ROWS.items()]
+    measured = [(results, source, cpu_machine(results, "numpy", "torch")) for results, source in read]
+    return table(rows) + "\n\n" + origin(*measured)
+
+
+def _rate(results: dict[str, Any], ours: str, theirs: str, ratio: str) -> str:
+    values = f"{three_digits(results[ours])} of {three_digits(results[theirs])}"
+    return f"{values} GB/s ({results[ratio]:.2f})"
+
+
+def _opening(results: dict[str, Any], kind: str) -> str:
+    if f"open_{kind}_ms" not in results:
+        return ""
+    return f"{duration(results[f'open_{kind}_ms'])}, {duration(results[f'first_row_{kind}_ms'])}"
+
+
+STORE_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "writing, of plain files in the same pieces": lambda found: _rate(
+        found, "write_gb_per_s", "plain_write_gb_per_s", "write_ratio"
+    ),
+    "open 20 GB in 75 parts, then the first row, pages in memory": lambda found: _opening(found, "warm"),
+    "the same, pages not in memory": lambda found: _opening(found, "cold"),
+    "single rows at random, of plain maps": lambda found: (
+        f"{found['rows_per_s']:.0f} of {found['plain_rows_per_s']:.0f} a second ({found['rows_ratio']:.2f})"
+    ),
+    "shuffled batches, of plain maps read in order": lambda found: _rate(
+        found, "shuffled_gb_per_s", "sequential_gb_per_s", "shuffled_ratio"
+    ),
+}
+"""Row of the table of datasets to its words."""
 
 
 def _read(results_dir: Path, name: str) -> tuple[dict[str, Any], Path]:

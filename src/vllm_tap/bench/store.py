@@ -15,21 +15,26 @@ import shutil
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import torch
 
-from vllm_tap.bench.machine import describe_machine
+from vllm_tap.bench.machine import describe_commit, describe_machine
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.spec import Spec
-from vllm_tap.store import writer
+from vllm_tap.store import index, manifest, shard, writer
 from vllm_tap.store.dataset import Dataset, open_dataset
 from vllm_tap.store.facts import facts_of
+from vllm_tap.store.manifest import FileFacts
+from vllm_tap.store.place import part_name
 from vllm_tap.store.places import place_of
+from vllm_tap.store.source import labels_of, texts_of
 
 WIDTH: Final = 4096
 LAYERS: Final = (8, 16, 24, 31)
@@ -37,6 +42,8 @@ ROW_BYTES: Final = 2 * WIDTH
 TOKENS: Final = 512
 PART_BYTES: Final = 1 << 28
 CHUNK_BYTES: Final = writer.CHUNK_BYTES
+LARGE_BYTES: Final = 20 * 10**9
+"""Size of the dataset that is opened; its parts are names of the files of one of them."""
 NUM_SINGLE: Final = 20_000
 BATCH: Final = 4096
 
@@ -104,14 +111,64 @@ def bench_write(root: Path, num_parts: int, source: Rows) -> tuple[dict[str, Any
     }, dataset
 
 
-def bench_open(path: str) -> dict[str, float]:
-    """Open a dataset and read a row, as one that has just been started does."""
+def make_large(root: Path, source: Rows) -> Path:
+    """Make a dataset of `LARGE_BYTES`: one part's shards, linked into all others, which have labels of their own."""
+    folder, count = root / "large", len(source.outputs)
+    place, facts = place_of(folder), facts_of(source, {"name": "random"}, "", {})
+    sealed = writer.write_part(place, source, facts)
+    first = folder / part_name(0)
+    for number in range(1, -(-LARGE_BYTES // sum(file.nbytes for file in sealed.files))):
+        draft = folder / part_name(number * count)
+        draft.mkdir()
+        labels = labels_of(source, number * count)
+        head = shard.label_header(len(labels.samples), len(labels.positions))
+        own = {
+            manifest.LABELS_NAME: head + b"".join(array.tobytes() for array in labels),
+            manifest.INDEX_NAME: index.encode(labels, texts_of(source, None)).tobytes(),
+        }
+        files = {file.name: file for file in sealed.files}
+        for name, data in own.items():
+            (draft / name).write_bytes(data)
+            files[name] = FileFacts(name=name, nbytes=len(data), crc32=zlib.crc32(data))
+        for name in files.keys() - own.keys():
+            os.link(first / name, draft / name)
+        stated = msgspec.structs.replace(sealed, first_sample=number * count, files=tuple(sorted(files.values())))
+        (draft / manifest.NAME).write_bytes(manifest.encode(stated))
+    return folder
 
-    def first() -> None:
-        open_dataset(path)[3].hidden_states[LAYERS[-1]][0].clone()
 
-    opened = seconds_of(lambda: open_dataset(path), 9)
-    return {"open_ms": 1e3 * opened, "open_and_first_row_ms": 1e3 * seconds_of(first, 9)}
+def forget_pages(folder: Path) -> None:
+    """Have the system let go of what it holds of the files of a dataset, as far as the disk has them."""
+    for path in folder.glob("*/*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def bench_open(folder: Path) -> dict[str, float]:
+    """Open a dataset and read a row, with its pages in memory and without; in one process, which has the modules."""
+    opened: dict[str, list[float]] = {}
+    kinds = ("warm",) if folder.is_relative_to("/dev/shm") else ("cold", "warm")
+    for _ in range(9):
+        for kind in kinds:
+            if kind == "cold":
+                forget_pages(folder)
+            begin = time.perf_counter()
+            dataset = open_dataset(folder)
+            middle = time.perf_counter()
+            dataset[len(dataset) // 2].hidden_states[LAYERS[-1]][0].clone()
+            end = time.perf_counter()
+            opened.setdefault(f"open_{kind}_ms", []).append(1e3 * (middle - begin))
+            opened.setdefault(f"first_row_{kind}_ms", []).append(1e3 * (end - middle))
+    return {name: statistics.median(values) for name, values in opened.items()}
+
+
+def map_plain(path: Path) -> torch.Tensor:
+    """Map a plain file of rows."""
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    return torch.from_numpy(data).view(torch.bfloat16).view(-1, WIDTH)
 
 
 def bench_rows(dataset: Dataset, plain: Path, num_parts: int) -> dict[str, float]:
@@ -119,11 +176,7 @@ def bench_rows(dataset: Dataset, plain: Path, num_parts: int) -> dict[str, float
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, dataset.num_rows, NUM_SINGLE).tolist()
     per_part = dataset.num_rows // num_parts
-    maps = []
-    for part in range(num_parts):
-        with open(plain / f"{part}.{LAYERS[0]}", "rb") as file:
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-        maps.append(torch.from_numpy(data).view(torch.bfloat16).view(-1, WIDTH))
+    maps = [map_plain(plain / f"{part}.{LAYERS[0]}") for part in range(num_parts)]
     rows, out = dataset.rows("hidden_states", LAYERS[0]), torch.empty(WIDTH, dtype=torch.bfloat16)
 
     def ours() -> None:
@@ -146,17 +199,28 @@ def bench_rows(dataset: Dataset, plain: Path, num_parts: int) -> dict[str, float
     return {**found, "gathered_rows_per_s": NUM_SINGLE / seconds_of(gathered, 5)}
 
 
-def bench_epoch(dataset: Dataset) -> dict[str, float]:
-    """Read one layer in shuffled batches, and in the rows' own order."""
+def bench_epoch(dataset: Dataset, plain: Path, num_parts: int) -> dict[str, float]:
+    """Read one layer in shuffled batches, and plain files in order: each batch a copy."""
     nbytes = dataset.num_rows * ROW_BYTES
-    taken: dict[str, float] = {}
-    for name, seed in (("sequential", None), ("shuffled", 0), ("sequential", None), ("shuffled", 1)):
-        batches = dataset.batches("hidden_states", LAYERS[1], batch_size=BATCH, seed=seed)
-        taken[name] = seconds_of(lambda batches=batches: [None for _ in batches])  # type: ignore[misc]
+    maps = [map_plain(plain / f"{part}.{LAYERS[1]}") for part in range(num_parts)]
+
+    def shuffled(seed: int) -> None:
+        for _ in dataset.batches("hidden_states", LAYERS[1], batch_size=BATCH, seed=seed):
+            pass
+
+    def sequential() -> None:
+        for rows in maps:
+            for batch in rows.split(BATCH):
+                batch.clone()
+
+    pairs = []
+    for seed in range(4):
+        pairs.append((seconds_of(functools.partial(shuffled, seed)), seconds_of(sequential)))
+    ours, theirs = zip(*pairs[1:], strict=True)  # the first ones meet the pages
     return {
-        "sequential_gb_per_s": nbytes / taken["sequential"] / 1e9,
-        "shuffled_gb_per_s": nbytes / taken["shuffled"] / 1e9,
-        "shuffled_ratio": taken["sequential"] / taken["shuffled"],
+        "sequential_gb_per_s": nbytes / statistics.median(theirs) / 1e9,
+        "shuffled_gb_per_s": nbytes / statistics.median(ours) / 1e9,
+        "shuffled_ratio": statistics.median(their / our for our, their in pairs[1:]),
     }
 
 
@@ -165,12 +229,15 @@ def run(gib: float, root: Path) -> dict[str, Any]:
     source = Rows(PART_BYTES // (TOKENS * ROW_BYTES * len(LAYERS)))
     num_parts = max(int(gib * 2**30) // PART_BYTES, 2)
     written, dataset = bench_write(root, num_parts, source)
+    large = make_large(root, source)
     return {
         **written,
         "parts": num_parts,
-        **bench_open(dataset.path),
+        "large_gigabytes": sum(path.stat().st_size for path in large.glob("*/*")) / 1e9,
+        "large_parts": len(list(large.iterdir())) - 1,
+        **bench_open(large),
         **bench_rows(dataset, root / "plain", num_parts),
-        **bench_epoch(dataset),
+        **bench_epoch(dataset, root / "plain", num_parts),
     }
 
 
@@ -188,7 +255,15 @@ def main() -> None:
     finally:
         shutil.rmtree(root)
     command = f"python -m vllm_tap.bench.store --gib {options.gib:g}"
-    results = {"benchmark": "store", "command": command, "machine": describe_machine(), **found}
+    command += f" --folder {options.folder}" if options.folder else ""
+    results = {
+        "benchmark": "store",
+        "command": command,
+        "commit": describe_commit(),
+        "machine": describe_machine(),
+        "folder": str(options.folder or tempfile.gettempdir()),
+        **found,
+    }
     print(json.dumps(results, indent=2))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,18 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "view",
         help="write a page that shows samples of a dataset",
-        description="Write one page of HTML, which needs no network: pick a sample, point at a token, see norms and "
-        "experts by layer.",
+        description="Write one page of HTML, which needs no network: pick a sample, point at a token, see norms, "
+        "experts and a logit lens by layer.",
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, or a URL that fsspec knows")
     parser.add_argument("--to", type=Path, default=Path("view.html"), metavar="FILE", help="default: view.html")
     parser.add_argument("--samples", type=arguments.positive, default=16, metavar="N", help="the first N (default 16)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for the text of tokens; else ids are shown")
+    parser.add_argument(
+        "--lens",
+        metavar="MODEL",
+        help="folder of the model: what each layer would say next, and the text of tokens; transformers loads it",
+    )
     parser.set_defaults(run=run)
 
 
@@ -30,10 +35,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from vllm_tap.store.dataset import open_dataset
     from vllm_tap.viz import page
+    from vllm_tap.viz.lens import lens_of
 
     dataset = open_dataset(options.dataset)
-    text_of = _texts(options.tokenizer) if options.tokenizer else None
-    page.write(page.page(dataset, range(min(options.samples, len(dataset))), text_of), options.to)
+    tokenizer = options.tokenizer or options.lens
+    text_of = _texts(tokenizer) if tokenizer else None
+    lens = lens_of(options.lens) if options.lens else None
+    page.write(page.page(dataset, range(min(options.samples, len(dataset))), text_of, lens), options.to)
     print(options.to)
     return 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from vllm_tap.errors import DatasetDamagedError, DatasetError
+from vllm_tap.store.checksum import crc32
 from vllm_tap.store.dtypes import Bytes
 from vllm_tap.store.manifest import FileFacts
 from vllm_tap.store.source import Labels, Texts
@@ -28,6 +31,7 @@ def require_pyarrow() -> None:
         raise DatasetError("the index of a dataset needs pyarrow: pip install 'vllm-tap[store]'.") from error
 
 
+@functools.cache
 def schema() -> pa.Schema:
     """Return the columns of an index."""
     import pyarrow as pa
@@ -44,6 +48,7 @@ def schema() -> pa.Schema:
             pa.field("text", pa.string()),
             pa.field("finish_reason", pa.string()),
             pa.field("metadata", pa.string()),
+            pa.field("weight_versions", pa.string()),
             pa.field("positions", ids, nullable=False),
             pa.field("token_ids", ids, nullable=False),
             pa.field("prompt_token_ids", ids, nullable=False),
@@ -64,6 +69,7 @@ class IndexRow(NamedTuple):
     text: str | None
     finish_reason: str | None
     metadata: dict[str, Any]
+    weight_versions: list[tuple[str, int, int]] | None
     positions: list[int]
     token_ids: list[int]
     prompt_token_ids: list[int]
@@ -74,14 +80,25 @@ def rows_of(table: pa.Table) -> list[IndexRow]:
     """Return the rows of an index.
 
     Raises:
-        DatasetDamagedError: A text is not UTF-8, or metadata are no JSON object.
+        DatasetDamagedError: A text is not UTF-8, or what is to be JSON is not.
     """
     import pyarrow as pa
 
     try:
-        return [IndexRow(**{**row, "metadata": _metadata(row["metadata"])}) for row in table.to_pylist()]
+        return [_row(row) for row in table.to_pylist()]
     except (pa.ArrowException, ValueError, RecursionError) as error:
         raise DatasetDamagedError(f"a row of an index cannot be read: {error}") from error
+
+
+def _row(row: dict[str, Any]) -> IndexRow:
+    read = {"metadata": _metadata(row["metadata"]), "weight_versions": _weight_versions(row["weight_versions"])}
+    return IndexRow(**{**row, **read})
+
+
+def _weight_versions(text: str | None) -> list[tuple[str, int, int]] | None:
+    if text is None:
+        return None
+    return msgspec.json.decode(text, type=list[tuple[str, int, int]])
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
@@ -112,6 +129,7 @@ def encode(labels: Labels, texts: Sequence[Texts]) -> Bytes:
         "positions": lists(labels.positions),
         "token_ids": lists(labels.token_ids),
         "metadata": [_json(one) for one in texts],
+        "weight_versions": [None if one.weight_versions is None else json.dumps(one.weight_versions) for one in texts],
     }
     for name in Texts._fields:
         columns.setdefault(name, [getattr(one, name) for one in texts])
@@ -141,7 +159,7 @@ def decode(data: Bytes, file: FileFacts, num_sequences: int, path: str) -> pa.Ta
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if zlib.crc32(data.data) != file.crc32:
+    if crc32(data.data) != file.crc32:
         raise DatasetDamagedError(f"{path} has another checksum than its manifest states", path=path)
     try:
         parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))

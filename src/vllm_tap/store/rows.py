@@ -49,18 +49,24 @@ class Rows:
         Cost:
             No copy for a row or a slice of one part; else one gather.
         """
-        if isinstance(key, slice):
+        if isinstance(key, int):  # the usual case, on a short way
+            number = key
+        elif isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             return self._slice(start, stop) if step == 1 else self.take(np.arange(start, stop, step))
-        try:
-            number = operator.index(key)
-        except TypeError:
-            return self.take(key)
-        number = number + self.shape[0] if number < 0 else number
-        if not 0 <= number < self.shape[0]:
-            raise IndexError(f"row {key} of {len(self)}")
+        else:
+            try:
+                number = operator.index(key)
+            except TypeError:
+                return self.take(key)
+        size = self._starts[-1]
+        if number < 0:
+            number += size
+        if not 0 <= number < size:
+            raise IndexError(f"row {key} of {size}")
         part = bisect_right(self._starts, number) - 1
-        row: torch.Tensor = self._tensor(part)[number - self._starts[part]]
+        tensor = self._tensors[part]
+        row: torch.Tensor = (self._tensor(part) if tensor is None else tensor)[number - self._starts[part]]
         return row
 
     def _tensor(self, part: int) -> Any:

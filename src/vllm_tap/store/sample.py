@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -254,6 +255,14 @@ class Sample:
         return self._record.finish_reason
 
     @property
+    def weight_versions(self) -> list[tuple[str, int, int]] | None:
+        """Weights that sampled the generated tokens, as vLLM labels them: (version, start, end) of each run of tokens.
+
+        None where vLLM does not report it, as before 0.32.
+        """
+        return self._record.weight_versions
+
+    @property
     def request_id(self) -> str:
         """Name of the request that its output gave."""
         return self._record.request_id
@@ -263,7 +272,7 @@ class Sample:
         """Metadata that the user gave for this sample; empty without any."""
         return self._record.metadata
 
-    @property
+    @functools.cached_property
     def _record(self) -> IndexRow:
         return self._source.record(self.index, self.completion)
 

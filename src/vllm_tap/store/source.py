@@ -66,6 +66,7 @@ class Texts(NamedTuple):
     generated_token_ids: list[int]
     finish_reason: str | None
     metadata: Mapping[str, Any] | None
+    weight_versions: list[tuple[str, int, int]] | None
 
 
 def labels_of(source: RowSource, first_sample: int) -> Labels:
@@ -114,7 +115,13 @@ def _texts(source: RowSource, key: tuple[int, int], metadata: Sequence[Mapping[s
         generated_token_ids=list(getattr(completion, "token_ids", ())),
         finish_reason=getattr(completion, "finish_reason", None),
         metadata=metadata[sample] if metadata is not None else None,
+        weight_versions=_weight_versions(completion),
     )
+
+
+def _weight_versions(completion: Any) -> list[tuple[str, int, int]] | None:
+    spans = getattr(completion, "weight_versions", None)
+    return None if spans is None else [(span.version, span.start, span.end) for span in spans]
 
 
 def _prompt_ids(source: RowSource, sample: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from vllm_tap.errors import DatasetDamagedError, DatasetError
 from vllm_tap.store import facts as facts_file
 from vllm_tap.store import manifest
+from vllm_tap.store.checksum import crc32
 from vllm_tap.store.part import Part
 from vllm_tap.store.place import Place, part_name
 from vllm_tap.store.places import place_of
@@ -100,7 +100,7 @@ def _checksum(place: Place, name: str, nbytes: int, on_bytes: Callable[[int], No
     total = 0
     for start in range(0, nbytes, CHUNK_BYTES):
         stop = min(start + CHUNK_BYTES, nbytes)
-        total = zlib.crc32(place.bytes(name, start, stop).data, total)
+        total = crc32(place.bytes(name, start, stop).data, total)
         on_bytes(stop - start)
     return total
 

@@ -7,7 +7,6 @@ The seam for writers that never see rows (workers that write from their own memo
 from __future__ import annotations
 
 import datetime
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, Final
 from vllm_tap.errors import DatasetError
 from vllm_tap.store import facts as facts_file
 from vllm_tap.store import index, manifest, shard
+from vllm_tap.store.checksum import crc32
 from vllm_tap.store.dtypes import Bytes, bytes_of
 from vllm_tap.store.facts import Facts
 from vllm_tap.store.manifest import FileFacts, Manifest
@@ -122,7 +122,7 @@ class _Files:
         """Write a file: a header, and chunks of so many bytes in all."""
         sink = self._draft.create(name, len(head) + nbytes)
         try:
-            checksum = self._adder.submit(zlib.crc32, head)
+            checksum = self._adder.submit(crc32, head)
             sink.write(head)
             for chunk in chunks:
                 if self._is_stopped():
@@ -145,7 +145,7 @@ class _Files:
 
 def _continued(chunk: Bytes, before: Future[int]) -> int:
     # What comes before has been summed: the pool has one thread, and takes things in order.
-    return zlib.crc32(chunk.data, before.result())
+    return crc32(chunk.data, before.result())
 
 
 def _closed(sink: Sink, checksum: Future[int]) -> int:

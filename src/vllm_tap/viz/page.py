@@ -11,19 +11,23 @@ from typing import Any, Final
 import numpy as np
 
 from vllm_tap.errors import SpecError
+from vllm_tap.viz.lens import Guess, Lens
 
 TEMPLATE: Final = Path(__file__).with_name("page.html")
 MOST_ROWS: Final = 2048
 """Rows of a sample that are shown: its first ones."""
 
 
-def page(dataset: Any, samples: Sequence[int], text_of: Callable[[int], str] | None = None) -> str:
+def page(
+    dataset: Any, samples: Sequence[int], text_of: Callable[[int], str] | None = None, lens: Lens | None = None
+) -> str:
     """Return the page.
 
     Args:
         dataset: A `Dataset`.
         samples: Samples to show.
         text_of: Text of a token id; without it, ids are shown.
+        lens: Guesses at the next token, such as `lens_of(model)`; without it, none are shown.
 
     Raises:
         SpecError: There is nothing to show.
@@ -32,7 +36,7 @@ def page(dataset: Any, samples: Sequence[int], text_of: Callable[[int], str] | N
         raise SpecError("a page needs a sample to show.")
     shown = {
         "model": dataset.facts.model.get("name", ""),
-        "samples": [_sample(dataset, number, text_of) for number in samples],
+        "samples": [_sample(dataset, number, text_of, lens) for number in samples],
     }
     # Inside a script, no tag may end it: "</" is written so that JSON reads the same.
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
@@ -40,7 +44,7 @@ def page(dataset: Any, samples: Sequence[int], text_of: Callable[[int], str] | N
     return TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", title).replace("{{data}}", data)
 
 
-def _sample(dataset: Any, number: int, text_of: Callable[[int], str] | None) -> dict[str, Any]:
+def _sample(dataset: Any, number: int, text_of: Callable[[int], str] | None, lens: Lens | None) -> dict[str, Any]:
     sample = dataset.sample(number)
     ids = dataset.label("token_ids", sample.start, sample.stop)[:MOST_ROWS].tolist()
     positions = dataset.label("positions", sample.start, sample.stop)[:MOST_ROWS].tolist()
@@ -59,11 +63,21 @@ def _sample(dataset: Any, number: int, text_of: Callable[[int], str] | None) -> 
         layers = dataset.layers["hidden_states"]
         rows = [sample.hidden_states.numpy(layer)[:MOST_ROWS].astype(np.float64) for layer in layers]
         found["norms"] = {"layers": layers, "values": [_rounded(np.linalg.norm(one, axis=1)) for one in rows]}
+        if lens is not None:
+            found["lens"] = {"layers": layers, **_guesses([lens(one.astype(np.float32)) for one in rows], text_of)}
     if "expert_ids" in dataset.layers:
         layers = dataset.layers["expert_ids"]
         chosen = [sample.expert_ids.numpy(layer)[:MOST_ROWS].tolist() for layer in layers]
         found["experts"] = {"layers": layers, "values": chosen}
     return found
+
+
+def _guesses(guesses: Sequence[Guess], text_of: Callable[[int], str] | None) -> dict[str, Any]:
+    """Return guesses layer by layer: numbers of words, the words, and shares."""
+    numbers: dict[int, int] = {}
+    tokens = [[numbers.setdefault(token, len(numbers)) for token in one.token_ids.tolist()] for one in guesses]
+    words = [text_of(token) if text_of else str(token) for token in numbers]
+    return {"words": words, "tokens": tokens, "shares": [_rounded(one.shares) for one in guesses]}
 
 
 def _rounded(values: Any) -> list[float | None]:

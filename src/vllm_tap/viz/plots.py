@@ -34,7 +34,7 @@ def _figure(title: str) -> tuple[Any, Any]:
 
 def _layer_ticks(axis: Any, layers: list[int]) -> None:
     """Name rows of a picture by their layers, as many as can be read."""
-    step = max(len(layers) // 16, 1)
+    step = -(-len(layers) // 16)
     axis.set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
 
 
@@ -45,7 +45,10 @@ def norms(dataset: Any, **_: Any) -> Any:
     shown = axes.imshow(values, aspect="auto", origin="lower", cmap=SEQUENTIAL, norm="log", interpolation="nearest")
     _layer_ticks(axes.yaxis, layers)
     axes.set(xlabel="position", ylabel="layer")
-    figure.colorbar(shown, ax=axes, label="norm", format="{x:g}").minorformatter = "{x:g}"
+    from matplotlib.ticker import LogLocator
+
+    bar = figure.colorbar(shown, ax=axes, label="norm", format="{x:g}", ticks=LogLocator(subs=(1, 2, 5)))
+    bar.minorticks_off()  # their numbers would lie upon one another
     return figure
 
 

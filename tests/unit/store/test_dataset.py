@@ -121,6 +121,7 @@ def test_the_index_answers_queries(tmp_path: Path) -> None:
     assert table["prompt"] == prompts
     assert list(zip(table["row_start"], table["row_stop"], strict=True)) == [(s.start, s.stop) for s in dataset]
     assert table["token_ids"] == [sample.token_ids.tolist() for sample in dataset]
+    assert dataset[3].weight_versions == [("step 0", 0, len(dataset[3].generated_token_ids))]
     odd = dataset.where(lambda row: row.metadata["label"] == 1)
     assert odd == [dataset[n] for n in range(1, 12, 2)]
 
