@@ -7,7 +7,7 @@ order.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,17 @@ from vllm_tap.spec import Choice
 # million rows was 5.1e-6; twice that is allowed, and more on a GPU. A row of another token or layer is off by about the
 # scale.
 
+REDUCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda rows: rows,
+    "last": lambda rows: rows[-1:],
+    "mean": lambda rows: rows.mean(0, keepdim=True),
+    "max": lambda rows: rows.amax(0, keepdim=True),
+    "sum": lambda rows: rows.sum(0, keepdim=True),
+}
+
+ROUNDING = {None: 0.0, "float32": 0.0, "float16": 2.0**-11}
+"""Relative error of a dtype that rows are asked for in."""
+
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the reference runs at once."""
 
@@ -35,6 +46,30 @@ class Completion(NamedTuple):
     number: int
     prompt_len: int
     token_ids: list[int]
+
+
+class Joined:
+    """Blocks of one sequence that came one by one, put together.
+
+    Attributes:
+        spec: What they were asked for by.
+        positions: Of all rows, tensor [R].
+        token_ids: The same.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._blocks, self.spec = blocks, blocks[0].spec
+        self.positions = torch.cat([block.positions for block in blocks])
+        self.token_ids = torch.cat([block.token_ids for block in blocks])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getattr__(self, stream: str) -> Any:
+        parts = [getattr(block, stream) for block in self._blocks]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
 
 class Verdict(NamedTuple):
@@ -98,39 +133,49 @@ class Shadow:
 
     def check(self, result: Any) -> int:
         """Check all rows of a capture; return how many there are."""
+        every = completions(result.outputs)
+        return self.check_samples([(each, result.sample(each.sample, each.number)) for each in every])
+
+    def check_samples(self, samples: Sequence[tuple[Completion, Any]]) -> int:
+        """Check all rows of some sequences; return how many there are."""
         before = self.num_rows
-        for batch in _batches(completions(result.outputs)):
-            references = self._reference.run_batch([completion.token_ids for completion in batch])
-            for completion, reference in zip(batch, references, strict=True):
-                verdict = compare(result, completion, reference)
+        for batch in _batches(samples):
+            references = self._reference.run_batch([completion.token_ids for completion, _ in batch])
+            for (completion, rows), reference in zip(batch, references, strict=True):
+                verdict = compare(rows, completion, reference)
                 self.num_rows += verdict.num_rows
                 self.num_wrong += verdict.num_wrong
                 self.error = max(self.error, verdict.error)
+                if verdict.num_wrong:
+                    print(f"WRONG: {verdict} of {completion} by {rows.spec}", flush=True)
         return self.num_rows - before
 
 
-def compare(result: Any, completion: Completion, reference: Reference) -> Verdict:
+def compare(rows: Any, completion: Completion, reference: Reference) -> Verdict:
     """Compare the rows of one sequence, all streams and layers, with the reference."""
-    at = wanted(result.spec.positions, completion.prompt_len, completion.token_ids)
-    rows = result.sample(completion.sample, completion.number)
+    spec = rows.spec
+    chosen = wanted(spec.positions, completion.prompt_len, completion.token_ids)
+    at = chosen if spec.reduce is None else chosen[-1:]
     labels = [[p, completion.token_ids[p]] for p in at]
     if torch.stack([rows.positions, rows.token_ids], 1).tolist() != labels or len(rows) != len(at):
-        return Verdict(len(at), max(len(at), len(rows)), 0.0)
+        return Verdict(len(at), max(len(at), len(rows), 1), 0.0)
     if not at:
         return Verdict(0, 0, 0.0)
     errors = torch.zeros(len(at))
-    for actual, expected in _pairs(result.spec, rows, reference):
-        if actual.shape != (len(at), expected.shape[1]):
+    for actual, whole in _pairs(spec, rows, reference):
+        expected = REDUCTIONS[spec.reduce](whole[chosen].double())
+        if actual.shape != expected.shape or str(actual.dtype) != f"torch.{spec.dtype or 'float32'}":
             return Verdict(len(at), max(len(at), len(actual)), 0.0)
-        # The scale is that of the whole sequence: a single row may be small. NaN is above every tolerance.
-        scale = expected.square().mean().sqrt()
-        errors = torch.maximum(errors, (actual - expected[at]).abs().amax(1).nan_to_num(torch.inf) / scale)
+        # The scale is that of the whole sequence: a single row may be small. A sum is as far off as all its rows are.
+        scale = whole.square().mean().sqrt() * (len(chosen) if spec.reduce == "sum" else 1)
+        off = (actual.double() - expected).abs() - ROUNDING[spec.dtype] * expected.abs()
+        errors = torch.maximum(errors, off.amax(1).nan_to_num(torch.inf).float() / scale)  # NaN is above all tolerances
     good = errors <= TOLERANCE
     return Verdict(len(at), int((~good).sum()), float(errors[good].max()) if good.any() else 0.0)
 
 
 def _pairs(spec: Any, rows: Any, reference: Reference) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (captured, expected) for each stream and layer that was asked for."""
+    """Yield (captured, all rows of the sequence) for each stream and layer that was asked for."""
     num_layers = len(reference.hidden_states)
     for stream in ("hidden_states", "attention_output", "mlp_output"):
         chosen = getattr(spec, stream) or ()
@@ -142,13 +187,13 @@ def _pairs(spec: Any, rows: Any, reference: Reference) -> Iterator[tuple[Tensor,
         yield rows.final_hidden_states, reference.final_normed
 
 
-def _batches(every: list[Completion]) -> Iterator[list[Completion]]:
+def _batches(every: Sequence[tuple[Completion, Any]]) -> Iterator[list[tuple[Completion, Any]]]:
     """Put sequences of like length together, so that little is padded."""
-    batch: list[Completion] = []
-    for completion in sorted(every, key=lambda completion: len(completion.token_ids)):
+    batch: list[tuple[Completion, Any]] = []
+    for completion, rows in sorted(every, key=lambda each: len(each[0].token_ids)):
         if (len(batch) + 1) * len(completion.token_ids) > BATCH_TOKENS and batch:
             yield batch
             batch = []
-        batch.append(completion)
+        batch.append((completion, rows))
     if batch:
         yield batch

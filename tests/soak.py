@@ -2,9 +2,11 @@
 """Random traffic over every scheduling state, with a shadow check of every row: python tests/soak.py --rows 100000.
 
 A tiny Llama runs in small engines that preempt, chunk prompts, hit the prefix cache and reject drafts; requests are
-captured or plain, aborted at random, and finished in every way. Every captured row is compared with a Hugging Face
-forward pass of its final sequence (`shadow`). The last lines say what was met. The exit status is 1 if a row was wrong,
-lost or doubled, if memory was not given back, if nothing happened for minutes, or if a state was met too seldom.
+captured or plain, aborted at random, and finished in every way. Several captures of several clients overlap, whose
+samples have Specs of their own: streams, layers, positions, reductions and dtypes; some are read as streams. Every
+captured row is compared with a Hugging Face forward pass of its final sequence (`shadow`). The last lines say what was
+met. The exit status is 1 if a row was wrong, lost or doubled, if memory was not given back, if nothing happened for
+minutes, or if a state was met too seldom.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import device
+from draws import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN
 from runners import asynchronous_scheduling, simulated_environment, v2_environment
-from traffic import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN, Traffic
+from traffic import Traffic
 
 RELEASE_S = 20
 
@@ -71,7 +74,20 @@ METRICS = {
     "drafts": "vllm:spec_decode_num_draft_tokens",
     "accepted drafts": "vllm:spec_decode_num_accepted_tokens",
 }
-FEWEST = {"preemptions": 50, "chunk splits": 500, "prefix hits avoided": 100, "rejected drafts": 100, "aborts": 50}
+FEWEST = {
+    "preemptions": 50,
+    "chunk splits": 500,
+    "prefix hits avoided": 100,
+    "rejected drafts": 100,
+    "aborts": 50,
+    "captures beside others": 50,
+    "captures of other clients": 50,
+    "captures with a Spec for each sample": 50,
+    "samples of one row": 500,
+    "samples by an expression": 500,
+    "streams of samples": 10,
+    "streams of rows": 10,
+}
 """How often each state must be met in a million rows."""
 
 WRONG = ("mismatches", "captures failed", "prefix hits too long", "bytes not given back")

@@ -1,58 +1,63 @@
-"""Random requests in every scheduling state, captured and plain ones mixed; runs in the test process, beside an engine.
+"""Random requests in every scheduling state, captured by several clients and plain, beside an engine; test process.
 
-A round is one capture. Plain requests, and captured ones of captures that were stopped, live on into the next round, as
-do the rows of the last capture: they are checked when the memory of later ones could have overwritten them.
+A round has some captures that overlap, or a stream. Plain requests, and captured ones of captures that were stopped,
+live on into the next round, as do the rows of the last captures: they are checked when the memory of later ones could
+have overwritten them.
 """
 
 from __future__ import annotations
 
 import collections
 import faulthandler
-import random
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shadow import Shadow
-from vllm_tap import Positions, Recording, Spec
+from draws import BLOCK_SIZE, EVERYTHING, MAX_MODEL_LEN, Draws
+from shadow import Completion, Joined, Shadow, completions
+from vllm_tap import Recording, Spec, Tap
+from vllm_tap.client.connection import Connection, connect
 from vllm_tap.errors import TapError
 from vllm_tap.spec import begin_of
-
-MAX_MODEL_LEN = 384
-BLOCK_SIZE = 32
-NUM_LAYERS = 4
-EVERYTHING = Spec(hidden_states="all", attention_output="all", mlp_output="all")
-FIRST_ID, LAST_ID = 3, 250
-"""Prompts are made of these tokens, none of them special."""
-
-LENGTHS = (1, 2, 7, 31, 32, 33, 64, 120, 200)
-LIMITS = {"v1": (1, 2, 9, 40, 90), "v2": (1, 2, 9, 40)}
-"""Values of max_tokens by runner. An interpreted step of the V2 runner takes a tenth of a second for each of its
-requests, so there most rows are those of prompts."""
 
 HANG_S = 300
 """An engine that gives no outputs for so long ends the process, with a traceback."""
 
+MOST_CLIENTS = 3
+"""Beside the engine's own."""
+
+LATEST_START = 60
+"""Steps after which the last capture of a round has begun."""
+
 
 @dataclass
 class Request:
-    """A request that the engine has and that has not finished; `sample` is its place in the capture, or None."""
+    """A request that the engine has and that has not finished; `capture` is None for a plain one."""
 
     prompt: list[int]
     params: Any
-    sample: int | None = None
+    capture: UnderWay | None = None
+    sample: int = 0
     twin: str | None = None
 
 
 @dataclass
-class Round:
-    """A capture under way."""
+class UnderWay:
+    """A capture under way: requests that have not been added, and names of those that have and are not finished."""
 
     recording: Recording
-    spec: Spec
+    client: Any
     outputs: list[Any] = field(default_factory=list)
+    waiting: list[tuple[str, Request]] = field(default_factory=list)
     open: set[str] = field(default_factory=set)
+    steps_left: int | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """True if all requests have finished."""
+        return not self.waiting and not self.open
 
 
 class Traffic:
@@ -62,159 +67,130 @@ class Traffic:
         self, llm: Any, shadow: Shadow, tokens_per_step: int, requests: int, limits: Sequence[int], seed: int
     ) -> None:
         self.engine, self.llm, self.shadow = llm.llm_engine, llm, shadow
-        self.tokens_per_step, self.requests, self.limits = tokens_per_step, requests, limits
-        self.random = random.Random(seed)
+        self.tokens_per_step, self.requests = tokens_per_step, requests
+        self.draws = Draws(seed, limits)
         self.met: collections.Counter[str] = collections.Counter()
         self.seconds: collections.Counter[str] = collections.Counter()
-        self.prefix = self.tokens(3 * BLOCK_SIZE)
         self.alive: dict[str, Request] = {}
         self.cached: dict[str, int] = {}
-        self.unchecked: Any = None
+        self.clients: list[Connection] = []
+        self.unchecked: list[Any] = []
         self.number = 0
 
-    def tokens(self, length: int) -> list[int]:
-        """Return random tokens."""
-        return [self.random.randint(FIRST_ID, LAST_ID) for _ in range(length)]
-
-    def chance(self, share: float) -> bool:
-        """Return True in this share of calls."""
-        return self.random.random() < share
-
-    # ------------------------------------------------------------------------------------------------- what is asked
-
-    def prompt(self) -> list[int]:
-        """Return a prompt: repeated ones draw drafts, shared beginnings prefix hits, long ones are cut into chunks."""
-        kind, length = self.random.random(), self.random.choice(LENGTHS)
-        if kind < 0.02:
-            return self.tokens(MAX_MODEL_LEN - 1)
-        if kind < 0.3:
-            return self.prefix + self.tokens(length)
-        if kind < 0.6:
-            unit = self.tokens(max(2, length // 6))
-            return (unit * length)[:length]
-        return self.tokens(length)
-
-    def params(self, prompt: list[int]) -> Any:
-        """Return sampling parameters that end in one of several ways."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        greedy = self.chance(0.7)
-        by_text = self.chance(0.1)
-        return SamplingParams(
-            n=1 if greedy or self.chance(0.8) else self.random.randint(2, 3),
-            max_tokens=min(MAX_MODEL_LEN - len(prompt), self.random.choice(self.limits)),
-            temperature=0.0 if greedy else 0.7,
-            ignore_eos=self.chance(0.5),
-            stop_token_ids=self.random.sample(range(512), 4),
-            stop=[chr(self.random.randrange(97, 123)) for _ in range(3)] if by_text else None,
-            detokenize=by_text,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
-    def spec(self) -> Spec:
-        """Return what a capture asks for: mostly everything, else some streams, layers and positions."""
-        if self.chance(0.6):
-            return EVERYTHING
-        layers = self.random.choice(["all", [0], [-1], sorted(self.random.sample(range(NUM_LAYERS), 2))])
-        some = sorted({self.random.randint(-40, 40) for _ in range(5)})
-        return Spec(
-            hidden_states=layers,
-            attention_output=self.random.choice([None, "all", [1]]),
-            mlp_output=self.random.choice([None, "all", [-1]]),
-            embeddings=self.chance(0.5),
-            final_hidden_states=self.chance(0.5),
-            positions=self.random.choice(
-                ["all", "all", "prompt", "generated", "last", "last_generated", some, self.expression()]
-            ),
-            missing="skip",
-        )
-
-    def expression(self) -> Positions:
-        """Return some positions of both parts, but those of some tokens."""
-        start = self.random.choice((None, self.random.randint(-40, 40)))
-        generated = Positions.generated(self.random.choice((None, 1, -9)), None, self.random.randint(1, 5))
-        return (Positions.prompt(start, None, self.random.randint(1, 7)) | generated) - Positions.tokens(self.tokens(9))
-
-    # ------------------------------------------------------------------------------------------------------ one round
-
     def round(self) -> None:
-        """Run one capture over random traffic, and check the one before it."""
+        """Run some captures, or a stream, over random traffic, and check those before."""
         begin = time.monotonic()
-        transport = "inline" if self.chance(0.1) else "auto"
-        spec = self.spec()
-        current = Round(Recording(self.llm, spec, transport=transport), spec)
-        waiting = self.ask(current)
-        stop_after = self.random.randrange(40) if self.chance(0.04) else None
-        burst = self.random.choice((1, 4, self.requests))
-        num_steps = 0
-        while (waiting or current.open) and num_steps != stop_after:
-            for request in (waiting.pop() for _ in range(min(len(waiting), self.random.randint(0, burst)))):
-                self.add(current, *request)
-            self.step(current)
-            num_steps += 1
-        generated = time.monotonic()
-        result = self.end(current, stopped=num_steps == stop_after)
-        finished = time.monotonic()
+        ended = self.stream() if self.draws.chance(0.1) else self.overlap()
+        middle = time.monotonic()
         self.check_last()
-        self.unchecked = result
+        self.unchecked = ended
+        self.seconds.update(generate=middle - begin, check=time.monotonic() - middle)
+
+    # -------------------------------------------------------------------------------------------- captures that overlap
+
+    def overlap(self) -> list[Any]:
+        """Run captures of several clients, which begin and end beside one another; return their results."""
+        draws = self.draws
+        num_captures = draws.one(1, 1, 2, 3, 4)
+        starts = [0, *sorted(draws.random.randrange(LATEST_START) for _ in range(num_captures - 1))]
+        running: list[UnderWay] = []
+        ended = []
+        burst = draws.one(1, 4, self.requests)
+        for now in itertools.count():
+            while starts and starts[0] <= now:
+                del starts[0]
+                self.met["captures beside others"] += bool(running)
+                running.append(self.begin(self.requests // num_captures))
+            for each in running:
+                for _ in range(min(len(each.waiting), draws.random.randint(0, burst))):
+                    self.add(*each.waiting.pop())
+            self.step()
+            for each in [each for each in running if each.is_done or each.steps_left == 0]:
+                running.remove(each)
+                ended += self.end(each)
+            for each in running:
+                each.steps_left = None if each.steps_left is None else each.steps_left - 1
+            if not running and not starts:
+                return ended
+        raise AssertionError
+
+    def begin(self, num_requests: int, steps_left: int | None = None) -> UnderWay:
+        """Begin a capture of one of the clients, and draw its requests and plain ones; the last is added first."""
+        draws = self.draws
+        client = self.client()
+        transport = "inline" if client is self.llm and draws.chance(0.1) else "auto"
+        specs = draws.specs(num_requests)
+        under_way = UnderWay(Recording(client, specs, transport=transport), client)
+        if draws.chance(0.04):
+            under_way.steps_left = draws.random.randrange(40)
+        for _ in range(num_requests):
+            under_way.waiting += self.drawn(under_way)
         self.met["captures"] += 1
         self.met["captures through calls"] += transport == "inline"
-        self.met["captures of some rows or layers"] += spec != EVERYTHING
-        self.seconds.update(generate=generated - begin, finish=finished - generated, check=time.monotonic() - finished)
+        self.met["captures of other clients"] += client is not self.llm
+        self.met["captures of some rows or layers"] += specs != EVERYTHING
+        self.met["captures with a Spec for each sample"] += isinstance(specs, list)
+        return under_way
 
-    def ask(self, current: Round) -> list[tuple[str, Request]]:
-        """Draw the requests of a round; the last is added first."""
-        drawn = []
-        for _ in range(self.requests):
-            prompt = self.prompt()
-            params = self.params(prompt)
-            name, self.number = str(self.number), self.number + 1
-            if self.chance(0.12):
-                drawn.append((name, Request(prompt, params)))
-                continue
-            sample = len(current.outputs)
-            current.outputs.append(None)
-            captured = Request(prompt, current.recording.mark(params, sample), sample)
-            drawn.append((name, captured))
-            if len(prompt) > BLOCK_SIZE and self.chance(0.15):
-                # A plain request of the same prompt, right in front: what it finds in the cache the other would find.
-                captured.twin = f"{name}-twin"
-                drawn.append((captured.twin, Request(prompt, params)))
-        return drawn
+    def client(self) -> Any:
+        """Return the engine, whose client this process is, or another client of it."""
+        if self.draws.chance(0.5):
+            return self.llm
+        if len(self.clients) < MOST_CLIENTS or self.draws.chance(0.1):
+            self.met["clients"] += 1
+            self.clients = [*self.clients, Connection.at(connect(self.llm).addresses)][-MOST_CLIENTS:]
+        return self.draws.one(*self.clients)
 
-    def add(self, current: Round, name: str, request: Request) -> None:
+    def drawn(self, under_way: UnderWay) -> list[tuple[str, Request]]:
+        """Return a request, perhaps one that is not captured, perhaps with a plain twin."""
+        prompt = self.draws.prompt()
+        params = self.draws.params(len(prompt))
+        name, self.number = f"soak-{self.number}", self.number + 1
+        if self.draws.chance(0.12):
+            return [(name, Request(prompt, params))]
+        sample = len(under_way.outputs)
+        under_way.outputs.append(None)
+        captured = Request(prompt, under_way.recording.mark(params, sample), under_way, sample)
+        if len(prompt) > BLOCK_SIZE and self.draws.chance(0.15):
+            # A plain request of the same prompt, right in front: what it finds in the cache the other would find.
+            captured.twin = f"{name}-twin"
+            return [(name, captured), (captured.twin, Request(prompt, params))]
+        return [(name, captured)]
+
+    def add(self, name: str, request: Request) -> None:
         """Give a request to the engine."""
         self.engine.add_request(name, {"prompt_token_ids": request.prompt}, request.params)
         self.alive[name] = request
-        if request.sample is not None:
-            current.open.add(name)
+        if request.capture is not None:
+            request.capture.open.add(name)
 
-    def step(self, current: Round) -> None:
+    def step(self) -> None:
         """Wait for the next outputs, if the engine has anything to do, and perhaps abort a request."""
         faulthandler.dump_traceback_later(HANG_S, exit=True)
         for output in self.engine.step() if self.engine.has_unfinished_requests() else ():
             if output.finished:
-                self.take(current, output)
-        if self.alive and self.chance(0.01):
-            victim = self.random.choice(sorted(self.alive))
+                self.take(output)
+        if self.alive and self.draws.chance(0.01):
+            victim = self.draws.one(*sorted(self.alive))
             self.engine.abort_request([victim])
-            self.met["aborts" if self.alive.pop(victim).sample is not None else "aborts of plain requests"] += 1
-            current.open.discard(victim)
+            request = self.alive.pop(victim)
+            self.met["aborts of plain requests" if request.capture is None else "aborts"] += 1
+            if request.capture is not None:
+                request.capture.open.discard(victim)
 
-    def take(self, current: Round, output: Any) -> None:
+    def take(self, output: Any) -> None:
         """Keep a finished output."""
         request = self.alive.pop(output.request_id)
         self.cached[output.request_id] = output.num_cached_tokens
-        if request.sample is None:
+        if request.capture is None:
             self.met["plain requests"] += 1
             self.met["prefix hits of plain requests"] += output.num_cached_tokens > 0
-        elif output.request_id in current.open:
-            current.open.remove(output.request_id)
-            current.outputs[request.sample] = output
-            self.count(request, output, begin_of(current.spec.positions).of(len(request.prompt)))
+        elif output.request_id in request.capture.open:
+            request.capture.open.remove(output.request_id)
+            request.capture.outputs[request.sample] = output
+            self.count(request, output, request.capture.recording.wishes.of(request.sample))
 
-    def count(self, request: Request, output: Any, first_wanted: int) -> None:
+    def count(self, request: Request, output: Any, spec: Spec) -> None:
         """Count the states that a captured request has been through."""
         reasons = [completion.stop_reason for completion in output.outputs]
         self.met["captured requests"] += 1
@@ -228,31 +204,129 @@ class Traffic:
         self.met["chunk splits"] += (len(request.prompt) - 1) // self.tokens_per_step
         self.met["prefix hits avoided"] += self.cached.get(request.twin or "", 0) > 0 == output.num_cached_tokens
         self.met["prefix hits taken"] += output.num_cached_tokens > 0
+        first_wanted = begin_of(spec.positions).of(len(request.prompt))
         self.met["prefix hits too long"] += output.num_cached_tokens > min(first_wanted, len(request.prompt) - 1)
+        self.count_spec(spec)
 
-    def end(self, current: Round, stopped: bool) -> Any:
-        """Finish or stop a capture; a refusal to finish means that rows are lost or wrong."""
-        if stopped:
-            current.recording.stop()
+    def count_spec(self, spec: Spec) -> None:
+        """Count what a sample was asked for by."""
+        self.met["samples of one row"] += spec.reduce is not None
+        self.met["samples of another dtype"] += spec.dtype is not None
+        self.met["samples by an expression"] += not isinstance(spec.positions, str | tuple)
+
+    def end(self, under_way: UnderWay) -> list[Any]:
+        """Finish or stop a capture, or let its client go; a refusal to finish means that rows are lost or wrong."""
+        recording = under_way.recording
+        if not under_way.is_done and under_way.client is not self.llm and self.draws.chance(0.5):
+            for reader in under_way.client.readers().values():
+                reader.close()  # with all of its captures, of which this process has no other
+            self.clients.remove(under_way.client)
+            self.met["clients gone"] += 1
+            return []
+        if not under_way.is_done:
+            recording.stop()
             self.met["captures stopped"] += 1
-            return None
+            return []
+        return self.attempt(lambda: [recording.finish(under_way.outputs)])
+
+    def attempt(self, run: Callable[[], list[Any]]) -> list[Any]:
+        """Return what a function does; one that fails has lost rows, or let go of them."""
         try:
-            return current.recording.finish(current.outputs)
+            return run()
         except TapError as error:
             print(f"FAILED capture {self.met['captures']}: {type(error).__name__}: {error}", flush=True)
             self.met["captures failed"] += 1
-            return None
+            return []
+
+    # ---------------------------------------------------------------------------------------------------------- streams
+
+    def stream(self) -> list[Any]:
+        """Read a stream to its end, or leave it, while another client's capture waits for its end; check it at once."""
+        self.finish_all()  # a stream takes an engine without requests
+        beside = self.begin(4)
+        beside.steps_left = None
+        for request in beside.waiting:
+            self.add(*request)
+        beside.waiting.clear()
+        self.finish_all()
+        num_prompts = self.draws.random.randint(1, self.requests // 2)
+        leave_at = self.draws.random.randrange(num_prompts) if self.draws.chance(0.2) else None
+        by_rows = self.draws.chance(0.4)
+        self.met["streams of rows" if by_rows else "streams of samples"] += 1
+        self.met["streams left"] += leave_at is not None
+        run = self.rows_of_stream if by_rows else self.samples_of_stream
+        self.attempt(lambda: run([self.draws.prompt() for _ in range(num_prompts)], leave_at))
+        return self.end(beside)
+
+    def terms(self, prompts: Sequence[list[int]], by_rows: bool) -> dict[str, Any]:
+        """Return arguments of a stream."""
+        longest = max(map(len, prompts))
+        return {
+            "prompts": ({"prompt_token_ids": prompt} for prompt in prompts),
+            "spec": self.draws.specs(len(prompts), reduces=not by_rows),
+            "sampling_params": self.draws.params(longest, most_completions=1 if by_rows else 3),
+            "budget_bytes": self.draws.one(None, 48 << 20),
+        }
+
+    def samples_of_stream(self, prompts: Sequence[list[int]], leave_at: int | None) -> list[Any]:
+        """Check the samples of a stream."""
+        samples: list[tuple[Completion, Any]] = []
+        terms = self.terms(prompts, False)
+        with Tap(self.llm).stream(**terms) as stream:
+            for number, sample in enumerate(stream):
+                samples.append((completion_of(sample), sample))
+                if number == leave_at:
+                    break
+        self.shadow.check_samples(samples)
+        if leave_at is None:
+            every = [(index, n) for index in range(len(prompts)) for n in range(terms["sampling_params"].n)]
+            self.require(sorted((each.sample, each.number) for each, _ in samples) == every, "samples of a stream")
+        return []
+
+    def rows_of_stream(self, prompts: Sequence[list[int]], leave_at: int | None) -> list[Any]:
+        """Check the rows of a stream, put together."""
+        blocks: dict[int, list[Any]] = {}
+        num_ended = 0
+        with Tap(self.llm).stream_rows(**self.terms(prompts, True)) as stream:
+            for block in stream:
+                blocks.setdefault(block.index, []).append(block)
+                num_ended += block.finished
+                if leave_at is not None and num_ended > leave_at:
+                    break
+        whole = [each for each in blocks.values() if each[-1].finished]
+        self.shadow.check_samples([(completion_of(each[-1]), Joined(each)) for each in whole])
+        if leave_at is None:
+            self.require(len(whole) == len(prompts), "sequences of a stream")
+        return []
+
+    def require(self, condition: bool, what: str) -> None:
+        """Count a capture as failed where a condition does not hold."""
+        if not condition:
+            print(f"FAILED: {what}: some are lost or doubled", flush=True)
+            self.met["captures failed"] += 1
+
+    # ------------------------------------------------------------------------------------------------------------ ends
 
     def check_last(self) -> None:
-        """Check the rows of the capture before, and let go of them."""
-        if self.unchecked is not None:
-            self.shadow.check(self.unchecked)
-        self.unchecked = None
+        """Check the rows of the captures before, and let go of them."""
+        for result in self.unchecked:
+            self.shadow.check(result)
+        self.unchecked = []
+
+    def finish_all(self) -> None:
+        """Let all requests end."""
+        while self.engine.has_unfinished_requests():
+            self.step()
+        self.alive.clear()
 
     def drain(self) -> None:
         """Check what is left, and let all requests end."""
         self.check_last()
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
-        self.alive.clear()
+        self.finish_all()
         faulthandler.cancel_dump_traceback_later()
+
+
+def completion_of(sample: Any) -> Completion:
+    """Return the tokens of a sample of a stream, which has ended."""
+    (found,) = [each for each in completions([sample.output]) if each.number == sample.completion]
+    return found._replace(sample=sample.index)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from reference import ReferenceModel
-from shadow import Completion, Shadow, compare, wanted
-from vllm_tap import Spec
-from vllm_tap.spec import NAMED_POSITIONS
+from shadow import Completion, Joined, Shadow, compare, wanted
+from vllm_tap import Positions, Spec
+from vllm_tap.spec import DTYPES, NAMED_POSITIONS, REDUCTIONS
 
 PROMPT_LEN = 5
 TOKENS = [7, 8, 9, 40, 41, 42, 43, 44]
@@ -29,14 +29,13 @@ class Capture:
     def __init__(self, reference: ReferenceModel, spec: Spec, at: list[int], labels: list[int] | None = None) -> None:
         states = reference.run(TOKENS).hidden_states[:, at]
         labels = at if labels is None else labels
-        self.spec = spec
         self.outputs = [
             SimpleNamespace(
                 prompt_token_ids=TOKENS[:PROMPT_LEN],
                 outputs=[SimpleNamespace(index=0, token_ids=[*TOKENS[PROMPT_LEN:], 1])],
             )
         ]
-        self.rows = Rows(states, labels)
+        self.rows = Rows(states, labels, spec)
 
     def sample(self, sample: int, number: int) -> Rows:
         return self.rows
@@ -45,7 +44,8 @@ class Capture:
 class Rows:
     """The rows of one sequence, as a capture has them."""
 
-    def __init__(self, states: torch.Tensor, labels: list[int]) -> None:
+    def __init__(self, states: torch.Tensor, labels: list[int], spec: Spec) -> None:
+        self.spec = spec
         self.hidden_states = dict(enumerate(states))
         self.positions = torch.tensor(labels)
         self.token_ids = torch.tensor([TOKENS[position] for position in labels])
@@ -99,6 +99,44 @@ def test_one_wrong_value_is_one_wrong_row(reference, value):
     assert num_wrong(reference, capture) == 1
 
 
+MADE_OF: dict[str, Any] = {
+    "last": lambda rows: rows[:, -1:],
+    "mean": lambda rows: rows.mean(1, keepdim=True),
+    "max": lambda rows: rows.amax(1, keepdim=True),
+    "sum": lambda rows: rows.sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_one_row_of_many_is_that_of_the_chosen_ones(reference, reduce, dtype):
+    """Made otherwise, of one row less, labelled with another position or in another dtype it is wrong."""
+    positions = Positions.prompt(-3) | Positions.generated()
+    spec = Spec(hidden_states="all", positions=positions, reduce=reduce, dtype=dtype)
+    at = wanted(positions, PROMPT_LEN, TOKENS)
+    capture = Capture(reference, spec, at)
+    states = torch.stack(list(capture.rows.hidden_states.values()))
+    in_dtype = getattr(torch, dtype or "float32")
+
+    def wrong(how: str, rows: torch.Tensor, label: int, given: torch.dtype = in_dtype) -> int:
+        capture.rows = Rows(MADE_OF[how](rows).to(given), [label], spec)
+        return num_wrong(reference, capture)
+
+    assert wrong(reduce, states, at[-1]) == 0
+    assert [wrong(other, states, at[-1]) for other in REDUCTIONS if other != reduce] == [1, 1, 1]
+    assert wrong(reduce, states, at[0]) == wrong(reduce, states, at[-1], torch.bfloat16) == 1
+    assert reduce == "max" or wrong(reduce, states[:, :-1], at[-1]) == 1
+
+
+def test_blocks_of_a_sequence_are_checked_together(reference):
+    """One that is lost, doubled or exchanged with another is found."""
+    whole = Capture(reference, Spec(hidden_states="all"), EVERY)
+    parts = [Capture(reference, Spec(hidden_states="all"), at).rows for at in (EVERY[:5], EVERY[5:7], EVERY[7:])]
+    for order, is_right in (((0, 1, 2), True), ((0, 2), False), ((0, 1, 1, 2), False), ((1, 0, 2), False)):
+        whole.rows = Joined([parts[n] for n in order])
+        assert (num_wrong(reference, whole) == 0) == is_right
+
+
 def test_sequences_in_a_batch_are_those_that_run_alone(reference):
     """Padding changes no more than the order of float32 sums, by which passes differ by up to 1e-5 (engines.py)."""
     sequences = [TOKENS, TOKENS[:1], [*TOKENS, *range(60, 160)]]
@@ -111,4 +149,4 @@ def test_a_completion_without_rows_is_no_error(reference):
     """A request that ended with its first token has no generated rows."""
     capture = Capture(reference, Spec(hidden_states="all", positions="generated"), [])
     batch = reference.run(TOKENS[:PROMPT_LEN])
-    assert compare(capture, Completion(0, 0, PROMPT_LEN, TOKENS[:PROMPT_LEN]), batch).num_wrong == 0
+    assert compare(capture.rows, Completion(0, 0, PROMPT_LEN, TOKENS[:PROMPT_LEN]), batch).num_wrong == 0
