@@ -134,7 +134,7 @@ class DeviceGroup(Group):
         driver.read_words(self._seen_address, self._counts_address, seen.nbytes, stream)
         return seen
 
-    def arm(self, header: Sequence[int], selection: Selection, stream: int) -> None:
+    def tell(self, header: Sequence[int], selection: Selection, stream: int) -> None:
         """Send the header of a step to the device, and its selection unless the device has it already."""
         if selection is not self._selection:
             self._send_selection(selection, stream)
@@ -143,8 +143,8 @@ class DeviceGroup(Group):
         driver.write_words(self._header_address, _pack_header(*header), stream)
         self.active = self._dirty = True
 
-    def arm_again(self, distance: int, stream: int) -> None:
-        """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
+    def tell_again(self, distance: int, stream: int) -> None:
+        """Have the kernels do once more what `tell` told them last, so many bytes behind the addresses there."""
         self._owner.switch.on = self._owner.on
         code = self._write(self._header_address, _pack_start(self.num_tokens, distance), _START_BYTES, stream)
         if code:

@@ -39,13 +39,13 @@ class EverySession(Session):
     def scheduled(self, request_id: str) -> None:
         self.known.setdefault(request_id, Met(len(self.known), True))
 
-    def arm(self, batch: Batch) -> None:
+    def before_forward(self, batch: Batch) -> None:
         """Before a forward pass: take what runs, also requests that were under way before this session."""
         for request_id in batch.request_ids:
             if request_id not in self._selector:
                 met = self.known.setdefault(request_id, Met(len(self.known), False))
                 self.meet(request_id, Mark(self.start.capture_id, met.number, 1), 0)
-        super().arm(batch)
+        super().before_forward(batch)
 
 
 class Part(NamedTuple):
