@@ -252,7 +252,7 @@ class DeviceSink:
         write(source)
         self._let_side_follow(stream)
         driver.copy_to_host(lane.target + plane * nbytes, source, nbytes, self._side)
-        self._planes.busy(place, aligned(nbytes), self._side)
+        self._planes.release_after(place, aligned(nbytes), self._side)
 
     def after_forward(self) -> list[Tap]:
         """Take note of a step; which taps were silent is known when all is settled.
@@ -290,12 +290,12 @@ class DeviceSink:
         if burst is not None:
             for target, source, nbytes in burst.copies:
                 driver.copy_to_host(target, source, nbytes, self._side)
-            self._steps.busy(burst.place, burst.size, self._side)
+            self._steps.release_after(burst.place, burst.size, self._side)
 
     def _let_side_follow(self, stream: int) -> None:
         """Let what is queued on the side stream from here on wait for what is queued on another."""
         self._rows.passed.record(stream)
-        self._rows.passed.hold(self._side)
+        self._rows.passed.wait(self._side)
 
     def _wait_for_side(self) -> None:
         self._rows.passed.record(self._side)

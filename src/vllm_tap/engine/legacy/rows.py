@@ -24,7 +24,7 @@ class Met(NamedTuple):
     is_new: bool
 
 
-class EverySession(Session):
+class AllRequestsSession(Session):
     """A session that takes the rows of every request, in the order in which `known` numbers them."""
 
     def __init__(self, *args: Any, known: dict[str, Met]) -> None:
@@ -55,7 +55,7 @@ class Part(NamedTuple):
     session where its planes begin; `numbers` and `positions` [R] say which request a row is of, and where in it.
     """
 
-    session: EverySession
+    session: AllRequestsSession
     pool: SegmentPool
     segment_of: IntArray
     counts: IntArray
@@ -64,7 +64,7 @@ class Part(NamedTuple):
     positions: IntArray
 
 
-def read_part(session: EverySession, pool: SegmentPool) -> Part:
+def read_part(session: AllRequestsSession, pool: SegmentPool) -> Part:
     """Wait for the rows of a session and read their labels.
 
     Raises:
