@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "architectures"), str(ROOT / "tests"), str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "architectures"), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "src")]
 
 # The engine lives in this process, so that its modules can be asked. One thread: many of these run one after another.
 os.environ.update(

@@ -1,7 +1,7 @@
 """The families that are tried: for each, a tiny configuration that Hugging Face and vLLM both read.
 
-Runs in the process that checks a family. Weights are drawn as in `tests/models.py`: the stream has a scale near one,
-every layer adds to it, no norm weight is one.
+Runs in the process that checks a family. Weights are drawn as in `tests/support/models.py`: the stream has a scale
+near one, every layer adds to it, no norm weight is one.
 """
 
 from __future__ import annotations

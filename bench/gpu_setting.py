@@ -37,7 +37,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "router logits and experts": {"router_logits": "all", "routed_experts": "all"},
 }
 FAMILIES = {"llama-8b": "llama", "qwen3-30b-a3b": "qwen3_moe", "qwen3-vl-30b-a3b": "qwen3_moe"}
-"""The tiny model of tests/models.py that stands in for a shape with --smoke."""
+"""The tiny model of tests/support/models.py that stands in for a shape with --smoke."""
 
 Workload = tuple[int, int, int]
 """(prompts, tokens of each, tokens to generate)."""
@@ -99,7 +99,7 @@ class Setting:
     def arguments(self, **more: Any) -> dict[str, Any]:
         """Return the arguments of `vllm.LLM`."""
         if self.smoke:
-            sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+            sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
             from models import ensure_model, fingerprint
 
             folder = ensure_model(Path(tempfile.gettempdir()) / f"vllm-tap-smoke-{fingerprint()}", FAMILIES[self.shape])

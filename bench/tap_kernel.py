@@ -444,7 +444,7 @@ def between_steps(weights: list[Any]) -> None:
         "a copy of the header from pinned memory": lambda: state.header.copy_(pinned, non_blocking=True),
         "4 words by a kernel": lambda: write_words[(1,)](state.header, *words[:4], num_warps=1),
         "nothing": lambda: None,
-        "a copy of the header": lambda: driver.write_words(address, data, main.cuda_stream),
+        "a copy of the header": lambda: driver.memcpy_htod(address, data, main.cuda_stream),
         "an event": lambda: done.record(main),
         "an event that another stream waits for": record_and_wait,
         "a wait for an event that has passed": lambda: main.wait_event(ended),

@@ -1,6 +1,6 @@
 """Fixtures and surroundings of all tests; runs in the test process before any test module is imported.
 
-Helpers beside this file are imported by their own name: `from models import FAMILIES`, `from reference import ...`.
+Helpers in `support` are imported by their own name: `from models import FAMILIES`, `from reference import ...`.
 Skips are printed with their reasons at the end (-ra in pyproject.toml): a skip is not a pass.
 """
 
@@ -43,7 +43,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def models_dir(pytestconfig: pytest.Config) -> Path:
-    """The folder of tiny models, kept between runs for as long as tests/models.py and its libraries stay the same."""
+    """The folder of tiny models, kept between runs as long as tests/support/models.py and its libraries stay."""
     folder = pytestconfig.rootpath / "models" / "tiny" / fingerprint()
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pyarrow.parquet  # noqa: F401 (once, not in each fork)
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 from synthetic_rows import MODEL, SyntheticCapture, check_dataset, prompts_of
 from vllm_tap.store import part, writer
 from vllm_tap.store.dataset import Dataset, open_dataset

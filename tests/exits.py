@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 FAULTS = ("terminate called", "Fatal Python error", "Aborted", "Segmentation fault", "vllm-tap: ")
 """What the log of an end that is not as it should be has; a C++ fault in the engine's process shows only there."""

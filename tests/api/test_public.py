@@ -68,7 +68,7 @@ def test_capture_takes_these_arguments() -> None:
         ("Capture", "conventions first_sample has_experts has_final_norm layers model num_bytes num_rows outputs "
                     "routing row_labels rows sample save seconds spec"),
         ("Sample", "as_hf attention_output embeddings expert_ids expert_weights final_hidden_states hidden_states "
-                   "mlp_output positions router_logits token_ids"),
+                   "last_hidden_state mlp_output positions routed_experts router_logits token_ids"),
         ("Dataset", "batches conventions facts layers num_bytes num_rows path record routing rows sample sequences "
                     "spec table where"),
     ],

@@ -122,6 +122,22 @@ def test_a_check_that_fails_gives_the_exit_code(capsys: pytest.CaptureFixture[st
     assert "captures from m differ: final norm" in out
 
 
+@pytest.mark.parametrize(
+    ("chosen", "addresses", "ways"),
+    [
+        ("auto", ["tcp://127.0.0.1:1"], ["transport inline", "transport segment", "transport tcp"]),
+        ("auto", [], ["transport inline", "transport segment"]),
+        ("", [], ["transport inline"]),
+    ],
+)
+def test_every_transport_that_the_engine_has_is_a_way(chosen: str, addresses: list[str], ways: list[str]) -> None:
+    """Shared memory where it can be mapped, a network where all workers listen, and calls in any case."""
+    connection = SimpleNamespace(
+        choose_transport=lambda _: chosen, network_addresses=addresses, hellos=[SimpleNamespace(device="cpu")]
+    )
+    assert list(verify._ways(connection)) == ways
+
+
 # ------------------------------------------------------------------------------------------------------------- checks
 
 

@@ -25,6 +25,7 @@ import vllm_tap
 from device import TOLERANCE
 from reference import Reference, ReferenceModel
 from routing import in_order
+from vllm_tap.streams import STREAMS
 
 FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
 """Whether to start an engine for every combination rather than for a subset that covers each side."""
@@ -35,6 +36,9 @@ DEADLINE_S = 20.0
 
 # The longest prompt takes three steps of 64 tokens, and several short ones share a step with a piece of it.
 PROMPT_LENGTHS = (3, 17, 64, 5, 130, 33, 1, 9)
+
+DENSE = {kind.field: "all" if kind.per_layer else True for kind in STREAMS if kind.part != "router"}
+"""Arguments of the `Spec` that asks for all that a model without experts has."""
 
 ARGUMENTS = {
     "dtype": "float32",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from models import NUM_LAYERS
+from runners import python_path
 
 pytestmark = pytest.mark.engine
 
@@ -38,8 +39,7 @@ def said(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(folder, short)
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    paths = [str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": python_path()}
     command = [sys.executable, str(PROGRAM), str(folder), str(short)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from runners import HERE, python_path
+
 pytestmark = pytest.mark.engine
 
-TESTS = Path(__file__).parent.parent
 BESIDE = Path(sys.prefix) / "torchvision"
 """Where `make setup` puts torchvision, so that nothing else imports it by chance."""
 
 
 def test_rows_of_prompts_with_images_are_those_of_hugging_face():
     """Every stream of a multimodal mixture of experts, through both interfaces, with images of several sizes."""
-    paths = [os.environ.get("PYTHONPATH", "")]
-    if BESIDE.is_dir():
-        paths = [str(TESTS / "vision"), str(BESIDE), *paths]
-    elif importlib.util.find_spec("torchvision") is None:
+    paths = ["vision", BESIDE] if BESIDE.is_dir() else []
+    if not paths and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed: run make setup")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(TESTS / "vision" / "images.py")]
+    environment = os.environ | {"PYTHONPATH": python_path(*paths)}
+    command = [sys.executable, str(HERE / "vision" / "images.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runners import python_path
+
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 PROGRAM = """
@@ -53,8 +55,7 @@ def test_rows_of_an_engine_in_the_same_process(tiny_model: Callable[..., Path]):
     Memory of the host goes some time after the last capture, and is there again in the next. An engine that is let go
     of takes its layers and threads along, and leaves the rows.
     """
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", PROGRAM, str(tiny_model("llama"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

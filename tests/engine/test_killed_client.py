@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from engine.engines import wait_until
+from runners import python_path
 
 pytestmark = pytest.mark.engine
 
@@ -54,8 +55,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def client(tiny_model: Callable[..., Path], folder: Path) -> Iterator[Client]:
     """A client with an engine of its own; what is left of the engine afterwards is ended."""
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(folder)}
+    environment = os.environ | {"PYTHONPATH": python_path(), "TMPDIR": str(folder)}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tiny_model("llama"))],
         env=environment,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from engine.engines import Engine, greedy, prompts, surroundings
 from vllm_tap import Recording, Spec
+from vllm_tap.cli import verify
 from vllm_tap.client.connection import Connection, connect
 from vllm_tap.errors import TransportError
 
@@ -71,3 +73,12 @@ def test_a_capturing_engine_listens_on_loopback_alone(engine):
     }
     assert ("127.0.0.1", int(address.rpartition(":")[2])) in listening
     assert {host for host, _ in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_verify_checks_every_transport(engine):
+    """What `vllm-tap verify` finds of this engine holds, and rows over TCP are among it."""
+    options = SimpleNamespace(max_tokens=2, reference=False, model="llama")
+    checks = list(verify._checks(engine.llm, verify.make_prompts(engine.llm, 2, seed=0), options))
+    assert [check for check in checks if not check.holds] == []
+    names = {check.name: check.text for check in checks}
+    assert {names[f"transport {name}"] for name in ("inline", "segment", "tcp")} == {"equal bytes"}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from engine.engines import Engine, References, compare, prompts, surroundings
+from engine.engines import DENSE, Engine, References, compare, prompts, surroundings
 from vllm_tap import Spec
 from vllm_tap.errors import EngineDiedError
 
@@ -34,17 +34,10 @@ class Case(NamedTuple):
         return f"{self.family}-{self.axis}"
 
 
-STREAMS = {
-    "hidden_states": "all",
-    "attention_output": "all",
-    "mlp_output": "all",
-    "embeddings": True,
-    "final_hidden_states": True,
-}
 CASES = [
-    Case("llama", "tensor", Spec(**STREAMS)),
-    Case("llama", "pipeline", Spec(**STREAMS)),
-    Case("qwen3_moe", "tensor", Spec(**STREAMS, router_logits="all")),
+    Case("llama", "tensor", Spec(**DENSE)),
+    Case("llama", "pipeline", Spec(**DENSE)),
+    Case("qwen3_moe", "tensor", Spec(**DENSE, router_logits="all")),
 ]
 
 

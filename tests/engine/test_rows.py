@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from engine.engines import (
+    DENSE,
     FULL_MATRIX,
     MAX_NEW_TOKENS,
     PROMPT_LENGTHS,
@@ -36,8 +37,7 @@ from vllm_tap.errors import LayerError, RowsMissingError, SpecError
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
-BLOCKS = {"attention_output": "all", "mlp_output": "all"}
-EVERYTHING = Spec(hidden_states="all", **BLOCKS, embeddings=True, final_hidden_states=True)
+EVERYTHING = Spec(**DENSE)
 
 
 class Case(NamedTuple):
@@ -104,7 +104,7 @@ def test_every_row_is_that_of_hugging_face(engine, known):
     result = engine.capture(prompts(), EVERYTHING)
     compare(result, known)
     assert [len(sample) for sample in result] == [length + MAX_NEW_TOKENS - 1 for length in PROMPT_LENGTHS]
-    layers = {stream: [0, 1, 2, 3] for stream in ("hidden_states", *BLOCKS)}
+    layers = {stream: [0, 1, 2, 3] for stream, chosen in DENSE.items() if chosen == "all"}
     assert result.layers == {**layers, "embeddings": [0], "final_hidden_states": [3]}
 
 

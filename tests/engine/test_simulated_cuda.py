@@ -21,7 +21,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 
-from engine.engines import Engine, References, compare, prompts
+from engine.engines import DENSE, Engine, References, compare, prompts
 from routing import check_followed
 from vllm_tap import Spec
 from vllm_tap.client.connection import connect
@@ -30,10 +30,7 @@ if __name__ == "__main__":
     family, runner, folder = *sys.argv[1:3], Path(sys.argv[3])
     engine, known = Engine(folder, enforce_eager=True), References(folder)
     assert [hello.runner for hello in connect(engine.llm).hellos] == [runner]
-    layers = dict.fromkeys(("hidden_states", "attention_output", "mlp_output"), "all")
-    streams = {**layers, "embeddings": True, "final_hidden_states": True}
-    if family == "qwen3_moe":
-        streams["router_logits"] = "all"
+    streams = DENSE | ({"router_logits": "all"} if family == "qwen3_moe" else {})
     for staging in ("staged", "direct"):
         result = engine.capture(prompts([3, 70, 1]), Spec(**streams), staging=staging, max_tokens=4)
         (state,) = engine.status()

@@ -20,7 +20,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 
-from engine.engines import Engine, References, compare, prompts
+from engine.engines import DENSE, Engine, References, compare, prompts
 from vllm_tap import Positions, Spec
 from vllm_tap.client.connection import connect
 
@@ -28,8 +28,7 @@ if __name__ == "__main__":
     engine = Engine(Path(sys.argv[1]), enforce_eager=True, block_size=32)
     known = References(Path(sys.argv[1]))
     assert [hello.runner for hello in connect(engine.llm).hellos] == ["V2"]
-    layers = dict.fromkeys(("hidden_states", "attention_output", "mlp_output"), "all")
-    compare(engine.capture(prompts(), Spec(**layers, embeddings=True, final_hidden_states=True)), known)
+    compare(engine.capture(prompts(), Spec(**DENSE)), known)
     generated = engine.capture(prompts([9, 70]), Spec(hidden_states=[-1], positions="generated"))
     compare(generated, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
     window = engine.capture(prompts([9, 70]), Spec(hidden_states=[1], positions=Positions.prompt(-20, -3)))

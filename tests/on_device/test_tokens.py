@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import device
+from runners import python_path
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
@@ -53,8 +54,7 @@ def tokens(folder: Path, tmp_path: Path, captures: bool) -> dict[str, list[list[
     """Run an engine with or without the plugin; return the tokens of each of its runs."""
     program, out = tmp_path / "program.py", tmp_path / f"{captures}.json"
     program.write_text(PROGRAM)
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    ours = {"PYTHONPATH": python_path(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, str(program), str(folder), str(NUM_SEQUENCES), str(out)]
     done = subprocess.run(
         [*command, "captures" if captures else "plain"],

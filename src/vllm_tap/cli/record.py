@@ -13,6 +13,7 @@ from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError
+from vllm_tap.transport import NETWORK
 
 INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
 
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     _require_free(options.dataset, options.resume)
     capture.require_plugin()
     capture.check_layers(spec, options)
-    with Interrupts(keeps=False, says=INTERRUPTED) as interrupts, engine(options, interrupts) as llm:
+    listens = options.transport == NETWORK
+    with Interrupts(keeps=False, says=INTERRUPTED) as interrupts, engine(options, interrupts, listens=listens) as llm:
         dataset = _record(llm, prompts, spec, options)
     print_facts(dataset, options.json)
     return 0

@@ -20,6 +20,7 @@ from vllm_tap.cli.verifications import Check
 from vllm_tap.errors import CaptureError, SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.streams import LAYERED_FIELDS, SINGLE_FIELDS, streams_of
+from vllm_tap.transport import AUTO, INLINE, NETWORK, SEGMENT
 
 PROMPT_LENGTHS: Final = (1, 5, 17, 17, 48)
 SHARED_PREFIX: Final = 12
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if options.reference:
         verifications.require_reference(options.model)
     require_plugin()
-    with Interrupts(keeps=False) as interrupts, engine(options, interrupts) as llm:
+    with Interrupts(keeps=False) as interrupts, engine(options, interrupts, listens=True) as llm:
         prompts = make_prompts(llm, options.max_tokens, options.seed)
         found = list(_checks(llm, prompts, options))
     return report(options.model, found, options.json)
@@ -158,9 +159,12 @@ def _checks(llm: Any, prompts: list[Any], options: argparse.Namespace) -> Iterat
 
 def _ways(connection: Any) -> dict[str, dict[str, str]]:
     """Return the arguments of `capture` for each way that rows can take in this engine."""
-    ways = {"transport inline": {"transport": "inline"}}
-    if connection.choose_transport("auto"):
-        ways["transport segment"] = {"transport": "segment"}
+    names = [INLINE]
+    if connection.choose_transport(AUTO):
+        names.append(SEGMENT)
+    if len(connection.network_addresses) == len(connection.hellos):
+        names.append(NETWORK)
+    ways = {f"transport {name}": {"transport": name} for name in names}
     if any(hello.device == "cuda" for hello in connection.hellos):
         ways |= {f"staging {name}": {"staging": name} for name in ("staged", "direct")}
     return ways

@@ -48,7 +48,8 @@ def capture(
         llm: A `vllm.LLM`, started without any special argument.
         prompts: A prompt or an iterable of them: strings, lists or arrays of token ids, dicts as `LLM.generate` takes
             them, encodings of a tokenizer (padding that the attention mask leaves out falls away; a cross-encoder gets
-            their token types), or conversations as `LLM.chat` takes them, which go through the engine's chat template.
+            their token types), or conversations as `LLM.chat` takes them, which go through the engine's chat template
+            and get its generation prompt unless `add_generation_prompt=False`.
         spec: What to capture; or a list with a Spec for each prompt. Then a sample has what its own Spec asks for.
             Workers write the layers of all Specs for each request, of the positions that its Spec asks for, and the
             rest is dropped here: capture prompts whose layers have nothing in common in calls of their own.

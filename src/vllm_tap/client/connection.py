@@ -24,6 +24,7 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
+from vllm_tap.transport import AUTO, INLINE, NETWORK, OTHER_NAMES, SEGMENT, TRANSPORTS
 from vllm_tap.transport.calls import Caller
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.tcp.access import Access, read_secret
@@ -35,9 +36,6 @@ from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 PROBE_TOKENS = range(1, 17)
 """Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
-
-SEGMENT, NETWORK = "segment", "tcp"
-"""Ways to a worker: memory of this host, and a network."""
 
 GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
 
@@ -393,16 +391,18 @@ class Connection:
             SpecError: Not a transport.
             TransportError: "segment" or "tcp" was asked for and cannot be had.
         """
-        if transport not in ("auto", SEGMENT, NETWORK, "inline"):
-            raise SpecError(f'transport is "auto", "segment", "tcp" or "inline", got {transport!r}')
-        if self._llm is None and transport == "inline":
+        transport = OTHER_NAMES.get(str(transport), transport)
+        if transport not in TRANSPORTS:
+            *names, last = (f'"{name}"' for name in TRANSPORTS)
+            raise SpecError(f"transport is {', '.join(names)} or {last}, got {transport!r}")
+        if self._llm is None and transport == INLINE:
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
-        if transport == "inline":
+        if transport == INLINE:
             return ""
         try:
             self.readers(transport)
         except TransportError:
-            if transport != "auto" or self._llm is None:
+            if transport != AUTO or self._llm is None:
                 raise
             return ""
         return transport

@@ -37,7 +37,7 @@ class RankRows:
         DescriptorError: Labels that cannot be.
     """
 
-    def __init__(self, descriptor: Descriptor, memory: RankMemory, choice: Choice) -> None:
+    def __init__(self, descriptor: Descriptor, memory: RankMemory, matcher: RowMatcher) -> None:
         self._streams = descriptor.streams
         self._memory = memory
         self.places = {
@@ -46,7 +46,7 @@ class RankRows:
             for i, layer in enumerate(stream.layers)
         }
         self._counts = descriptor.table()[:, 2]
-        self._chosen = choice.of(descriptor, memory.labels(self._counts))
+        self._chosen = matcher.of(descriptor, memory.labels(self._counts))
 
     @functools.cached_property
     def _place_of(self) -> tuple[IntArray, IntArray]:
@@ -75,7 +75,7 @@ class RankRows:
         return self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
 
 
-class Choice:
+class RowMatcher:
     """Which rows of a rank are those of the final sequences.
 
     Tensor-parallel ranks, and pipeline stages too, meet the same rows in the same order: labels that are equal to the

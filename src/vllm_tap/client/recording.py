@@ -20,7 +20,7 @@ from vllm_tap.client.connection import Connection, HandedOver, connect, new_capt
 from vllm_tap.client.identity import model_facts
 from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import Place, RowSource, SomeRows
-from vllm_tap.client.rank_rows import Choice, RankRows
+from vllm_tap.client.rank_rows import RankRows, RowMatcher
 from vllm_tap.client.reduced import made_of, with_one_row_each
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
@@ -322,8 +322,8 @@ class Recording:
 
     def _part(self, spec: Spec, outputs: list[Any], sequences: Sequences, handed_over: HandedOver) -> Capture:
         """Return the samples that have the streams and layers of a Spec."""
-        choice = Choice(sequences)
-        ranks = [RankRows(descriptor, memory, choice) for descriptor, memory in handed_over if descriptor.streams]
+        matcher = RowMatcher(sequences)
+        ranks = [RankRows(descriptor, memory, matcher) for descriptor, memory in handed_over if descriptor.streams]
         mine = [output if sample in sequences.request_ids else None for sample, output in enumerate(outputs)]
         result = self.new_result(mine, sequences, ranks, spec)
         if not self.wishes.is_one:

@@ -15,8 +15,9 @@ from vllm_tap.client.owned import OwnedRows, Place, RowSource
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DatasetError, LayerError, RowsMissingError, SpecError
 from vllm_tap.frame.routing import Routing
+from vllm_tap.sample import SampleStreams
 from vllm_tap.spec import Spec
-from vllm_tap.streams import not_of_sample, not_of_samples
+from vllm_tap.streams import not_of_samples
 
 if TYPE_CHECKING:
     from vllm_tap.client.model_output import HuggingFaceOutput
@@ -84,7 +85,7 @@ class LayerMap(Mapping[int, torch.Tensor]):
         return getattr, (self._sample._alone(self._stream), self._stream)
 
 
-class Sample:
+class Sample(SampleStreams[LayerMap]):
     """The rows of one sequence: a prompt and one of its completions."""
 
     def __init__(self, capture: Capture, number: int) -> None:
@@ -152,46 +153,6 @@ class Sample:
     def _wanted(self) -> Any:
         return self._capture.sequences.wanted[slice(*self._range)]
 
-    @property
-    def hidden_states(self) -> LayerMap:
-        """The residual stream after each decoder layer, before the final norm: {layer: Tensor [R, D]}."""
-        return self._layers("hidden_states")
-
-    @property
-    def attention_output(self) -> LayerMap:
-        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
-        return self._layers("attention_output")
-
-    @property
-    def mlp_output(self) -> LayerMap:
-        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
-        return self._layers("mlp_output")
-
-    @property
-    def router_logits(self) -> LayerMap:
-        """The gate's output before softmax or sigmoid: {layer: Tensor [R, E]}."""
-        return self._layers("router_logits")
-
-    @property
-    def expert_ids(self) -> LayerMap:
-        """Experts as the router chose them: {layer: Tensor [R, K], the smallest integer dtype}."""
-        return self._layers("expert_ids")
-
-    @property
-    def expert_weights(self) -> LayerMap:
-        """Weights of the chosen experts as the router computed them: {layer: Tensor [R, K]}."""
-        return self._layers("expert_weights")
-
-    @property
-    def embeddings(self) -> torch.Tensor:
-        """The input of decoder layer 0. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
-        return self._layers("embeddings")[0]
-
-    @property
-    def final_hidden_states(self) -> torch.Tensor:
-        """The output of the final norm. Tensor [R, D]; see `LayerMap` for its lifetime and cost."""
-        return self._layers("final_hidden_states")[-1]
-
     def as_hf(self) -> HuggingFaceOutput:
         """Return the rows as a Hugging Face model returns them when asked for hidden states and router logits.
 
@@ -214,11 +175,6 @@ class Sample:
             That of reading each tensor once (see `LayerMap`); the further axis is a view.
         """
         return output_of(self, self._capture, self.spec)
-
-    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
-
-        def __getattr__(self, name: str) -> Any:
-            raise not_of_sample(self, name)
 
     def _layers(self, stream: str) -> LayerMap:
         self._capture.require(stream)

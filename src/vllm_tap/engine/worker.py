@@ -23,7 +23,7 @@ from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.interfaces import Backend, Sink
 from vllm_tap.engine.capture.look import some_rows
 from vllm_tap.engine.capture.memory import Pools
-from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, Figures, ForwardProfile, Profile
+from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, LABELS, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
@@ -82,7 +82,7 @@ def _replying(function: Callable[..., messages.Message]) -> Callable[..., bytes]
     return call
 
 
-class TapWorker(vllm_runner.Recorder):
+class TapWorker(vllm_runner.StepListener):
     """The taps of a worker's model, its pools of segments, and the captures under way.
 
     Attributes:
@@ -153,27 +153,27 @@ class TapWorker(vllm_runner.Recorder):
         for session in self._sessions.values():
             session.forget(request_ids)
 
-    def arm(self, batch: Batch) -> None:
+    def before_forward(self, batch: Batch) -> None:
         for session in self._sessions.values():
             if session.is_new:
                 self._note_routers(session)
-            session.arm(batch)
+            session.before_forward(batch)
 
-    def drain(self) -> None:
+    def after_forward(self) -> None:
         for session in self._sessions.values():
-            session.drain()
+            session.after_forward()
         if self._taps is not None:
             self._taps.end_pass()
 
-    def sampled(self) -> None:
+    def after_sampling(self) -> None:
         for session in self._sessions.values():
-            session.send()
+            session.after_sampling()
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         for session in self._sessions.values():
-            session.rest()
+            session.on_idle()
 
-    def disarm(self) -> None:
+    def skip(self) -> None:
         if self._taps is not None:
             self._taps.rows.clear()
             self._taps.end_pass()
@@ -493,8 +493,8 @@ class TapWorker(vllm_runner.Recorder):
 
     def _host_profile(self) -> Profile:
         profile = Profile()
-        for name in ("start", "finish", "arm", "drain", "sampled", "rest"):
-            profile.watch(self, name)
+        for name, label in {"start": "start", "finish": "finish", **LABELS}.items():
+            profile.watch(self, name, label)
         profile.watch(self, "_sink", "start: sink")
         profile.watch(Session, "finish", "finish: settle")
         profile.watch(Session, "close", "finish: close")

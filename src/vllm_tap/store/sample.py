@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vllm_tap.sample import SampleStreams
 from vllm_tap.spec import Spec
 from vllm_tap.store.index import IndexRow
-from vllm_tap.streams import not_of_sample
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ class LayerMap(Mapping[int, "torch.Tensor"]):
         return f"<{self._stream}: layers {list(self)}, {self._range.stop - self._range.start} rows>"
 
 
-class Sample:
+class Sample(SampleStreams[LayerMap]):
     """The rows of one sequence: a prompt and one of its completions.
 
     Attributes:
@@ -165,56 +165,11 @@ class Sample:
 
         return torch.from_numpy(self._source.label(name, self.start, self.stop).astype(np.int32))
 
-    @property
-    def hidden_states(self) -> LayerMap:
-        """The residual stream after each decoder layer, before the final norm: {layer: Tensor [R, D]}."""
-        return self._layers("hidden_states")
-
-    @property
-    def attention_output(self) -> LayerMap:
-        """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
-        return self._layers("attention_output")
-
-    @property
-    def mlp_output(self) -> LayerMap:
-        """Rows that the MLP or the experts add to the residual stream: {layer: Tensor [R, D]}."""
-        return self._layers("mlp_output")
-
-    @property
-    def router_logits(self) -> LayerMap:
-        """The gate's output before softmax or sigmoid: {layer: Tensor [R, E]}."""
-        return self._layers("router_logits")
-
-    @property
-    def expert_ids(self) -> LayerMap:
-        """Experts as the router chose them: {layer: Tensor [R, K], the smallest integer dtype}."""
-        return self._layers("expert_ids")
-
-    @property
-    def expert_weights(self) -> LayerMap:
-        """Weights of the chosen experts as the router computed them: {layer: Tensor [R, K]}."""
-        return self._layers("expert_weights")
-
-    @property
-    def embeddings(self) -> torch.Tensor:
-        """The input of decoder layer 0. Tensor [R, D]."""
-        return self._layers("embeddings")[0]
-
-    @property
-    def final_hidden_states(self) -> torch.Tensor:
-        """The output of the final norm. Tensor [R, D]."""
-        return self._layers("final_hidden_states")[-1]
-
     def as_hf(self) -> Any:
         """Return the rows as a Hugging Face model returns them; see `vllm_tap.Sample.as_hf`."""
         from vllm_tap.client.hugging_face import output_of
 
         return output_of(self, self._source)  # type: ignore[arg-type]
-
-    if not TYPE_CHECKING:  # names that are not there stay unknown to type checkers
-
-        def __getattr__(self, name: str) -> Any:
-            raise not_of_sample(self, name)
 
     def _layers(self, stream: str) -> LayerMap:
         self._source.require(stream)

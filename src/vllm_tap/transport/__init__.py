@@ -1,4 +1,20 @@
-"""Memory and sockets between an engine worker and a client: rows cross by mapping, not by copying.
+"""Ways of rows from an engine worker to a client: memory that both map, or a network. Used by both processes.
 
-Used by both processes: `pool` and `handover` run in the worker, `reader` and `link` in the client.
+In each of the rooms `segment` and `tcp` a `server` runs in the worker and a `reader` in the client; `calls` brings
+messages to the workers of either.
 """
+
+from __future__ import annotations
+
+from typing import Final
+
+AUTO: Final = "auto"
+SEGMENT: Final = "segment"
+NETWORK: Final = "tcp"
+INLINE: Final = "inline"
+
+TRANSPORTS: Final = (AUTO, SEGMENT, NETWORK, INLINE)
+"""Names that users choose from; calls through vLLM, which are inline, need nothing of this package."""
+
+OTHER_NAMES: Final = {"shared_memory": SEGMENT}
+"""Second names of transports."""

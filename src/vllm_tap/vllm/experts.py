@@ -50,7 +50,7 @@ def find_experts(layer: torch.nn.Module) -> Experts | None:
 
 
 READABLE_ROUTERS: Final = ("FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CPURouter")
-"""The classes of vLLM's routers that do nothing beside what their attributes say, over all of 0.26 to 0.33."""
+"""The classes of vLLM's routers that do nothing beside what their attributes say, in all supported versions."""
 
 OTHER_WAYS: Final = {
     "custom_routing_function": "a function of the model chooses",
@@ -70,7 +70,7 @@ def leaves_logits(experts: Experts) -> bool:
 
 
 READ_ONLY_KERNELS: Final = ("TritonExperts",)
-"""Classes of vLLM's kernels of experts that write to nothing that is given to them, over all of 0.26 to 0.33."""
+"""Classes of vLLM's kernels of experts that write to nothing that is given to them, in all supported versions."""
 
 
 def keeps_tensors(experts: Experts) -> bool:

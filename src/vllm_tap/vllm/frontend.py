@@ -52,7 +52,7 @@ def require_llm(llm: Any) -> None:
 def shutdown(llm: Any) -> None:
     """End an engine's processes now, and wait until they are gone; without a call they end with the `llm` object.
 
-    vLLM has no public call for that (0.26 to 0.33). Results stay readable. Any number of calls do no harm.
+    vLLM has no public call for that. Results stay readable. Any number of calls do no harm.
 
     Args:
         llm: A `vllm.LLM`. Requests that wait in it are lost, and it takes no more.
@@ -275,7 +275,7 @@ def enqueue(llm: Any, prompts: list[Any], params: list[Any], chat: Mapping[str, 
 def watched(llm: Any) -> Iterator[None]:
     """End a wait for outputs or replies when the engine core dies.
 
-    vLLM 0.26 to 0.33 waits on for the reply to a call, and for outputs if the core had no last word.
+    vLLM waits on for the reply to a call, and for outputs if the core had no last word.
     """
     core = llm.llm_engine.engine_core
     resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 ENGINE_IS_GONE: Final = ("EngineDead", "EngineCore", "Executor failed", "RuntimeError: cancelled", "failed: cancelled")
-"""Words in the errors of vLLM 0.26 to 0.33 when the core, or a worker below it, has ended."""
+"""Words in the errors of the supported versions of vLLM when the core, or a worker below it, has ended."""
 
 # The children of a request with n > 1 are "{index}_{parent id}" (v1/engine/parallel_sampling.py).
 _CHILD: Final = re.compile(r"(\d+)_")

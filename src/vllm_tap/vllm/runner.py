@@ -55,11 +55,11 @@ def takes_tokens_alone(worker: Any) -> bool:
     return not getattr(worker.vllm_config.model_config, "is_encoder_decoder", False)
 
 
-class Recorder:
+class StepListener:
     """Receiver of what a runner reports; `TapWorker` implements it.
 
     Attributes:
-        lock: Held during each step, and around what other threads ask of the recorder.
+        lock: Held during each step, and around what other threads ask of the listener.
     """
 
     def __init__(self) -> None:
@@ -77,19 +77,19 @@ class Recorder:
     def ended(self, request_ids: Iterable[str]) -> None:
         """Requests, captured or not, have ended; none of their rows will come."""
 
-    def arm(self, batch: Batch) -> None:
+    def before_forward(self, batch: Batch) -> None:
         """The inputs of a forward pass are on the device."""
 
-    def drain(self) -> None:
+    def after_forward(self) -> None:
         """The forward pass has been launched."""
 
-    def sampled(self) -> None:
+    def after_sampling(self) -> None:
         """The copy of the sampled tokens to the host has been queued."""
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         """A step had no tokens: what was asked of the engine has been launched, and it waits for the next requests."""
 
-    def disarm(self) -> None:
+    def skip(self) -> None:
         """A forward pass without requests is about to run."""
 
 
@@ -98,8 +98,8 @@ def runner_name(runner: Any) -> str:
     return "V2" if hasattr(runner, "prepare_inputs") else "V1"
 
 
-def watch_runner(runner: Any, recorder: Recorder) -> None:
-    """Let the recorder see every step of the runner, as meet, arm, forward, drain, sampled; and rest, without tokens.
+def watch_runner(runner: Any, listener: StepListener) -> None:
+    """Let the listener see every step of the runner, as `StepListener` has it; `on_idle` is a step without tokens.
 
     Raises:
         EngineUnsupportedError: The runner does not look as expected; it has not been changed.
@@ -111,47 +111,47 @@ def watch_runner(runner: Any, recorder: Recorder) -> None:
     if runner_name(runner) == "V2":
         require_fields([V2_ROWS])
         prepare = runner.prepare_inputs
-        runner.prepare_inputs = _after(prepare, lambda batch: recorder.arm(_batch_v2(batch)))
+        runner.prepare_inputs = _after(prepare, lambda batch: listener.before_forward(_batch_v2(batch)))
     else:
         for owner, entry in zip((runner, runner.input_batch), V1_ROWS, strict=True):
             for name in entry.names:
                 require(owner, name)
         prepare = require(runner, "_prepare_inputs")
-        runner._prepare_inputs = _after(prepare, lambda _: recorder.arm(_batch_v1(runner)))
+        runner._prepare_inputs = _after(prepare, lambda _: listener.before_forward(_batch_v1(runner)))
 
     @functools.wraps(execute)
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # The V2 runner sends its dummy runs through execute_model(..., dummy_run=True).
         if kwargs.get("dummy_run", False) or (runner_name(runner) == "V2" and len(args) > 1 and args[1]):
-            with recorder.lock:
-                recorder.disarm()
+            with listener.lock:
+                listener.skip()
                 return execute(scheduler_output, *args, **kwargs)
         met = [(new, _read_mark(new)) for new in scheduler_output.scheduled_new_reqs]
-        recorder.expect([mark for _, mark in met if mark is not None])
-        with recorder.lock:
+        listener.expect([mark for _, mark in met if mark is not None])
+        with listener.lock:
             if scheduler_output.finished_req_ids:
-                recorder.ended(scheduler_output.finished_req_ids)
+                listener.ended(scheduler_output.finished_req_ids)
             for new, mark in met:
-                recorder.scheduled(new.req_id)
+                listener.scheduled(new.req_id)
                 if mark is not None:
-                    recorder.meet(new.req_id, mark, len(new.prompt_token_ids or ()), _generates(new))
+                    listener.meet(new.req_id, mark, len(new.prompt_token_ids or ()), _generates(new))
             result = execute(scheduler_output, *args, **kwargs)
-            recorder.drain()
+            listener.after_forward()
             if not scheduler_output.total_num_scheduled_tokens:
-                recorder.rest()
+                listener.on_idle()
             return result
 
     @functools.wraps(dummy_run)
     def _dummy_run(*args: Any, **kwargs: Any) -> Any:
-        with recorder.lock:
-            recorder.disarm()
+        with listener.lock:
+            listener.skip()
             return dummy_run(*args, **kwargs)
 
     @functools.wraps(sample)
     def sample_tokens(*args: Any, **kwargs: Any) -> Any:
         result = sample(*args, **kwargs)
-        with recorder.lock:
-            recorder.sampled()
+        with listener.lock:
+            listener.after_sampling()
         return result
 
     runner.execute_model, runner._dummy_run, runner.sample_tokens = with_room(execute_model), _dummy_run, sample_tokens

@@ -10,7 +10,7 @@ from typing import Any, Final
 from vllm_tap.errors import SpecError
 
 READERS: Final = re.compile(r"(Bert|Roberta|XLMRoberta)For(Sequence|Token)Classification")
-"""Architectures that read token types in vLLM 0.26 to 0.33; others are given none, or fail with the engine."""
+"""Architectures of the supported versions that read token types; others are given none, or fail with the engine."""
 
 FIELD: Final = "compressed_token_type_ids"
 """Key of `PoolingParams.extra_kwargs` under which the runner finds where the second text begins."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_tap.client.connection import Connection
+from vllm_tap.errors import SpecError
 from vllm_tap.vllm import frontend
 
 
@@ -33,3 +34,16 @@ def test_prompts_have_as_many_tokens_as_are_wanted(
     assert all(params.skip_reading_prefix_cache for params in given)
     assert [len(prompt["prompt_token_ids"]) for prompt in sent] == lengths
     assert {token for prompt in sent for token in prompt["prompt_token_ids"]} <= set(range(1, 17))
+
+
+def test_transports_go_by_their_names() -> None:
+    """`shared_memory` is another name of `segment`; what is no transport is refused with those that are."""
+    connection: Any = object.__new__(Connection)
+    asked: list[str] = []
+    connection._llm, connection.readers = lambda: None, asked.append
+    ways = [connection.choose_transport(name) for name in ("auto", "segment", "shared_memory", "tcp", "inline")]
+    assert ways == ["auto", "segment", "segment", "tcp", ""]
+    assert asked == ways[:4]
+    for wrong in ("pigeon", ["segment"], None):
+        with pytest.raises(SpecError, match='"auto", "segment", "tcp" or "inline"'):
+            connection.choose_transport(wrong)

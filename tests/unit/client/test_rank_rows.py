@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_tap.client.memory import FetchedMemory, by_calls
-from vllm_tap.client.rank_rows import Choice, RankRows, _is_of
+from vllm_tap.client.rank_rows import RankRows, RowMatcher, _is_of
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
 from vllm_tap.frame import messages
@@ -35,7 +35,7 @@ def rank_rows(
     sequences: Sequences,
     *,
     rank: int = 0,
-    choice: Choice | None = None,
+    matcher: RowMatcher | None = None,
     requests: Sequence[messages.Request] = (),
 ) -> RankRows:
     """Put steps into a segment as a worker does, and read them back."""
@@ -60,7 +60,7 @@ def rank_rows(
     )
     fetch = by_calls(lambda _, at, n: memory[at : at + n].tobytes())
     fetched = FetchedMemory(descriptor, descriptor.validate("c", "little"), fetch)
-    return RankRows(descriptor, fetched, choice or Choice(sequences))
+    return RankRows(descriptor, fetched, matcher or RowMatcher(sequences))
 
 
 @st.composite
@@ -132,11 +132,11 @@ def test_a_row_of_another_token_is_an_error() -> None:
 def test_ranks_that_met_the_same_rows_are_checked_once() -> None:
     """Also where they came in other steps; each rank reads its own."""
     sequences = Sequences([output([1, 2], [3, 4])], "all")
-    choice = Choice(sequences)
+    matcher = RowMatcher(sequences)
     rows = [(0, 1, 2, 10), (0, 0, 1, 11), (0, 2, 3, 12)]
-    first = rank_rows([rows], 1, sequences, choice=choice)
+    first = rank_rows([rows], 1, sequences, matcher=matcher)
     others = [(*row[:3], row[3] + 10) for row in rows]
-    second = rank_rows([others[:1], others[1:]], 1, sequences, rank=1, choice=choice)
+    second = rank_rows([others[:1], others[1:]], 1, sequences, rank=1, matcher=matcher)
     assert second._chosen is first._chosen
     assert first.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [11, 10, 12]
     assert second.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [21, 20, 22]
@@ -145,21 +145,21 @@ def test_ranks_that_met_the_same_rows_are_checked_once() -> None:
 def test_a_rank_that_met_other_rows_is_checked_for_itself() -> None:
     """In another order it has its own choice; with a row less, of another token or of another request it is refused."""
     sequences = Sequences([output([1, 2], []), output([1, 2], [])], "all")
-    choice = Choice(sequences)
+    matcher = RowMatcher(sequences)
     rows = [(0, 0, 1, 10), (0, 1, 2, 11), (1, 0, 1, 12), (1, 1, 2, 13)]
-    rank_rows([rows], 2, sequences, choice=choice)
-    turned = rank_rows([rows[::-1]], 2, sequences, rank=1, choice=choice)
+    rank_rows([rows], 2, sequences, matcher=matcher)
+    turned = rank_rows([rows[::-1]], 2, sequences, rank=1, matcher=matcher)
     assert turned.rows("hidden_states", 0, 0, 4)[:, 0].tolist() == [10, 11, 12, 13]
-    rank_rows([rows], 2, sequences, rank=2, choice=choice)
+    rank_rows([rows], 2, sequences, rank=2, matcher=matcher)
     for wrong, message in (
         (rows[:3], "rank 3: 1 of 4 rows did not arrive"),
         ([*rows[:3], (1, 1, 9, 13)], "rank 3: 1 of 4 rows arrived for other tokens"),
         ([*rows[:3], (0, 1, 2, 13)], "rank 3: 1 of 4 rows did not arrive"),
     ):
         with pytest.raises(RowsMissingError, match=message):
-            rank_rows([wrong], 2, sequences, rank=3, choice=choice)
+            rank_rows([wrong], 2, sequences, rank=3, matcher=matcher)
     with pytest.raises(RowsMissingError, match="2 of 4 rows did not arrive"):
-        rank_rows([rows[:2]], 1, sequences, rank=3, choice=choice)
+        rank_rows([rows[:2]], 1, sequences, rank=3, matcher=matcher)
 
 
 @pytest.mark.parametrize(

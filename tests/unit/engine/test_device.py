@@ -182,11 +182,11 @@ def test_all_is_on_its_way_when_the_engine_rests(cuda: SimulatedCuda, staging: s
         for step in STEPS[:3]:
             engine.step(session, step)
         num_copies, waits = cuda.copies_left, cuda.num_host_waits
-        session.rest()
+        session.on_idle()
         assert cuda.num_host_waits == waits
         assert num_copies - cuda.copies_left == (2 if staging == "staged" else 1), "rows and counts"
         num_copies = cuda.copies_left
-        session.rest()
+        session.on_idle()
     engine.finish(session)
     assert cuda.copies_left == num_copies
     assert cuda.conflicts == []
@@ -205,7 +205,7 @@ def test_copies_are_timed_by_the_clock_of_the_device(cuda: SimulatedCuda, rests:
         for step in STEPS[:5]:
             engine.step(session, step)
         if rests:
-            session.rest()
+            session.on_idle()
         engine.finish(session)
     assert len(cuda.events) == num_events
     figures = profile.stop()

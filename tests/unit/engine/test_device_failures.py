@@ -98,7 +98,7 @@ def test_a_tap_that_a_step_missed_is_an_error(cuda: SimulatedCuda, rests: bool) 
     session = engine.start()
     engine.step(session, STEPS[0])
     if rests:
-        session.rest()
+        session.on_idle()
     engine.model.places = LLAMA[:-1]
     engine.model._graphs = {}
     engine.step(session, DECODE)

@@ -74,7 +74,7 @@ class Runner:
 def watched_runner() -> Runner:
     """Return a runner that is watched: that adds a frame on the way to the layers."""
     runner = Runner()
-    vllm_runner.watch_runner(runner, vllm_runner.Recorder())
+    vllm_runner.watch_runner(runner, vllm_runner.StepListener())
     return runner
 
 

@@ -1,4 +1,4 @@
-"""What a recorder sees of the steps of a runner."""
+"""What a listener sees of the steps of a runner."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Runner:
         self.said.append("forward")
 
 
-def test_a_recorder_sees_each_step_and_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the documentation; a step without tokens means rest, dummy runs mean that nothing is captured."""
+def test_a_listener_sees_each_step_and_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the documentation; a step without tokens means idle, dummy runs mean that nothing is captured."""
     monkeypatch.setattr(vllm_runner, "require_fields", lambda _: None)
-    runner, recorder = Runner(), vllm_runner.Recorder()
-    for name in ("arm", "drain", "sampled", "rest", "disarm"):
-        monkeypatch.setattr(recorder, name, lambda *_, name=name: runner.said.append(name))
-    vllm_runner.watch_runner(runner, recorder)
+    runner, listener = Runner(), vllm_runner.StepListener()
+    for name in ("before_forward", "after_forward", "after_sampling", "on_idle", "skip"):
+        monkeypatch.setattr(listener, name, lambda *_, name=name: runner.said.append(name))
+    vllm_runner.watch_runner(runner, listener)
     step, nothing = (
         SimpleNamespace(scheduled_new_reqs=[], finished_req_ids=set(), total_num_scheduled_tokens=n) for n in (3, 0)
     )
@@ -49,8 +49,8 @@ def test_a_recorder_sees_each_step_and_when_there_is_none(monkeypatch: pytest.Mo
     runner.execute_model(nothing, dummy_run=True)
     runner._dummy_run()
     assert runner.said == [
-        *["arm", "forward", "drain", "sample", "sampled"],
-        *["drain", "rest"],
-        *["disarm", "arm", "forward"],
-        *["disarm", "forward"],
+        *["before_forward", "forward", "after_forward", "sample", "after_sampling"],
+        *["after_forward", "on_idle"],
+        *["skip", "before_forward", "forward"],
+        *["skip", "forward"],
     ]

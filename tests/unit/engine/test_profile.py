@@ -61,25 +61,25 @@ def test_everything_is_put_back():
 def test_forward_passes_without_a_device_are_stamped_by_the_host():
     """When the runner got the step, was about to launch it, and had."""
 
-    class Recorder:
+    class Listener:
         """What a runner reports to."""
 
         def expect(self, marks: object) -> None:
             """Do nothing."""
 
-        def arm(self, batch: object) -> None:
+        def before_forward(self, batch: object) -> None:
             """Do nothing."""
 
-        def drain(self) -> None:
+        def after_forward(self) -> None:
             """Do nothing."""
 
-    recorder = Recorder()
-    profile = ForwardProfile(recorder, has_device=False)
+    listener = Listener()
+    profile = ForwardProfile(listener, has_device=False)
     for _ in range(2):
-        recorder.expect([])
-        recorder.arm(None)
-        recorder.drain()
+        listener.expect([])
+        listener.before_forward(None)
+        listener.after_forward()
     figures = profile.stop()
     assert {label: len(times) for label, times in figures.items()} == {"expect at": 2, "arm at": 2, "drain at": 2}
     assert figures["expect at"][1] <= figures["arm at"][1] <= figures["drain at"][1]
-    assert vars(recorder) == {}
+    assert vars(listener) == {}

@@ -16,7 +16,7 @@ class Event:
     def __init__(self, events: Events, number: int) -> None:
         self._events, self._number = events, number
 
-    def hold(self, stream: int) -> None:
+    def wait(self, stream: int) -> None:
         assert stream == MAIN
         self._events.waited_for = max(self._events.waited_for, self._number)
 
@@ -54,7 +54,7 @@ def test_a_place_is_free_of_copies_that_were_not_waited_for(capacity: int, sizes
             if a < start + size and start < b:
                 assert number <= events.waited_for
         copies.append((start, start + size))
-        ring.busy(start, size, SIDE)
+        ring.release_after(start, size, SIDE)
 
 
 def test_a_ring_that_is_large_enough_never_waits() -> None:
@@ -62,7 +62,7 @@ def test_a_ring_that_is_large_enough_never_waits() -> None:
     events = Events()
     ring = Ring(100, events)
     for _ in range(10):
-        ring.busy(ring.take(10, MAIN), 10, SIDE)
+        ring.release_after(ring.take(10, MAIN), 10, SIDE)
     assert events.waited_for == -1
     ring.take(10, MAIN)
     assert events.waited_for == 0
@@ -84,7 +84,7 @@ def test_many_busy_places_cost_nothing() -> None:
     ring = Ring(1000, events)
     for _ in range(3000):
         start = ring.take(1, MAIN)
-        ring.busy(start, 1, SIDE)
+        ring.release_after(start, 1, SIDE)
         ring._busy[-1] = Places(ring._busy[-1])  # type: ignore[call-overload]
     assert Places.looks < 5 * 3000
     assert events.waited_for == 1999
@@ -95,7 +95,7 @@ def test_all_events_are_given_back() -> None:
     events = Events()
     ring = Ring(100, events)
     for _ in range(25):
-        ring.busy(ring.take(10, MAIN), 10, SIDE)
+        ring.release_after(ring.take(10, MAIN), 10, SIDE)
     assert events.num_given == 15
     ring.close()
     ring.close()

@@ -25,7 +25,7 @@ class Sink:
     def __init__(self) -> None:
         self.selected: list[list[int]] = []
 
-    def begin(self, chunk: Any, start: int, form: Any, selection: Any, batch: Batch) -> None:
+    def before_forward(self, chunk: Any, start: int, form: Any, selection: Any, batch: Batch) -> None:
         """Take down the tokens of a step."""
         self.selected.append(selection.sources.tolist())
 
@@ -36,7 +36,7 @@ class Sink:
     def clear(self) -> None:
         """No rows."""
 
-    def end(self) -> list[Any]:
+    def after_forward(self) -> list[Any]:
         """No tap was silent."""
         return []
 
@@ -75,9 +75,9 @@ def test_each_request_has_the_positions_of_its_mark() -> None:
     session.meet("b", Mark("x", 1, 1, window), 4)
     session.meet("c", Mark("y", 2, 1, "all"), 4)
     session.meet("d", Mark("x", 3, 1, [0]), 4)
-    session.arm(batch(("a", 4, 0), ("b", 4, 0), ("c", 4, 0), ("d", 4, 0)))
-    session.drain()
-    session.arm(batch(("a", 1, 4), ("b", 1, 4), ("d", 1, 4)))
+    session.before_forward(batch(("a", 4, 0), ("b", 4, 0), ("c", 4, 0), ("d", 4, 0)))
+    session.after_forward()
+    session.before_forward(batch(("a", 1, 4), ("b", 1, 4), ("d", 1, 4)))
     assert sink.selected == [[3, 5, 6, 12], [1]]
     assert session.error is None
 
@@ -87,7 +87,7 @@ def test_a_mark_that_says_nonsense_ends_its_capture_and_not_the_engine(positions
     """The client gets the sentence when it asks for the rows."""
     session, sink = session_of("all")
     session.meet("a", Mark("x", 0, 1, positions), 4)
-    session.arm(batch(("a", 4, 0)))
+    session.before_forward(batch(("a", 4, 0)))
     assert not sink.selected
     with pytest.raises(SpecError):
         session.finish()

@@ -16,6 +16,7 @@ from vllm_tap.vllm import assumptions, experts, facts, hooks, model, runner, sup
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "vllm-support.md"
+BOUNDS = "{}.{} to {}.{}".format(*facts.OLDEST, *facts.NEWEST)
 LISTED = {name for part in assumptions.PARTS for entry in part.assumptions for name in entry.names}
 
 
@@ -95,7 +96,7 @@ def test_every_name_that_host_looks_for_is_listed() -> None:
 
 def test_a_missing_name_is_refused_with_its_reason() -> None:
     """The error names the class, the attribute, what it is for and the versions that are known."""
-    expected = r"has no .*object.execute_model, which is needed to see the steps. .*vLLM 0\.26 to 0\.33"
+    expected = rf"has no .*object.execute_model, which is needed to see the steps. .*vLLM {re.escape(BOUNDS)}"
     with pytest.raises(EngineUnsupportedError, match=expected):
         facts.require(object(), "execute_model")
 
@@ -109,6 +110,8 @@ def test_a_missing_field_is_refused_before_a_step_runs() -> None:
 
 
 def test_versions_agree() -> None:
-    """The bounds that `host` refuses by are the oldest and newest version that was read."""
+    """The bounds that `facts` refuses by are those of the versions that were read, and of the documents."""
     bounds = [tuple(map(int, re.findall(r"\d+", version)[:2])) for version in assumptions.VERSIONS]
     assert (min(bounds), max(bounds)) == (facts.OLDEST, facts.NEWEST)
+    pages = [ROOT / "README.md", ROOT / "docs" / "support.md"]
+    assert [page.name for page in pages if BOUNDS not in page.read_text()] == []

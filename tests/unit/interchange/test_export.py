@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from made_rows import NUM_LAYERS, made
+from runners import python_path
 from vllm_tap import open_dataset
 from vllm_tap.cli import main
 from vllm_tap.errors import DatasetError, LayerError, PositionError, RowsMissingError, SpecError
@@ -281,7 +282,7 @@ export(made(), "npz", sys.argv[1])
 
 def test_a_killed_export_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     """Its folder is not there; the next export takes the place."""
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    paths = os.pathsep.join([python_path(), *sys.path])
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "out")], env={**os.environ, "PYTHONPATH": paths}, check=False
     )

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from made_rows import EXPERT_LAYERS, made
 from synthetic_rows import LAYERS, MODEL, SyntheticCapture, bits, check_dataset, prompts_of
 from vllm_tap.errors import DatasetError, LayerError, RowsMissingError, SpecError
 from vllm_tap.store.dataset import Dataset, open_dataset
@@ -45,6 +46,23 @@ def test_a_saved_capture_is_read_back(tmp_path: Path, num_completions: int) -> N
     assert (kept.request_id, kept.prompt_token_ids) == (output.request_id, output.prompt_token_ids)
     assert [one.token_ids for one in kept.outputs] == [one.token_ids for one in output.outputs]
     assert dataset.facts.model == MODEL
+
+
+def test_streams_have_second_names(tmp_path: Path) -> None:
+    """`routed_experts` has ids and weights by layer, `last_hidden_state` is the final one, also in datasets."""
+    capture = made(experts=True)
+    capture.save(tmp_path / "run")
+    for one in (capture[1], open_dataset(tmp_path / "run")[1]):
+        both = one.routed_experts
+        assert list(both) == list(one.expert_ids)
+        assert (0 in both, -1 in both, len(both)) == (False, True, len(EXPERT_LAYERS))
+        for layer, (ids, weights) in both.items():
+            assert ids.equal(one.expert_ids[layer])
+            assert weights.equal(one.expert_weights[layer])
+        assert both[-1].weights.equal(one.expert_weights[7])
+        assert one.last_hidden_state.equal(one.final_hidden_states)
+        with pytest.raises(LayerError):
+            both[0]
 
 
 @pytest.mark.parametrize("url", ["memory://{name}/run", "file://{path}/run"])

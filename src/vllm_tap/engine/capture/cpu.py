@@ -1,7 +1,8 @@
 """The sink of a CPU engine: taps write straight into the block of the step. Runs in the worker process.
 
-A sink has eight verbs: `begin` a step, or `repeat` the one before, or `clear`, `end` it, `send` its rows, `rest` (no
-step is known to follow), `settle` (all rows lie in their blocks), `close`.
+A sink is told of a step `before_forward`, or to `repeat` the one before, or to `clear`; then `after_forward`,
+`after_sampling` and `on_idle` (no step is known to follow). At the end, `synchronize` waits until all rows lie in their
+blocks, and `close` lets go of the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CpuSink:
         rows.groups.append(self._group)
         self._streams = [(stream, [taps[stream.name, layer] for layer in stream.layers]) for stream in streams]
 
-    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+    def before_forward(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Point every tap at its plane, write the labels, and let rows through.
 
         Cost: one tensor view per tap; the labels are written once, [3, R] int32.
@@ -61,7 +62,7 @@ class CpuSink:
         """Begin a step like the one before: nothing is saved here, so it is to be begun as any other."""
         return False
 
-    def end(self) -> list[Tap]:
+    def after_forward(self) -> list[Tap]:
         """Stop letting rows through. Returns the taps that no row passed in this step.
 
         Raises:
@@ -82,13 +83,13 @@ class CpuSink:
         """Let no row through."""
         self._group.clear()
 
-    def send(self, generates: bool) -> None:
+    def after_sampling(self, generates: bool) -> None:
         """Send off what is still on the device: nothing."""
 
-    def rest(self) -> None:
-        """Queue what `settle` waits for: nothing."""
+    def on_idle(self) -> None:
+        """Queue what `synchronize` waits for: nothing."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all rows lie in their blocks: they already do."""
 
     def close(self) -> None:

@@ -17,30 +17,30 @@ from vllm_tap.vllm.runner import Batch
 class Sink(Protocol):
     """Destination of the rows of a step; see `cpu` and `cuda.sink`."""
 
-    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+    def before_forward(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Let the rows of a step through, into a block that starts in a segment and has a layout counted from there."""
 
     def repeat(self, start: int) -> bool:
         """Let rows through as in the step before, into a block that starts here; tell whether that is so."""
         ...
 
-    def end(self) -> list[Tap]:
+    def after_forward(self) -> list[Tap]:
         """The forward pass has been launched; return taps that are known to have been silent."""
         ...
 
     def clear(self) -> None:
-        """Let no row through until the next `begin` or `repeat`."""
+        """Let no row through until the next `before_forward` or `repeat`."""
 
-    def send(self, generates: bool) -> None:
+    def after_sampling(self, generates: bool) -> None:
         """The step's tokens are on their way: send off what is worth it by now.
 
         The device is busy with the step: if rows of generated tokens will come, make ready what their steps need.
         """
 
-    def rest(self) -> None:
-        """Queue what `settle` waits for: no step is known to follow."""
+    def on_idle(self) -> None:
+        """Queue what `synchronize` waits for: no step is known to follow."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all rows lie in their blocks."""
 
     def close(self) -> None:

@@ -67,6 +67,10 @@ class Profile:
         return self.figures
 
 
+LABELS: Final = {"before_forward": "arm", "after_forward": "drain", "after_sampling": "sampled", "on_idle": "rest"}
+"""Methods of a worker during a step, and the labels of their figures: those of the results that are published."""
+
+
 class ForwardProfile(Profile):
     """Says when forward passes were launched and, on a CUDA device, when they ran there, by `time.perf_counter`.
 
@@ -74,7 +78,7 @@ class ForwardProfile(Profile):
     about to launch the forward pass and when it had; `begins at` and `ends at`, when the device did.
     """
 
-    def __init__(self, recorder: Any, has_device: bool) -> None:
+    def __init__(self, listener: Any, has_device: bool) -> None:
         super().__init__()
         self._events: list[tuple[str, Any]] = []
         if has_device:
@@ -85,10 +89,10 @@ class ForwardProfile(Profile):
             self._base.record()
             self._base.synchronize()
             self._base_at = time.perf_counter()
-            self.wrap(recorder, "arm", functools.partial(self._mark, "begins at"))
-            self.wrap(recorder, "drain", functools.partial(self._mark, "ends at"))
-        for name in ("expect", "arm", "drain"):
-            self.stamp(recorder, name, f"{name} at")
+            self.wrap(listener, "before_forward", functools.partial(self._mark, "begins at"))
+            self.wrap(listener, "after_forward", functools.partial(self._mark, "ends at"))
+        for name in ("expect", "before_forward", "after_forward"):
+            self.stamp(listener, name, f"{LABELS.get(name, name)} at")
 
     def _mark(self, label: str, function: Any, *args: Any) -> Any:
         result = function(*args)

@@ -100,7 +100,7 @@ class Session:
             self.fail(error)
             return self._positions
 
-    def arm(self, batch: Batch) -> None:
+    def before_forward(self, batch: Batch) -> None:
         """Before a forward pass: find room for the rows that are asked for, and let them through."""
         if not self._is_open:
             return
@@ -129,7 +129,7 @@ class Session:
     def _begin(self, batch: Batch, selection: Selection) -> int:
         """Begin a step in a block of its own form; return where the block starts."""
         start, form = self._place(selection.num_rows)
-        self._sink.begin(self._chunks[-1], start, form, selection, batch)
+        self._sink.before_forward(self._chunks[-1], start, form, selection, batch)
         self._stride = self._free_offset - start
         # Blocks that are so far apart lie alike.
         self._last = selection if self._stride % self._period == 0 else None
@@ -174,13 +174,13 @@ class Session:
             # Near the end of the budget, room for this step alone may still be there.
             return self.account.reserve(nbytes)
 
-    def drain(self) -> None:
+    def after_forward(self) -> None:
         """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
         if not self._armed:
             return
         self._armed = False
         try:
-            silent = self._sink.end()
+            silent = self._sink.after_forward()
             if silent:
                 names = ", ".join(f"{tap.stream}[{tap.layer}]" for tap in silent[:4])
                 raise CaptureError(
@@ -190,22 +190,22 @@ class Session:
         except Exception as error:
             self.fail(error)
 
-    def send(self) -> None:
+    def after_sampling(self) -> None:
         """After sampling: send off what is still on the device.
 
         Not before: the copy of the sampled tokens, for which the engine waits, would queue behind ours.
         """
         try:
-            self._sink.send(self._generates)
+            self._sink.after_sampling(self._generates)
         except Exception as error:
             self.fail(error)
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         """Send off all rows while an engine finishes that has nothing more to compute, before the client asks."""
         if self.error is not None:
             return
         try:
-            self._sink.rest()
+            self._sink.on_idle()
         except Exception as error:
             self.fail(error)
 
@@ -231,7 +231,7 @@ class Session:
         """
         begin = time.perf_counter()
         if self.error is None:
-            self._sink.settle()
+            self._sink.synchronize()
         if self.error is not None:
             raise self.error
         wait_seconds = time.perf_counter() - begin

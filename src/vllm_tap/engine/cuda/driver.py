@@ -92,13 +92,13 @@ def free(address: int) -> None:
     check(_driver().cuMemFree_v2(address), "cuMemFree")
 
 
-def write_words(target: int, words: bytes, stream: int) -> None:
+def memcpy_htod(target: int, words: bytes, stream: int) -> None:
     """Queue a copy of a few words to device memory; the driver keeps its own copy of them at once."""
     check(_driver().cuMemcpyHtoDAsync_v2(target, words, len(words), stream), "cuMemcpyHtoDAsync")
 
 
-def bare_write() -> Callable[[int, bytes, int, int], int]:
-    """Return the driver's function behind `write_words` (target, words, number of bytes, stream), for `check`.
+def memcpy_htod_unchecked() -> Callable[[int, bytes, int, int], int]:
+    """Return the driver's function behind `memcpy_htod` (target, words, number of bytes, stream), for `check`.
 
     For what every step does: in a step nothing is in the caches, and each function on the way costs microseconds.
     """
@@ -108,10 +108,10 @@ def bare_write() -> Callable[[int, bytes, int, int], int]:
 
 def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
     """Queue a copy of rows from device memory to registered host memory; a profile of copies times these alone."""
-    read_words(target, source, nbytes, stream)
+    memcpy_dtoh(target, source, nbytes, stream)
 
 
-def read_words(target: int, source: int, nbytes: int, stream: int) -> None:
+def memcpy_dtoh(target: int, source: int, nbytes: int, stream: int) -> None:
     """Queue a copy of what is no rows from device memory to pinned host memory."""
     check(_driver().cuMemcpyDtoHAsync_v2(target, source, nbytes, stream), "cuMemcpyDtoHAsync")
 
@@ -132,7 +132,7 @@ class Event:
         """Be the point behind what is queued on a stream."""
         check(_driver().cuEventRecord(self._handle, stream), "cuEventRecord")
 
-    def hold(self, stream: int) -> None:
+    def wait(self, stream: int) -> None:
         """Keep what is queued on a stream from here on until this point has passed, wherever the event goes later."""
         check(_driver().cuStreamWaitEvent(stream, self._handle, 0), "cuStreamWaitEvent")
 

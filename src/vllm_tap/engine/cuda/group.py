@@ -88,7 +88,7 @@ class DeviceGroup(Group):
         # Counts that have come back.
         self._seen = torch.empty(len(tables.counts), dtype=torch.int32, pin_memory=True).numpy()
         self._seen_address = self._seen.ctypes.data
-        self._write = driver.bare_write()
+        self._write = driver.memcpy_htod_unchecked()
         self._num_identity = 0
         self._selection: Selection | None = None
 
@@ -109,10 +109,10 @@ class DeviceGroup(Group):
             table = np.full((num_taps, 2), -1, np.int32)
             if planes:
                 table[[index - first for index in planes]] = list(planes.values())
-            driver.write_words(self.tables.table.data_ptr(), table.tobytes(), stream)
+            driver.memcpy_htod(self.tables.table.data_ptr(), table.tobytes(), stream)
             self._planes, self.taps = planes, frozenset(planes)
         counts_bytes = self.tables.counts.itemsize * self._num_taps(planes)
-        driver.write_words(self._counts_address, bytes(counts_bytes), stream)
+        driver.memcpy_htod(self._counts_address, bytes(counts_bytes), stream)
         self.sink, self.failure = sink, None
 
     def _num_taps(self, indices: Sequence[int] | set[int] | dict[int, tuple[int, int]]) -> int:
@@ -131,20 +131,20 @@ class DeviceGroup(Group):
         That is the same place each time.
         """
         seen = self._seen[: self._num_taps(self._planes)]
-        driver.read_words(self._seen_address, self._counts_address, seen.nbytes, stream)
+        driver.memcpy_dtoh(self._seen_address, self._counts_address, seen.nbytes, stream)
         return seen
 
-    def arm(self, header: Sequence[int], selection: Selection, stream: int) -> None:
+    def tell(self, header: Sequence[int], selection: Selection, stream: int) -> None:
         """Send the header of a step to the device, and its selection unless the device has it already."""
         if selection is not self._selection:
             self._send_selection(selection, stream)
         self._owner.switch.on = self._owner.on
         self.num_tokens = header[0]
-        driver.write_words(self._header_address, _pack_header(*header), stream)
+        driver.memcpy_htod(self._header_address, _pack_header(*header), stream)
         self.active = self._dirty = True
 
-    def arm_again(self, distance: int, stream: int) -> None:
-        """Have the kernels do once more what `arm` told them last, so many bytes behind the addresses there."""
+    def tell_again(self, distance: int, stream: int) -> None:
+        """Have the kernels do once more what `tell` told them last, so many bytes behind the addresses there."""
         self._owner.switch.on = self._owner.on
         code = self._write(self._header_address, _pack_start(self.num_tokens, distance), _START_BYTES, stream)
         if code:
@@ -169,14 +169,14 @@ class DeviceGroup(Group):
         self._owner.paused()
         main = self._owner.main
         if self._dirty and main is not None:
-            driver.write_words(self._header_address, _NO_TOKENS, main.cuda_stream)
+            driver.memcpy_htod(self._header_address, _NO_TOKENS, main.cuda_stream)
             self._dirty = False
 
 
 def _send(target: torch.Tensor, stream: int, *pieces: npt.NDArray[np.int32]) -> None:
     """Queue a copy of pieces, one behind the other, to the start of a tensor on the device; `stream` is current."""
     if sum(piece.nbytes for piece in pieces) <= SMALL_BYTES:
-        driver.write_words(target.data_ptr(), b"".join(piece.tobytes() for piece in pieces), stream)
+        driver.memcpy_htod(target.data_ptr(), b"".join(piece.tobytes() for piece in pieces), stream)
         return
     pinned = torch.empty(sum(map(len, pieces)), dtype=torch.int32, pin_memory=True)
     np.concatenate(pieces, out=pinned.numpy())

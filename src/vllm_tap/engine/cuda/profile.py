@@ -31,8 +31,8 @@ class DmaProfile(Profile):
         self._forward_end: driver.Event | None = None
         self._base = self._behind_forward()
         self.wrap(driver, "copy_to_host", self._copy)
-        self.wrap(DeviceSink, "end", self._end)
-        self.wrap(DeviceSink, "settle", self._settle)
+        self.wrap(DeviceSink, "after_forward", self._end)
+        self.wrap(DeviceSink, "synchronize", self._settle)
 
     def _behind(self, stream: int) -> driver.Event:
         event = self._events.recorded(stream)

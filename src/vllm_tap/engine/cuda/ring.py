@@ -33,10 +33,10 @@ class Ring:
             done = self._free_first()
         if done is not None:
             # Copies end in the order in which they were queued: waiting for one is waiting for all before it.
-            done.hold(stream)
+            done.wait(stream)
         return start
 
-    def busy(self, start: int, size: int, stream: int) -> None:
+    def release_after(self, start: int, size: int, stream: int) -> None:
         """Keep a place until what is queued on a stream has been done."""
         self._busy.append((start, start + size, self._events.recorded(stream)))
 

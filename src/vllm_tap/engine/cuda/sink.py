@@ -149,7 +149,7 @@ class DeviceSink:
         logger.warning("vllm-tap: %s Going on with direct writes, which are slower for many rows.", text)
         return None
 
-    def begin(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
+    def before_forward(self, chunk: Block, start: int, form: Layout[int], selection: Selection, batch: Batch) -> None:
         """Tell the kernels where the rows and the labels of this step go.
 
         Cost: one copy of 160 bytes to the device; of the selection too when it changes.
@@ -172,7 +172,7 @@ class DeviceSink:
             sources = self._open(plan, block, self._segment + chunk.offset + chunk.nbytes)
             for lane, begin in plan.by_planes:
                 lane.target = block + begin
-        self._group.arm(plan.header_for(sources), selection, self._main)
+        self._group.tell(plan.header_for(sources), selection, self._main)
         self._told = sources[0]
         self._unsent = True
         self._inputs = batch.positions, batch.token_ids  # the header has their addresses
@@ -187,7 +187,7 @@ class DeviceSink:
             return False
         staged = burst.join(self._segment + start, plan.form.end)
         if staged:
-            self._group.arm_again(staged - self._told, self._main)
+            self._group.tell_again(staged - self._told, self._main)
         return staged > 0
 
     def _new_plan(self, selection: Selection, form: Layout[int], batch: Batch) -> Plan:
@@ -252,9 +252,9 @@ class DeviceSink:
         write(source)
         self._let_side_follow(stream)
         driver.copy_to_host(lane.target + plane * nbytes, source, nbytes, self._side)
-        self._planes.busy(place, aligned(nbytes), self._side)
+        self._planes.release_after(place, aligned(nbytes), self._side)
 
-    def end(self) -> list[Tap]:
+    def after_forward(self) -> list[Tap]:
         """Take note of a step; which taps were silent is known when all is settled.
 
         Raises:
@@ -270,7 +270,7 @@ class DeviceSink:
         """Let no row through."""
         self._group.clear()
 
-    def send(self, generates: bool) -> None:
+    def after_sampling(self, generates: bool) -> None:
         """Queue the copies of what is staged on the side stream, unless later steps may still join them.
 
         Of the graphs that later steps will replay, make one ready if there is one to make: takes some milliseconds.
@@ -290,18 +290,18 @@ class DeviceSink:
         if burst is not None:
             for target, source, nbytes in burst.copies:
                 driver.copy_to_host(target, source, nbytes, self._side)
-            self._steps.busy(burst.place, burst.size, self._side)
+            self._steps.release_after(burst.place, burst.size, self._side)
 
     def _let_side_follow(self, stream: int) -> None:
         """Let what is queued on the side stream from here on wait for what is queued on another."""
         self._rows.passed.record(stream)
-        self._rows.passed.hold(self._side)
+        self._rows.passed.wait(self._side)
 
     def _wait_for_side(self) -> None:
         self._rows.passed.record(self._side)
         self._rows.passed.synchronize()
 
-    def rest(self) -> None:
+    def on_idle(self) -> None:
         """Queue the copies of what is staged, and that of what the taps have counted, behind all queued steps."""
         self._flush()
         if self._num_counted != self._num_steps:
@@ -309,13 +309,13 @@ class DeviceSink:
             self._seen = self._group.send_counts(self._side)
             self._num_counted = self._num_steps
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the last copy, and make sure that every step went through every tap.
 
         Raises:
             CaptureError: A tap was silent.
         """
-        self.rest()
+        self.on_idle()
         self._wait_for_side()
         seen = self._seen
         silent = [place for place in self._place_of if seen[place - self._rows.first_tap] != self._num_steps]

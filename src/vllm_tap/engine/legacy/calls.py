@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from vllm_tap.engine.legacy.rows import EverySession, Met, Ordered, Part, read_part
+from vllm_tap.engine.legacy.rows import AllRequestsSession, Met, Ordered, Part, read_part
 from vllm_tap.engine.model.residual import SUM, WHOLE
 from vllm_tap.engine.model.stack import dtype_name
 from vllm_tap.engine.worker import TapWorker
@@ -77,14 +77,14 @@ class Taken:
 class LegacyCalls:
     """The calls of the former interface, answered with one more capture of a worker beside those of clients.
 
-    While a stream is enabled, an `EverySession` is under way; when what is enabled changes, the next one begins, and
+    While a stream is enabled, an `AllRequestsSession` is under way. When what is enabled changes, the next one begins;
     the parts are put together when they are asked for.
     """
 
     def __init__(self, worker: TapWorker) -> None:
         self._worker = worker
         self._streams_taken = {HIDDEN: Taken(), ROUTER: Taken()}
-        self._every: EverySession | None = None
+        self._every: AllRequestsSession | None = None
         self._known: dict[str, Met] = {}
         self._own_pool: SegmentPool | None = None
         self._is_guess = False
@@ -228,7 +228,7 @@ class LegacyCalls:
             expected_rows=0,
         )
         self._pool_of_rows()
-        begin = functools.partial(EverySession, known=self._known)
+        begin = functools.partial(AllRequestsSession, known=self._known)
         self._every = self._worker.begin(start, streams, OWNER, begin)
 
     def _wanted(self) -> Iterable[Stream]:

@@ -24,7 +24,7 @@ class Met(NamedTuple):
     is_new: bool
 
 
-class EverySession(Session):
+class AllRequestsSession(Session):
     """A session that takes the rows of every request, in the order in which `known` numbers them."""
 
     def __init__(self, *args: Any, known: dict[str, Met]) -> None:
@@ -39,13 +39,13 @@ class EverySession(Session):
     def scheduled(self, request_id: str) -> None:
         self.known.setdefault(request_id, Met(len(self.known), True))
 
-    def arm(self, batch: Batch) -> None:
+    def before_forward(self, batch: Batch) -> None:
         """Before a forward pass: take what runs, also requests that were under way before this session."""
         for request_id in batch.request_ids:
             if request_id not in self._selector:
                 met = self.known.setdefault(request_id, Met(len(self.known), False))
                 self.meet(request_id, Mark(self.start.capture_id, met.number, 1), 0)
-        super().arm(batch)
+        super().before_forward(batch)
 
 
 class Part(NamedTuple):
@@ -55,7 +55,7 @@ class Part(NamedTuple):
     session where its planes begin; `numbers` and `positions` [R] say which request a row is of, and where in it.
     """
 
-    session: EverySession
+    session: AllRequestsSession
     pool: SegmentPool
     segment_of: IntArray
     counts: IntArray
@@ -64,7 +64,7 @@ class Part(NamedTuple):
     positions: IntArray
 
 
-def read_part(session: EverySession, pool: SegmentPool) -> Part:
+def read_part(session: AllRequestsSession, pool: SegmentPool) -> Part:
     """Wait for the rows of a session and read their labels.
 
     Raises:

@@ -1,7 +1,7 @@
 """Gives engines on a CPU the backend of those on CUDA, on a simulated device; see simulated_cuda.py.
 
 Tests only. Python imports this module by its name when it starts, in every process that has this folder in PYTHONPATH;
-`simulated_environment` in tests/runners.py puts it there.
+`simulated_environment` in tests/support/runners.py puts it there.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Captures prompts with images from a tiny Qwen3-VL-MoE and compares every row with Hugging Face.
 
-Runs as a process of its own, with torchvision on its path: `python tests/vision/images.py FOLDER`.
+Runs as a process of its own, with torchvision on its path: `python tests/support/vision/images.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -15,24 +15,30 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
+def python_path(*folders: str | Path) -> str:
+    """Return the PYTHONPATH of a process that imports helpers of tests, with folders beside this file in front."""
+    paths = [*(HERE / folder for folder in folders), HERE, HERE.parent, os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(str(path) for path in paths if path)
+
+
 def v2_environment() -> dict[str, str]:
     """Return the environment of a process whose engines use the V2 runner, in Triton's interpreter.
 
     It has to be there when the process starts; see interpreter/sitecustomize.py.
     """
-    return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": _python_path("interpreter")}
+    return os.environ | {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": python_path("interpreter")}
 
 
 def simulated_environment(runner: str) -> dict[str, str]:
     """Return the environment of a process whose engines capture as on CUDA, on a simulated device."""
     runs_v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if runner == "V2" else {}
-    return os.environ | runs_v2 | {"PYTHONPATH": _python_path("simulated")}
+    return os.environ | runs_v2 | {"PYTHONPATH": python_path("simulated")}
 
 
 def expert_environment(num_ranks: int) -> dict[str, str]:
     """Return the environment of a process whose engine may share experts out over ranks."""
     return os.environ | {
-        "PYTHONPATH": _python_path("experts"),
+        "PYTHONPATH": python_path("experts"),
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(num_ranks))),
     }
 
@@ -46,10 +52,6 @@ def data_parallel_environment(rank: int, num_ranks: int, port: int) -> dict[str,
         "VLLM_DP_MASTER_IP": "127.0.0.1",
         "VLLM_DP_MASTER_PORT": str(port),
     }
-
-
-def _python_path(folder: str) -> str:
-    return os.pathsep.join(filter(None, [str(HERE / folder), str(HERE), os.environ.get("PYTHONPATH", "")]))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Makes tiny random models, one folder each, that both Hugging Face and vLLM load.
 
-Runs in the test process, or by hand: `python tests/models.py FOLDER [FAMILY ...]`. A family is one entry of FAMILIES.
+Runs in the test process, or by hand: `python tests/support/models.py FOLDER [FAMILY ...]`. Families are in FAMILIES.
 
 The weights are drawn so that wrong conventions show: the residual stream has a scale near one and every layer adds to
 it, norm weights lie between 0.5 and 1.5 in effect, and no two layers are alike.

@@ -276,12 +276,12 @@ class Engine:
         self.token_ids[: len(positions)] = torch.from_numpy(token_ids)
         waits = self.cuda.num_host_waits
         for each in sessions:
-            each.arm(Batch(list(requests), starts, before, self.positions, self.token_ids))
+            each.before_forward(Batch(list(requests), starts, before, self.positions, self.token_ids))
         self.model.run(len(positions))
         for each in sessions:
-            each.drain()
+            each.after_forward()
         for each in sessions if sends else ():
-            each.send()
+            each.after_sampling()
         assert self.cuda.num_host_waits == waits, "the host waited in a step"
         for each in sessions:
             self._expect(each, requests, lengths, positions, token_ids)

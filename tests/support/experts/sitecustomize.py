@@ -1,7 +1,7 @@
 """Lets experts be shared out over ranks on a CPU, where vLLM lacks two collectives and a kernel that knows its share.
 
 Tests only. Python imports this module by its name when it starts, in every process that has this folder in PYTHONPATH;
-`expert_environment` in tests/runners.py puts it there.
+`expert_environment` in tests/support/runners.py puts it there.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Where engines and Hugging Face's models run, and in which modes; runs in the test process.
 
-On a CPU unless `VLLM_TAP_TEST_DEVICE=cuda`, which `tests/gpu.py` sets. There more can be chosen:
+On a CPU unless `VLLM_TAP_TEST_DEVICE=cuda`, which `tests/on_gpu.py` sets. There more can be chosen:
 `VLLM_TAP_TEST_GRAPHS=1` compiles engines that a test starts eagerly, and `VLLM_TAP_TEST_PREFIX_CACHE=0` or `1` is for
 engines of which a test does not say whether they have a prefix cache.
 """

@@ -1,7 +1,7 @@
 """Lets vLLM's V2 model runner run on a CPU: its Triton kernels go through Triton's interpreter.
 
 Tests only. Python imports this module by its name when it starts, in every process that has this folder in PYTHONPATH;
-`v2_environment` in tests/runners.py puts it there.
+`v2_environment` in tests/support/runners.py puts it there.
 """
 
 import importlib.metadata
