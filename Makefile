@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -193,6 +193,11 @@ REQUESTS ?= 2000
 
 fuzz-serve: $(VENV)/.dev  ## malformed requests for rows to a server: REQUESTS=2000 SEED=0
 	$(BIN)/python tests/fuzz_serve.py --count $(REQUESTS) --seed $(SEED)
+
+SECONDS ?= 900
+
+soak-serve: $(VENV)/.dev  ## 256 requests at a time to a server, half captured: SECONDS=900 SEED=0
+	$(BIN)/python tests/soak_serve.py --seconds $(SECONDS) --seed $(SEED)
 
 # Datasets against plain files, in the folder for temporary files and in memory. Takes 9 GB, and as much of memory as there.
 bench-store: $(VENV)/.dev  ## datasets against plain files on the disk and in memory

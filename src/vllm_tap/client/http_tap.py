@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ import msgspec
 import numpy as np
 import torch
 
+from vllm_tap import codec as codecs
 from vllm_tap.client.owned import OwnedRows, Place
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.client.tap import RowBlock
-from vllm_tap.errors import CaptureError, DescriptorError, RowsMissingError, TransportError
+from vllm_tap.errors import CaptureError, DescriptorError, RowsMissingError, SpecError, TransportError
 from vllm_tap.frame import body
 from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import KEY
@@ -24,6 +26,9 @@ from vllm_tap.spec import Spec
 ROUTE: Final = "/v1/tap/rows"
 
 MAX_ROWS: Final = 1 << 24
+LABEL_BYTES: Final = 4
+"""Of a position, and of a token id."""
+
 DTYPES: Final = {"bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
 
 
@@ -36,14 +41,24 @@ class HttpTap:
         base_url: Of the server, with or without `/v1`.
         api_key: As the server wants it.
         timeout_s: Seconds without a byte after which a read ends.
+        codec: In which rows travel, such as "bytesplit" to a distant host; "raw" for none.
+
+    Raises:
+        SpecError: There is no such codec, or its package is not installed.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 60.0, codec: str = "raw"
+    ) -> None:
         self._base = base_url.rstrip("/").removesuffix("/v1")
-        self._options: dict[str, Any] = {
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
-            "timeout": timeout_s,
-        }
+        codecs.get(codec)
+        if not codecs.installed(codec):
+            raise SpecError(f"codec {codec!r} needs a package: pip install 'vllm-tap[codecs]'.", codec=codec)
+        # Named, since httpx asks for more by itself.
+        headers = {"Accept-Encoding": "identity" if codec == "raw" else f"vtr-{codec}"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout_s}
 
     @staticmethod
     def extra_body(spec: Spec) -> dict[str, Any]:
@@ -65,12 +80,15 @@ class HttpTap:
             TransportError: It cannot be reached, or refuses.
         """
         reader = _Samples()
-        for frame in self._frames(_name_of(response)):
+        inline = _inline(response)
+        for frame in self._frames(_name_of(response)) if inline is None else inline:
             reader.add(frame)
         return reader.samples()
 
     async def samples_async(self, response: Any) -> list[Sample]:
         """Return what `samples` does."""
+        if _inline(response) is not None:
+            return self.samples(response)
         reader = _Samples()
         async for frame in self._frames_async(_name_of(response)):
             reader.add(frame)
@@ -102,11 +120,13 @@ class HttpTap:
                 yield block
 
     def delete(self, response: Any) -> None:
-        """Let go of the rows of a reply in the server.
+        """Let go of the rows of a reply in the server, which keeps none that are in the reply itself.
 
         Raises:
             TransportError: There are none, or the server cannot be reached.
         """
+        if not isinstance(response, str) and "href" not in _handle_of(response):
+            return
         httpx = _httpx()
         with _told(httpx), httpx.Client(**self._options) as client:
             _check(client.delete(self._url(_name_of(response))))
@@ -254,10 +274,11 @@ class _Rows:
     """Rows of a frame, checked against its length."""
 
     def __init__(self, frame: body.Frame) -> None:
-        head, self._data, self._end = frame.head, np.frombuffer(bytearray(frame.data), np.uint8), 0
+        head, self._end = frame.head, 0
         self._num = num_rows = int(head["rows"])
         if not 0 <= num_rows <= MAX_ROWS:
             raise ValueError(f"{num_rows} rows")
+        self._data = np.frombuffer(_decoded(frame), np.uint8)
         self.positions, self.token_ids = self._array(1, "int32").numpy()[:, 0], self._array(1, "int32").numpy()[:, 0]
         self.tensors: dict[Place, torch.Tensor] = {
             (str(stream), int(layer)): self._array(int(width), dtype) for stream, layer, dtype, width in head["planes"]
@@ -275,6 +296,17 @@ class _Rows:
         if begin == self._end:
             return torch.empty(0, width, dtype=kind)
         return torch.from_numpy(self._data[begin : self._end].copy()).view(kind).view(self._num, width)
+
+
+def _decoded(frame: body.Frame) -> bytearray:
+    """Return the data of a frame."""
+    if "codec" not in frame.head:
+        return bytearray(frame.data)
+    name, nbytes, itemsize = frame.head["codec"]
+    widths = [int(width) * getattr(torch, dtype).itemsize for _, _, dtype, width in frame.head["planes"]]
+    if nbytes != int(frame.head["rows"]) * (2 * LABEL_BYTES + sum(widths)):
+        raise ValueError(f"{nbytes} bytes of {frame.head['rows']} rows")
+    return bytearray(codecs.get(name).decode(memoryview(frame.data), nbytes, itemsize))
 
 
 class _malformed:  # noqa: N801 (a context manager)
@@ -324,10 +356,8 @@ def _check(reply: Any) -> None:
     raise TransportError(f"the server answers {reply.status_code}: {message}", status=reply.status_code)
 
 
-def _name_of(response: Any) -> str:
-    """Return the name of the rows of a reply."""
-    if isinstance(response, str):
-        return response
+def _handle_of(response: Any) -> Mapping[str, Any]:
+    """Return what a reply says of its rows."""
     fields = response if isinstance(response, Mapping) else response.model_dump()
     handle = (fields.get("kv_transfer_params") or {}).get(KEY)
     if handle is None:
@@ -337,4 +367,20 @@ def _name_of(response: Any) -> str:
         )
     if "error" in handle:
         raise CaptureError(f"the server could not capture: {handle['error']}")
-    return str(handle["id"])
+    if "id" not in handle:
+        raise CaptureError(f"the rows of this reply are in files of the server's: {handle.get('files')}.")
+    return dict(handle)
+
+
+def _name_of(response: Any) -> str:
+    """Return the name of the rows of a reply."""
+    return response if isinstance(response, str) else str(_handle_of(response)["id"])
+
+
+def _inline(response: Any) -> list[body.Frame] | None:
+    """Return the frames that a reply has itself."""
+    data = None if isinstance(response, str) else _handle_of(response).get("data")
+    if data is None:
+        return None
+    with _malformed():
+        return body.frames(base64.b64decode(data, validate=True))

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import json
+import re
 from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-import numpy as np
-import torch
 from fastapi import HTTPException  # vLLM answers to this one as to its own errors
 
 from vllm_tap.client import missing
 from vllm_tap.client.live import Lives
 from vllm_tap.client.recording import resolve
-from vllm_tap.client.result import Capture
 from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError
-from vllm_tap.frame import body
 from vllm_tap.labels import KEY
+from vllm_tap.serve.files import FileReply
 from vllm_tap.serve.metrics import Metrics
-from vllm_tap.serve.results import Result, Results
+from vllm_tap.serve.reply import ABORTED, Replies, Reply
+from vllm_tap.serve.results import Results
 from vllm_tap.serve.settings import Settings
 from vllm_tap.spec import Spec
-from vllm_tap.store.dtypes import bytes_of
 from vllm_tap.vllm import asynchronous
 
-ROUTE: Final = "/v1/tap/rows"
+BEAM: Final = re.compile(r"-[0-9a-f]+-beam-\d+$")
+"""End of the ids of requests that vLLM makes for the beams of one."""
 
-ABORTED: Final = "the request was aborted."
+NUMBER: Final = {"cmpl-": "-", "resp_": "_"}
+"""Sign between the id of a reply and the number of a prompt or turn, by the beginning of the id."""
 
 
 class Call:
@@ -44,122 +43,11 @@ class Call:
 
     def __init__(self, key: str, name: str) -> None:
         self.key, self.name = key, name
-        self.reply: Reply | None = None
+        self.reply: Replies | None = None
 
 
 current: contextvars.ContextVar[Call | None] = contextvars.ContextVar("vllm_tap_call", default=None)
 """The HTTP request that this task handles."""
-
-
-class Reply:
-    """Rows of the prompts of an HTTP request, and the handle that its reply has.
-
-    Attributes:
-        handle: Put into `kv_transfer_params`; filled in until the last prompt has ended.
-    """
-
-    def __init__(self, results: Results, result: Result, streams: Mapping[str, Any]) -> None:
-        self._results, self.result = results, result
-        self._pending = 0
-        self._error = ""
-        self._choices: dict[tuple[int, int], dict[str, Any]] = {}
-        self.handle: dict[str, Any] = {
-            "id": result.id,
-            "href": f"{ROUTE}/{result.id}",
-            "streams": {name: list(layers) for name, layers in streams.items()},
-            "dtype": {},
-            "width": {},
-            "choices": [],
-        }
-        self.num_prompts = 0
-        self._has_begun = False
-
-    def expect(self) -> int:
-        """Return the number of one more prompt."""
-        self._pending += 1
-        self.num_prompts += 1
-        return self.num_prompts - 1
-
-    def add(self, prompt: int, captured: Capture, finished: bool) -> tuple[int, int]:
-        """Take rows of a prompt; return how many, and their bytes.
-
-        Raises:
-            BudgetError: The server has no room for them.
-        """
-        if self._error:
-            return 0, 0
-        num_bytes = 0
-        if not self._has_begun:
-            self._has_begun = True
-            self._results.add(self.result, _begin(self.result.id, captured))
-        for number, (_, completion) in enumerate(captured.sequences.slots):
-            frame, positions = self._rows(prompt, completion, captured, number, finished)
-            self._choice(prompt, completion)["positions"] += positions
-            self._results.add(self.result, frame)
-            num_bytes += len(frame)
-        return captured.num_rows, num_bytes
-
-    def _choice(self, prompt: int, completion: int) -> dict[str, Any]:
-        new = {"prompt": prompt, "completion": completion, "positions": []}
-        return self._choices.setdefault((prompt, completion), new)
-
-    def _rows(
-        self, prompt: int, completion: int, captured: Capture, number: int, finished: bool
-    ) -> tuple[bytes, list[int]]:
-        start, stop = (int(bound) for bound in captured.sequences.wanted_starts[number : number + 2])
-        flat = captured.sequences.wanted[start:stop]
-        _, positions = captured.sequences.position_of(flat)
-        pieces = [positions.astype("<i4").tobytes(), captured.sequences.token_ids[flat].astype("<i4").tobytes()]
-        planes = []
-        for stream, layers in captured.layers.items():
-            for layer in layers:
-                rows = captured.rows(stream, layer, start, stop)
-                planes.append((stream, layer, _name(rows.dtype), int(rows.shape[1])))
-                pieces.append(bytes_of(rows).tobytes())
-            if layers:
-                self.handle["dtype"][stream], self.handle["width"][stream] = planes[-1][2:]
-        frame = body.encode(
-            "rows",
-            b"".join(pieces),
-            prompt=prompt,
-            completion=completion,
-            finished=finished,
-            rows=stop - start,
-            planes=planes,
-        )
-        return frame, positions.tolist()
-
-    def close(self) -> None:
-        """End the result where a prompt has not ended, or never began, with its HTTP request."""
-        self._results.end(self.result, ABORTED)
-
-    def end(self, prompt: int, tokens: asynchronous.Tokens, error: str = "") -> None:
-        """Say that a prompt has ended; the first error ends the result of all."""
-        self._pending -= 1
-        if error and not self._error:
-            self._error = self.handle["error"] = error
-            self._results.end(self.result, error)
-        if not self._error:
-            try:
-                for one in tokens.outputs:
-                    self._choice(prompt, one.index)
-                    frame = body.encode(
-                        "choice",
-                        request_id=tokens.request_id,
-                        prompt=prompt,
-                        completion=one.index,
-                        prompt_token_ids=tokens.prompt_token_ids,
-                        token_ids=one.token_ids,
-                    )
-                    self._results.add(self.result, frame)
-            except BudgetError as full:
-                self._error = self.handle["error"] = str(full)
-                self._results.end(self.result, self._error)
-        self.handle["choices"][:] = [
-            {**choice, "positions": ranges(choice["positions"])} for _, choice in sorted(self._choices.items())
-        ]
-        if not self._pending and not self._error:
-            self._results.end(self.result)
 
 
 class Captures:
@@ -177,21 +65,32 @@ class Captures:
         Raises:
             HTTPException: It cannot be captured.
         """
-        spec = self._spec_of(sampling_params)
+        spec = self._spec_of(sampling_params, request_id)
         if spec is None:
             return self._generate(prompt, sampling_params, request_id, **options)
         self._check(spec, prompt, sampling_params)
+        options = {**options, **self._route(options.get("data_parallel_rank"))}
         call = current.get() or Call("", "")
         if call.reply is None:
-            call.reply = self._open(call, request_id, spec)
+            call.reply = self._open(call, request_id, spec, sampling_params)
         number = call.reply.expect()
         return self._captured(call.reply, number, spec, prompt, sampling_params, request_id, options)
 
-    def _spec_of(self, params: Any) -> Spec | None:
+    def _route(self, asked: int | None) -> dict[str, Any]:
+        """Return the arguments of `generate` that send a request to the engine that captures."""
+        routed = asynchronous.route(self._llm)
+        if asked is not None and routed and asked != routed["data_parallel_rank"]:
+            raise self._refused(
+                HTTPStatus.BAD_REQUEST,
+                f"data parallel rank {asked} captures nothing: ask rank {routed['data_parallel_rank']}, or none.",
+            )
+        return routed
+
+    def _spec_of(self, params: Any, request_id: str) -> Spec | None:
         """Return what a request asks for."""
         extra = getattr(params, "extra_args", None) or {}
         if KEY not in extra:
-            return self._default if self._settings.captures == "allow" else None
+            return None if self._settings.captures == "forbid" or BEAM.search(request_id) else self._default
         given = extra[KEY]
         if self._settings.captures == "forbid":
             raise self._refused(HTTPStatus.FORBIDDEN, "this server takes no captures: leave vllm_tap out.")
@@ -226,21 +125,24 @@ class Captures:
                 "others ask for.",
             )
 
-    def _open(self, call: Call, request_id: str, spec: Spec) -> Reply:
-        # vLLM puts the number of the prompt behind the id of a reply with completions.
-        name = request_id.rpartition("-")[0] if request_id.startswith("cmpl-") else request_id
-        names = {call.name, name} - {""}
+    def _open(self, call: Call, request_id: str, spec: Spec, params: Any) -> Replies:
+        if self._settings.hidden_states_folder and KEY not in (params.extra_args or {}):
+            return FileReply(Path(self._settings.hidden_states_folder), self._settings.ttl_s)
+        sign = next((sign for start, sign in NUMBER.items() if request_id.startswith(start)), None)
+        name = request_id.rpartition(sign)[0] if sign else request_id
         try:
-            result = self._results.open(call.key, names)
+            result = self._results.open(call.key, {call.name, name} - {""}, is_named=bool(call.name))
         except BudgetError as error:
             raise self._refused(HTTPStatus.TOO_MANY_REQUESTS, str(error)) from None
         except ValueError as error:
             raise self._refused(HTTPStatus.CONFLICT, str(error)) from None
-        return Reply(self._results, result, resolve(self._lives.connection, spec))
+        # Streams of tokens do not carry the reply's handle.
+        inline_bytes = 0 if asynchronous.is_delta(params) else self._settings.inline_bytes
+        return Reply(self._results, result, resolve(self._lives.connection, spec), inline_bytes)
 
     async def _captured(
         self,
-        reply: Reply,
+        reply: Replies,
         number: int,
         spec: Spec,
         prompt: Any,
@@ -251,8 +153,7 @@ class Captures:
         """Yield the outputs of a request, and put its rows into the reply as they come."""
         tokens = asynchronous.Tokens(asynchronous.is_delta(params))
         error = ABORTED
-        options = {**options, **asynchronous.route(self._llm)}
-        self._metrics.requests.inc()
+        has_begun = False
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
@@ -260,6 +161,8 @@ class Captures:
                 except TapError as failed:
                     error = str(failed)
                     raise self._refused(_status_of(failed), error) from failed
+                has_begun = True
+                self._metrics.requests.inc()
                 outputs = self._generate(prompt, request.params, request_id, **options)
                 await stack.enter_async_context(contextlib.aclosing(outputs))
                 error = ""
@@ -268,15 +171,17 @@ class Captures:
                     if not error:
                         error = await self._take(reply, number, request, tokens, params.n or 1)
                     if output.finished:
-                        reply.end(number, tokens, error)
+                        error = reply.end(number, tokens, error)
                         number = -1
-                        output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: reply.handle}
+                        (self._metrics.failures if error else self._metrics.completed).inc()
+                        output.kv_transfer_params = {**(output.kv_transfer_params or {}), **reply.fields}
                     yield output
         finally:
             if number >= 0:
                 reply.end(number, tokens, error or ABORTED)
+                self._metrics.aborts.inc(has_begun)
 
-    async def _take(self, reply: Reply, number: int, request: Any, tokens: Any, num_completions: int) -> str:
+    async def _take(self, reply: Replies, number: int, request: Any, tokens: Any, num_completions: int) -> str:
         """Put rows that there are into the reply; return what kept them from it."""
         try:
             if num_completions == 1:
@@ -284,11 +189,10 @@ class Captures:
             else:
                 captured = await request.result(tokens) if tokens.finished else None
             if captured is not None:
-                num_rows, num_bytes = reply.add(number, captured, tokens.finished)
+                num_rows, num_bytes = await reply.add(number, captured, tokens.finished)
                 self._metrics.rows.inc(num_rows)
                 self._metrics.bytes.inc(num_bytes)
         except TapError as error:
-            self._metrics.failures.inc()
             return str(error)
         return ""
 
@@ -300,28 +204,3 @@ class Captures:
 def _status_of(error: TapError) -> HTTPStatus:
     is_theirs = isinstance(error, SpecError | PositionError)
     return HTTPStatus.BAD_REQUEST if is_theirs else HTTPStatus.SERVICE_UNAVAILABLE
-
-
-def _begin(name: str, captured: Capture) -> bytes:
-    """Return the first frame of a body."""
-    return body.encode(
-        "begin",
-        id=name,
-        spec=json.loads(captured.spec.to_json()),
-        num_layers=captured.num_layers,
-        layers=captured.layers,
-        conventions=captured.conventions,
-        has_final_norm=captured.has_final_norm,
-        routing=msgspec.to_builtins(captured.routing, str_keys=True),
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def ranges(positions: list[int]) -> list[list[int]]:
-    """Return ascending positions as half-open ranges [begin, end]."""
-    numbers = np.array(positions, np.int64)
-    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-    return [[int(run[0]), int(run[-1]) + 1] for run in np.split(numbers, breaks) if len(run)]

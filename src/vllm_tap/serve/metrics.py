@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 
 
 class Metrics:
     """Counters of one process; vLLM adds up those of several."""
 
-    def __init__(self) -> None:
-        self.requests = Counter("vllm_tap_requests", "Prompts that were captured.")
-        self.rows = Counter("vllm_tap_rows", "Rows that were kept for their readers.")
-        self.bytes = Counter("vllm_tap_bytes", "Bytes of those rows.")
-        self.refusals = Counter("vllm_tap_refusals", "Requests that could not be captured.")
-        self.failures = Counter("vllm_tap_failures", "Captures that ended early.")
-        self.reads = Counter("vllm_tap_reads", "Times that somebody read rows.")
-        self.deletes = Counter("vllm_tap_deletes", "Results that were deleted.")
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, says: str) -> Counter:
+            return Counter(f"vllm_tap_{name}", says, registry=registry)
+
+        self.requests = counter("requests", "Prompts whose capture began.")
+        self.completed = counter("completed", "Prompts whose rows are all there.")
+        self.failures = counter("failures", "Prompts whose tokens are all there, and their rows are not.")
+        self.aborts = counter("aborts", "Prompts whose client left, or that failed.")
+        self.rows = counter("rows", "Rows that were kept for their readers.")
+        self.bytes = counter("bytes", "Bytes of those rows.")
+        self.refusals = counter("refusals", "Requests that could not be captured.")
+        self.reads = counter("reads", "Times that somebody read rows.")
+        self.deletes = counter("deletes", "Results that were deleted.")

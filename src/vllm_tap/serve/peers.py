@@ -22,6 +22,9 @@ POLL_S: Final = 0.02
 MOST_BYTES: Final = 32 << 20
 """Bytes of frames of one reply, unless a frame alone is larger."""
 
+FROM_THE_END: Final = 1 << 60
+"""Number behind all frames: the answer has the last one, if the result has ended."""
+
 SOCKETS: Final = Path("/proc/net/unix")
 
 
@@ -35,11 +38,12 @@ class Question(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """Frames that there are; `has_ended` if no more come behind them."""
+    """Frames that there are; `has_ended` if no more come behind them, and then the bytes of all of the result."""
 
     is_here: bool
     frames: list[bytes]
     has_ended: bool
+    total_bytes: int | None = None
 
 
 class Peers:
@@ -60,9 +64,9 @@ class Peers:
     async def find(self, key: str, name: str) -> RemoteResult | None:
         """Return a result that another process has."""
         for caller in await asyncio.to_thread(self._others):
-            answer = await _ask(caller, Question(key, name))
+            answer = await _ask(caller, Question(key, name, FROM_THE_END))
             if answer.is_here:
-                return RemoteResult(caller, key, name)
+                return RemoteResult(caller, key, name, answer.total_bytes)
         return None
 
     async def delete(self, key: str, name: str) -> bool:
@@ -97,14 +101,20 @@ class Peers:
         has_ended = result.has_ended  # before the frames are looked at
         frames = result.frames[min(question.begin, len(result.frames) - has_ended) :]
         num = _fitting(frames)
-        return msgspec.msgpack.encode(Answer(True, frames[:num], has_ended and num == len(frames)))
+        return msgspec.msgpack.encode(
+            Answer(True, frames[:num], has_ended and num == len(frames), result.total_bytes if has_ended else None)
+        )
 
 
 class RemoteResult:
-    """A result that another process has."""
+    """A result that another process has.
 
-    def __init__(self, caller: Caller, key: str, name: str) -> None:
-        self._caller, self._key, self._name = caller, key, name
+    Attributes:
+        total_bytes: Of all frames, if it has ended.
+    """
+
+    def __init__(self, caller: Caller, key: str, name: str, total_bytes: int | None) -> None:
+        self._caller, self._key, self._name, self.total_bytes = caller, key, name, total_bytes
 
     async def read(self) -> AsyncIterator[bytes]:
         """Yield all frames, as they come, to the end; cut off where the result goes."""

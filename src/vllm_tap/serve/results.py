@@ -23,11 +23,12 @@ class Result:
     Attributes:
         id: Random; whoever has it and the API key may read.
         names: Other names of it, such as the X-Request-Id that the client chose.
+        is_named: Whether its client chose a name.
         frames: What there is; no frame changes.
     """
 
-    def __init__(self, key: str, names: Iterable[str]) -> None:
-        self.key = key
+    def __init__(self, key: str, names: Iterable[str], is_named: bool = False) -> None:
+        self.key, self.is_named = key, is_named
         self.id = f"tap-{secrets.token_urlsafe(18)}"
         self.names = set(names)
         self.frames: list[bytes] = []
@@ -35,6 +36,11 @@ class Result:
         self.has_ended = False
         self.expires: float | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all frames; None while more may come."""
+        return sum(map(len, self.frames)) if self.has_ended else None
 
     def wake(self) -> None:
         """Wake its readers."""
@@ -71,7 +77,7 @@ class Results:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def open(self, key: str, names: Iterable[str]) -> Result:
+    def open(self, key: str, names: Iterable[str], is_named: bool = False) -> Result:
         """Return a new result.
 
         Raises:
@@ -86,7 +92,7 @@ class Results:
                 f"this server keeps {min(most, mine)} results at a time, and all wait to be read: DELETE those that "
                 f"you have read, or try again in {self._settings.ttl_s:g} s."
             )
-        result = Result(key, names)
+        result = Result(key, names, is_named)
         for name in result.names:
             if (key, name) in self._by_name:
                 raise ValueError(f"there are rows of a request {name!r} already: choose another X-Request-Id.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from fastapi import APIRouter, HTTPException, Request
@@ -12,10 +13,11 @@ from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
 from vllm_tap.frame import body
-from vllm_tap.serve import formats
-from vllm_tap.serve.captures import ROUTE, Call, current
+from vllm_tap.serve import bodies, formats
+from vllm_tap.serve.captures import Call, current
 from vllm_tap.serve.metrics import Metrics
 from vllm_tap.serve.peers import Peers, RemoteResult
+from vllm_tap.serve.reply import ROUTE
 from vllm_tap.serve.results import Result, Results
 
 MOST_WAIT_S: Final = 60.0
@@ -86,7 +88,7 @@ def new_router(holder: Any) -> APIRouter:
         result = await _find(service, request, name, wait)
         service.metrics.reads.inc()
         if format == "frames":
-            return StreamingResponse(result.read(), media_type=body.MEDIA_TYPE)
+            return _body(request, result.read(), result.total_bytes, is_framed=True)
         if format not in formats.NAMES:
             raise HTTPException(400, f"format is one of frames, {', '.join(formats.NAMES)}, got {format!r}.")
         whole = [frame async for frame in result.read()]
@@ -95,7 +97,7 @@ def new_router(holder: Any) -> APIRouter:
             data = await asyncio.to_thread(formats.NAMES[format], whole, choice)
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from None
-        return Response(data, media_type=body.MEDIA_TYPE)
+        return _body(request, _once(data), len(data))
 
     async def delete(name: str, request: Request) -> None:
         """Let go of rows."""
@@ -108,6 +110,42 @@ def new_router(holder: Any) -> APIRouter:
     router.add_api_route(ROUTE + "/{name}", read, methods=["GET"], response_class=StreamingResponse)
     router.add_api_route(ROUTE + "/{name}", delete, methods=["DELETE"], status_code=204)
     return router
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+def _body(request: Request, pieces: AsyncIterator[bytes], total: int | None, is_framed: bool = False) -> Response:
+    """Return the reply of a body: what the request wants of it.
+
+    Args:
+        request: May have Range, which holds for a body whose end is known, and Accept-Encoding.
+        pieces: Of the body.
+        total: Bytes of it; None while more may come.
+        is_framed: Whether it is one of frames, a piece each.
+    """
+    headers = {"Vary": "Accept-Encoding"}
+    wanted, status = None, 200
+    if total is not None:
+        headers["Accept-Ranges"] = "bytes"
+        # If-Range: no body has a tag that it could name.
+        given = "" if "if-range" in request.headers else request.headers.get("range", "")
+        try:
+            wanted = bodies.byte_range(given, total)
+        except bodies.UnsatisfiableError:
+            message = f"Range: {given[:100]!r} of {total} bytes."
+            raise HTTPException(416, message, {"Content-Range": f"bytes */{total}"}) from None
+    if wanted is not None:
+        pieces, status = bodies.cut(pieces, *wanted), 206
+        headers["Content-Range"] = f"bytes {wanted[0]}-{wanted[1] - 1}/{total}"
+        total = wanted[1] - wanted[0]
+    elif name := is_framed and bodies.coding(request.headers.get("accept-encoding", "")):
+        pieces, total = bodies.encoded(pieces, name), None
+        headers["Content-Encoding"] = name
+    if total is not None:
+        headers["Content-Length"] = str(total)
+    return StreamingResponse(pieces, status, headers, media_type=body.MEDIA_TYPE)
 
 
 def _service(holder: Any) -> Service:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -12,6 +13,9 @@ from vllm_tap.spec import Spec
 
 KEY: Final = "vllm_tap_serve"
 """Entry of vLLM's `additional_config`."""
+
+FILED: Final = {"hidden_states", "embeddings"}
+"""Streams that go into files."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,6 +31,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         max_specs: Different Specs that are captured at a time; a GPU engine has room for 8 captures.
         ttl_s: Seconds for which a result is kept after its end.
         budget_bytes: Most memory of the workers for rows of each Spec.
+        inline_bytes: Most bytes of a result that goes into the reply itself, as base64; 0 for none.
+        hidden_states_folder: Where files of what `spec` captures go, for clients of vLLM's own connector.
     """
 
     captures: str = "allow"
@@ -38,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_specs: int = 8
     ttl_s: float = 300.0
     budget_bytes: int = 1 << 30
+    inline_bytes: int = 0
+    hidden_states_folder: str = ""
 
     @property
     def default_spec(self) -> Spec | None:
@@ -58,5 +66,21 @@ def read(additional_config: Any) -> Settings:
         raise SpecError(f"additional_config[{KEY!r}]: {error}") from None
     if settings.captures not in ("allow", "forbid"):
         raise SpecError(f'additional_config[{KEY!r}]: captures is "allow" or "forbid", got {settings.captures!r}.')
-    _ = settings.default_spec
-    return settings
+    spec = settings.default_spec
+    return _with_folder(settings, spec) if settings.hidden_states_folder else settings
+
+
+def _with_folder(settings: Settings, spec: Spec | None) -> Settings:
+    """Check that a default Spec can go into files, and make their folder."""
+    fits = spec is not None and spec.hidden_states is not None and FILED.issuperset(spec.streams)
+    if spec is None or not fits or spec.reduce or spec.positions not in ("prompt", "all"):
+        raise SpecError(
+            f"additional_config[{KEY!r}]: hidden_states_folder takes a spec of hidden_states, with embeddings or "
+            f'without, of positions "prompt" or "all", got {settings.spec}.'
+        )
+    folder = Path(settings.hidden_states_folder).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"additional_config[{KEY!r}]: hidden_states_folder: {error}") from None
+    return msgspec.structs.replace(settings, hidden_states_folder=str(folder))

@@ -10,7 +10,7 @@ import pytest
 from vllm_tap.errors import BudgetError, SpecError
 from vllm_tap.frame import body
 from vllm_tap.serve import settings
-from vllm_tap.serve.captures import ranges
+from vllm_tap.serve.reply import ranges
 from vllm_tap.serve.results import Results
 from vllm_tap.serve.settings import KEY, Settings
 

@@ -16,7 +16,7 @@ import torch
 from vllm_tap.client.owned import OwnedRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
-from vllm_tap.errors import CaptureError, RowsMissingError, TransportError
+from vllm_tap.errors import CaptureError, DescriptorError, RowsMissingError, SpecError, TransportError
 from vllm_tap.frame import body
 from vllm_tap.spec import Spec
 
@@ -25,8 +25,8 @@ fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 from vllm_tap import HttpTap  # noqa: E402
-from vllm_tap.serve.captures import Reply  # noqa: E402
 from vllm_tap.serve.peers import Peers  # noqa: E402
+from vllm_tap.serve.reply import Reply  # noqa: E402
 from vllm_tap.serve.results import Results  # noqa: E402
 from vllm_tap.serve.routes import Caller, Service, new_router  # noqa: E402
 from vllm_tap.serve.settings import Settings  # noqa: E402
@@ -73,7 +73,8 @@ class Process:
         """Run a function in the event loop and return what it returns."""
 
         async def inside() -> Any:
-            return function()
+            done = function()
+            return await done if asyncio.iscoroutine(done) else done
 
         return asyncio.run_coroutine_threadsafe(inside(), self.loop).result(20)
 
@@ -115,17 +116,18 @@ def captured(first: int, last: int, output: Any) -> Capture:
     return Capture(SPEC, [output], sequences, [OwnedRows(rows)], {"hidden_states": "x"}, {}, ["hidden_states"], 4, True)
 
 
-def fill(process: Process, key: str, name: str, end: int = 6) -> Reply:
+def fill(process: Process, key: str, name: str, end: int = 6, inline_bytes: int = 0) -> Reply:
     """Put a result of one prompt of 4 and 3 tokens into a process: rows of 6 positions."""
     tokens = Tokens(is_delta=True)
     one = SimpleNamespace(index=0, token_ids=[7, 8, 9])
     tokens.add(SimpleNamespace(request_id="r", finished=True, prompt_token_ids=[1, 2, 3, 4], outputs=[one]))
 
-    def inside() -> Reply:
-        reply = Reply(process.results, process.results.open(key_of(process, key), [name]), {"hidden_states": (1, 3)})
+    async def inside() -> Reply:
+        result = process.results.open(key_of(process, key), {name} - {""}, is_named=bool(name))
+        reply = Reply(process.results, result, {"hidden_states": (1, 3)}, inline_bytes)
         number = reply.expect()
-        reply.add(number, captured(0, 4, tokens), False)
-        reply.add(number, captured(4, end, tokens), True)
+        await reply.add(number, captured(0, 4, tokens), False)
+        await reply.add(number, captured(4, end, tokens), True)
         reply.end(number, tokens)
         return reply
 
@@ -163,6 +165,71 @@ def test_any_process_hands_out_what_one_has(processes: list[Process], reader: in
 
 
 @pytest.mark.parametrize("reader", [0, 1])
+def test_a_range_of_a_body_is_cut_out_of_it(processes: list[Process], reader: int) -> None:
+    """Once its end is known; in any format."""
+    fill(processes[0], "mine", f"cut-{reader}")
+    url, headers = f"{processes[reader].url}/v1/tap/rows/cut-{reader}", {"Authorization": "Bearer mine"}
+    for params in ({}, {"format": "safetensors"}):
+        whole = httpx.get(url, params=params, headers=headers)
+        assert int(whole.headers["content-length"]) == len(whole.content)
+        part = httpx.get(url, params=params, headers={**headers, "Range": "bytes=10-29"})
+        assert (part.status_code, part.content) == (206, whole.content[10:30])
+        assert part.headers["content-range"] == f"bytes 10-29/{len(whole.content)}"
+        tail = httpx.get(url, params=params, headers={**headers, "Range": "bytes=-5"})
+        assert (tail.status_code, tail.content) == (206, whole.content[-5:])
+        none = httpx.get(url, params=params, headers={**headers, "Range": "bytes=100000-"})
+        assert none.status_code == 416
+        assert httpx.get(url, params=params, headers={**headers, "Range": "bytes=0-1", "If-Range": "x"}).content == (
+            whole.content
+        )
+    key, results = key_of(processes[0], "mine"), processes[0].results
+    open_one = processes[0].do(lambda: results.open(key, [f"open-{reader}"]))
+    processes[0].do(lambda: results.add(open_one, body.encode("begin")))
+    with httpx.stream("GET", url.replace("cut", "open"), headers={**headers, "Range": "bytes=0-3"}) as reply:
+        assert reply.status_code == 200
+        processes[0].do(lambda: results.end(open_one))
+        assert reply.read() == body.encode("begin") + body.encode("end")
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "bytesplit"])
+@pytest.mark.parametrize("reader", [0, 1])
+def test_rows_travel_encoded_to_who_wants_that(processes: list[Process], reader: int, codec: str) -> None:
+    """And are the same."""
+    name = f"encoded-{reader}-{codec}"
+    fill(processes[0], "mine", name)
+    plain = processes[reader].tap("mine").samples(name)[0]
+    (sample,) = HttpTap(processes[reader].url, api_key="mine", codec=codec).samples(name)
+    for layer in (1, 3):
+        assert torch.equal(sample.hidden_states[layer], plain.hidden_states[layer])
+    headers = {"Authorization": "Bearer mine", "Accept-Encoding": f"vtr-{codec}"}
+    sent = httpx.get(f"{processes[reader].url}/v1/tap/rows/{name}", headers=headers)
+    assert sent.headers["content-encoding"] == f"vtr-{codec}"
+
+
+def test_a_small_result_is_in_the_reply(processes: list[Process]) -> None:
+    """And is kept only for who chose its name."""
+    tap = HttpTap("http://127.0.0.1:9")  # nobody is asked
+    for name in ("", "inline"):
+        reply = fill(processes[0], "mine", name, inline_bytes=1 << 16)
+        response = {"kv_transfer_params": {"vllm_tap": reply.handle}}
+        (sample,) = tap.samples(response)
+        (same,) = asyncio.run(tap.samples_async(response))
+        assert torch.equal(sample.hidden_states[1], same.hidden_states[1])
+        assert sample.positions.tolist() == list(range(6))
+        assert ("href" in reply.handle) == bool(name)
+        found = processes[0].results.peek(key_of(processes[0], "mine"), reply.handle["id"])
+        assert (found is not None) == bool(name)
+        (tap if not name else processes[1].tap("mine")).delete(response)
+    large = fill(processes[0], "mine", "", inline_bytes=100)
+    assert "data" not in large.handle
+    with pytest.raises(TransportError):
+        tap.samples({"kv_transfer_params": {"vllm_tap": large.handle}})
+    broken = {**reply.handle, "data": "!"}
+    with pytest.raises(DescriptorError):
+        tap.samples({"kv_transfer_params": {"vllm_tap": broken}})
+
+
+@pytest.mark.parametrize("reader", [0, 1])
 def test_rows_are_read_while_they_come_by_who_waits_for_them(processes: list[Process], reader: int) -> None:
     """Before the request is there."""
     blocks: list[Any] = []
@@ -190,6 +257,10 @@ def test_what_ended_early_or_lacks_rows_is_told(processes: list[Process]) -> Non
             process.tap("mine").samples("failed")
     with pytest.raises(CaptureError, match="has no rows"):
         processes[0].tap("mine").samples({"id": "x"})
+    with pytest.raises(CaptureError, match="in files of the server's"):
+        processes[0].tap("mine").samples({"kv_transfer_params": {"vllm_tap": {"files": []}}})
     with pytest.raises(TransportError, match="cannot be reached"):
         HttpTap("http://127.0.0.1:9").samples("x")
+    with pytest.raises(SpecError, match="no codec 'gzip'"):
+        HttpTap("http://127.0.0.1:9", codec="gzip")
     assert body.frames(b"".join(reply.result.frames))[-1].head == {"kind": "end"}

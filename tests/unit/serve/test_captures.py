@@ -1,0 +1,218 @@
+"""Captures around the `generate` of an engine client: which requests, what their replies get, what is counted.
+
+No engine runs: outputs and rows are made here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_tap.client.owned import OwnedRows
+from vllm_tap.client.result import Capture
+from vllm_tap.client.sequences import Sequences
+from vllm_tap.errors import EngineUnsupportedError, TransportError
+from vllm_tap.spec import Spec
+
+fastapi = pytest.importorskip("fastapi")
+prometheus = pytest.importorskip("prometheus_client")
+
+from vllm_tap.serve import captures  # noqa: E402
+from vllm_tap.serve.metrics import Metrics  # noqa: E402
+from vllm_tap.serve.results import Results  # noqa: E402
+from vllm_tap.serve.settings import Settings  # noqa: E402
+
+PROMPT = {"prompt_token_ids": [1, 2, 3]}
+ASKED = '{"hidden_states": [1]}'
+BEAM = f"cmpl-1-{'a' * 32}-beam-0"
+
+
+class Lives:
+    """Captures of no engine: each layer of a request has the row's position."""
+
+    def __init__(self, error: Exception | None = None, start_error: Exception | None = None) -> None:
+        self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
+        self.specs: list[Spec] = []
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, spec: object) -> bool:
+        return False
+
+    @contextlib.asynccontextmanager
+    async def request(self, spec: Spec, params: Any) -> AsyncIterator[Any]:
+        if self._start_error:
+            raise self._start_error
+        self.specs.append(spec)
+        yield SimpleNamespace(params=params, rows=lambda tokens: self._rows(spec, tokens), result=None)
+
+    async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
+        if self._error:
+            raise self._error
+        if not tokens.finished:
+            return None
+        sequences = Sequences([tokens], spec.positions)
+        rows = torch.arange(len(sequences.wanted))[:, None].repeat(1, 2) * 1.0
+        states = OwnedRows({("hidden_states", 1): rows})
+        return Capture(spec, [tokens], sequences, [states], {"hidden_states": "x"}, {}, ["hidden_states"], 4, True)
+
+
+class Server:
+    """An engine client around which captures are taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lives: Lives | None = None, **settings: Any) -> None:
+        monkeypatch.setattr(captures, "resolve", lambda connection, spec: {"hidden_states": (1,)})
+        monkeypatch.setattr(captures.missing, "check_params", lambda spec, params, number: None)
+        config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+        self.llm = SimpleNamespace(generate=self._outputs, vllm_config=config)
+        self.lives, given = Lives() if lives is None else lives, Settings(**settings)
+        self.results, self.metrics = Results(given), Metrics(prometheus.CollectorRegistry())
+        captures.Captures(self.llm, self.lives, self.results, given, self.metrics)  # type: ignore[arg-type]
+
+    async def _outputs(self, prompt: Any, params: Any, name: str, **options: Any) -> AsyncIterator[Any]:
+        self.options = options
+        for finished in (False, True):
+            one = SimpleNamespace(index=0, token_ids=[7, 8] if finished else [7])
+            fields = {"request_id": name, "prompt_token_ids": prompt["prompt_token_ids"], "outputs": [one]}
+            yield SimpleNamespace(**fields, finished=finished, kv_transfer_params=None)
+
+    async def run(self, asked: str | None, name: str = "cmpl-1-0", kind: str = "CUMULATIVE", key: str = "") -> Any:
+        """Return what the reply to a request has in `kv_transfer_params`."""
+        params = SimpleNamespace(
+            extra_args=None if asked is None else {"vllm_tap": asked}, n=1, output_kind=SimpleNamespace(name=kind)
+        )
+        captures.current.set(captures.Call("", key))
+        return [output async for output in self.llm.generate(PROMPT, params, name)][-1].kv_transfer_params
+
+    def counted(self) -> dict[str, float]:
+        """Return the counters that are not 0."""
+        counters = {name: counter._value.get() for name, counter in vars(self.metrics).items()}
+        return {name: value for name, value in counters.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "name", "is_captured"),
+    [
+        ({}, None, "cmpl-1-0", False),
+        ({}, ASKED, "cmpl-1-0", True),
+        ({"spec": {"hidden_states": [1]}}, None, "cmpl-1-0", True),
+        ({"spec": {"hidden_states": [1]}}, None, BEAM, False),
+        ({"spec": {"hidden_states": [1]}, "captures": "forbid"}, None, "cmpl-1-0", False),
+        ({}, ASKED, BEAM, True),
+    ],
+)
+def test_requests_are_captured_that_ask_or_by_default(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, asked: str | None, name: str, is_captured: bool
+) -> None:
+    """Not where captures are forbidden, nor vLLM's own requests for beams."""
+    server = Server(monkeypatch, **settings)
+    fields = asyncio.run(server.run(asked, name))
+    if is_captured:
+        assert fields["vllm_tap"]["choices"] == [{"prompt": 0, "completion": 0, "positions": [[0, 4]]}]
+        assert server.lives.specs == [Spec(hidden_states=[1])]
+        counted = server.counted()
+        assert {**counted, "bytes": 0} == {"requests": 1, "completed": 1, "rows": 4, "bytes": 0}
+    else:
+        assert fields is None
+        assert server.counted() == {}
+
+
+def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 403, and counted."""
+    server = Server(monkeypatch, captures="forbid")
+    with pytest.raises(fastapi.HTTPException, match="takes no captures") as refused:
+        asyncio.run(server.run(ASKED))
+    assert refused.value.status_code == 403
+    assert server.counted() == {"refusals": 1}
+
+
+def test_a_capture_by_another_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data parallel engines one captures; requests without a rank go there."""
+    server = Server(monkeypatch)
+    server.llm.vllm_config.parallel_config.data_parallel_size = 2
+    server.llm.engine_core = SimpleNamespace(engine_ranks_managed=[0, 1])
+    params = SimpleNamespace(extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="DELTA"))
+
+    async def run(**options: Any) -> None:
+        captures.current.set(captures.Call("", ""))
+        assert [output async for output in server.llm.generate(PROMPT, params, "cmpl-1-0", **options)]
+        assert server.options == {"data_parallel_rank": 0}
+        server.results.delete("", "cmpl-1")
+
+    asyncio.run(run())
+    asyncio.run(run(data_parallel_rank=0))
+    with pytest.raises(fastapi.HTTPException, match="rank 1 captures nothing: ask rank 0"):
+        asyncio.run(run(data_parallel_rank=1))
+
+
+@pytest.mark.parametrize(
+    ("request_id", "name"),
+    [
+        ("cmpl-abc-0", "cmpl-abc"),
+        ("chatcmpl-a-b", "chatcmpl-a-b"),
+        ("resp_abc_0", "resp_abc"),
+        ("resp_a_b_12", "resp_a_b"),
+    ],
+)
+def test_rows_are_read_by_the_id_of_the_reply(monkeypatch: pytest.MonkeyPatch, request_id: str, name: str) -> None:
+    """Not by that of a prompt or a turn of it."""
+    server = Server(monkeypatch)
+    asyncio.run(server.run(ASKED, request_id))
+    assert server.results.peek("", name) is not None
+
+
+@pytest.mark.parametrize(("kind", "key", "is_inline", "is_kept"), [
+    ("FINAL_ONLY", "", True, False), ("FINAL_ONLY", "mine", True, True), ("DELTA", "", False, True),
+])  # fmt: skip
+def test_small_results_are_inline_where_a_reply_carries_them(
+    monkeypatch: pytest.MonkeyPatch, kind: str, key: str, is_inline: bool, is_kept: bool
+) -> None:
+    """Streams do not."""
+    server = Server(monkeypatch, inline_bytes=4096)
+    handle = asyncio.run(server.run(ASKED, kind=kind, key=key))["vllm_tap"]
+    assert (("data" in handle), len(server.results)) == (is_inline, int(is_kept))
+
+
+def test_the_default_goes_into_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a request asks for does not; nothing waits to be read."""
+    given = {"spec": {"hidden_states": [1], "positions": "prompt"}, "hidden_states_folder": str(tmp_path)}
+    server = Server(monkeypatch, **given)
+    fields = asyncio.run(server.run(None))
+    assert Path(fields["hidden_states_path"]).parent == tmp_path
+    assert len(server.results) == 0
+    counted = server.counted()
+    assert (counted["completed"], counted["rows"], counted["bytes"]) == (1, 3, 24)
+    assert "hidden_states_path" not in asyncio.run(server.run(ASKED))
+    assert len(server.results) == 1
+
+
+def test_what_fails_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens come without rows; a capture that cannot begin is refused; a client that leaves is an abort."""
+    server = Server(monkeypatch, Lives(TransportError("it broke")))
+    assert asyncio.run(server.run(ASKED))["vllm_tap"]["error"] == "it broke"
+    assert server.counted() == {"requests": 1, "failures": 1}
+
+    server = Server(monkeypatch, Lives(start_error=EngineUnsupportedError("it cannot")))
+    with pytest.raises(fastapi.HTTPException) as refused:
+        asyncio.run(server.run(ASKED))
+    assert refused.value.status_code == 503
+    assert server.counted() == {"refusals": 1}
+
+    server = Server(monkeypatch)
+
+    async def leave() -> None:
+        params = SimpleNamespace(extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="DELTA"))
+        captures.current.set(captures.Call("", ""))
+        async with contextlib.aclosing(server.llm.generate(PROMPT, params, "cmpl-1-0")) as outputs:
+            await anext(outputs)
+
+    asyncio.run(leave())
+    assert server.counted() == {"requests": 1, "aborts": 1}
