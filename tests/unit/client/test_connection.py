@@ -1,4 +1,4 @@
-"""The client's line to workers: what it sends when they ask for rows, and what it says when they are gone. No engine."""
+"""The client's line to workers: what it sends when they ask for rows, and what it says when they are gone."""
 
 from __future__ import annotations
 
