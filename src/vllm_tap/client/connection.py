@@ -390,6 +390,7 @@ class Connection:
         Raises:
             SpecError: Not a transport.
             TransportError: "segment" or "tcp" was asked for and cannot be had.
+            EngineDiedError: A worker that was reached before is gone.
         """
         transport = OTHER_NAMES.get(str(transport), transport)
         if transport not in TRANSPORTS:
@@ -399,6 +400,7 @@ class Connection:
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == INLINE:
             return ""
+        self._require_alive()  # before a way is tried on which nobody answers any more
         try:
             self.readers(transport)
         except TransportError:

@@ -1,4 +1,4 @@
-"""What the client sends through the model when the workers ask for rows. Without an engine."""
+"""The client's line to workers: what it sends when they ask for rows, and what it says when they are gone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.connection import Connection
-from vllm_tap.errors import SpecError
+from vllm_tap.client.connection import SEGMENT, Connection
+from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.vllm import frontend
 
 
@@ -47,3 +47,14 @@ def test_transports_go_by_their_names() -> None:
     for wrong in ("pigeon", ["segment"], None):
         with pytest.raises(SpecError, match='"auto", "segment", "tcp" or "inline"'):
             connection.choose_transport(wrong)
+
+
+@pytest.mark.parametrize("transport", ["auto", "segment", "tcp"])
+def test_a_worker_that_is_gone_is_said_to_be_by_every_way(transport: str) -> None:
+    """Also by one on which it was never reached, where nothing answers now."""
+    connection = object.__new__(Connection)
+    connection._prepare(None)
+    connection._readers[0, SEGMENT] = SimpleNamespace(alive=False)  # type: ignore[assignment]
+    connection.hellos = [SimpleNamespace(rank=SimpleNamespace(rank=0), host="", network="tcp://127.0.0.1:1")]
+    with pytest.raises(EngineDiedError, match="new LLM"):
+        connection.choose_transport(transport)
