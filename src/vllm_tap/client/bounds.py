@@ -15,7 +15,7 @@ from vllm_tap.spec import nearest
 
 AT_THE_END: Final = ("fail", "spill")
 AS_THEY_COME: Final = ("wait", "spill", "fail")
-"""What may be done about rows beyond the budget, of captures that hand over at the end and of streams."""
+"""Ways with rows beyond the budget, of captures that hand over at the end and of streams."""
 
 
 @dataclass(frozen=True)
