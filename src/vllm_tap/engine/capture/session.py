@@ -67,6 +67,7 @@ class Session:
         spill = start.spill
         self._files = None if spill is None else SpillArea(account.pool, spill.folder, spill.most_bytes)
         self._num_spilled = 0  # of the chunks, the first
+        self._largest_bytes = 0  # of a step's block
         self._chunk_number = 0  # of the current one
         self._free_offset = self._free_end = 0
         self._blocks: list[tuple[int, int, int]] = []  # chunk, offset in it, rows
@@ -167,6 +168,7 @@ class Session:
 
     def _reserve(self, num_rows: int) -> Block:
         nbytes = self._block_bytes(num_rows)
+        self._largest_bytes = max(self._largest_bytes, nbytes)
         num_steps = STEPS_PER_CHUNK
         if self.start.expected_rows > self.num_rows:
             num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
@@ -285,8 +287,9 @@ class Session:
         if self._chunks and self._num_spilled < len(self._chunks):
             last = self._chunks[-1]
             self._chunks[-1] = self.account.pool.shorten(last, self._free_offset - last.offset)
-        if self.account.used_bytes > self.start.budget_bytes // 2:
-            # What is handed over cannot be moved any more: half of the budget stays for what comes.
+        budget = self.start.budget_bytes
+        if self.account.used_bytes > min(budget // 2, budget - self._largest_bytes):
+            # What is handed over cannot be moved any more: half of the budget stays for what comes, or the largest step.
             self._spill()
         taken = self._describe(wait_seconds)
         self._first_request += len(self._table)
