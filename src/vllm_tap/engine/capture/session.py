@@ -289,7 +289,7 @@ class Session:
             self._chunks[-1] = self.account.pool.shorten(last, self._free_offset - last.offset)
         budget = self.start.budget_bytes
         if self.account.used_bytes > min(budget // 2, budget - self._largest_bytes):
-            # What is handed over cannot be moved any more: half of the budget stays for what comes, or the largest step.
+            # What is handed over cannot be moved any more: half of the budget is left, and room for the largest step.
             self._spill()
         taken = self._describe(wait_seconds)
         self._first_request += len(self._table)
