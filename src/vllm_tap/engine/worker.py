@@ -389,9 +389,9 @@ class TapWorker(vllm_runner.Recorder):
         """Hand over what a capture has taken since the last time; it goes on."""
         session = self._require(take.capture_id)
         try:
-            block_ids = session.block_ids
             descriptor = self._with_routing(session, session.take())
             if session.start.shared:
+                block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
                 self._server_of(session.client).publish(session.client, block_ids)
         except Exception:
             self._abandon(session)
