@@ -35,7 +35,7 @@ def test_public_names() -> None:
     errors = sorted(errors_of_this_package())
     others = [
         *("AsyncTap", "Capture", "Dataset", "HttpTap", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels"),
-        *("Sample", "Spec", "Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
+        *("Sample", "Spec", "Spill", "Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
     ]
     assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__
@@ -56,6 +56,7 @@ def test_capture_takes_these_arguments() -> None:
         "transport": "auto",
         "budget_bytes": None,
         "staging": "auto",
+        "on_full": "fail",
         "progress": None,
         "lora_request": None,
         "sampling_params": None,

@@ -27,8 +27,16 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
-    """Llama, eager."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    """Llama, eager; the 30 blocks of its cache hold 960 tokens."""
+    engine = Engine(
+        tiny_model("llama"),
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        max_model_len=640,
+        block_size=32,
+        num_gpu_blocks_override=30,
+        disable_log_stats=False,
+    )
     yield engine
     engine.close()
 
@@ -209,3 +217,32 @@ def test_a_client_that_is_killed_takes_its_capture_along_and_no_other(engine, kn
     (clients[1].folder / "foreign").write_bytes(b"")
     clients[1].go_on()
     clients[1].said("done")
+
+
+def test_the_last_position_alone_moves_less_than_a_hundredth(engine):
+    """Of the bytes of all positions, as the worker counts what it writes."""
+    given, moved = prompts([200, 300, 250], seed=40), {}
+    for positions in ("all", "last"):
+        rows = engine.capture(given, Spec(hidden_states="all", positions=positions))
+        (state,) = engine.status()
+        moved[positions] = state["num_bytes"]
+        assert state["num_bytes"] == rows.num_bytes
+    assert 0 < moved["last"] < moved["all"] / 100
+
+
+@pytest.mark.parametrize("positions", ["generated", "last", "prompt"])
+def test_a_shared_prefix_of_512_tokens_is_read_from_the_cache(engine, known, positions):
+    """Where no row of it is asked for: rows equal those of a run without the cache; no row of "prompt" is missing."""
+    prefix, *ends = (prompt["prompt_token_ids"] for prompt in prompts([512, 20, 25], seed=30))
+    first, second = ({"prompt_token_ids": prefix + end} for end in ends)
+    engine.generate([first])
+    spec = Spec(hidden_states="all", positions=positions)
+    cached = engine.capture([second], spec)
+    assert cached.outputs[0].num_cached_tokens == (0 if positions == "prompt" else 512)
+    whole = engine.capture([second], spec, sampling_params=greedy(skip_reading_prefix_cache=True))
+    assert whole.outputs[0].num_cached_tokens == 0
+    assert cached[0].positions.tolist() == whole[0].positions.tolist()
+    assert len(cached[0]) == {"generated": MAX_NEW_TOKENS - 1, "last": 1, "prompt": 537}[positions]
+    at = whole[0].positions.tolist()
+    for result in (cached, whole):
+        compare(result, known, lambda *_: at)

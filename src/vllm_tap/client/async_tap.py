@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from vllm_tap.client import missing
+from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full
 from vllm_tap.client.live import Lives, Request, connect_async
 from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording
@@ -36,15 +37,25 @@ class AsyncTap:
         budget_bytes: Most memory for rows of each Spec that have not been read, over all workers; by default a quarter
             of RAM, at most 8 GiB.
         staging: As for `Recording`.
+        on_full: Of streams, as for `Tap.stream`, and prompts of all that have the same Spec wait for one another;
+            `capture` hands all rows over at the end, so there "wait" is as "fail".
 
     Raises:
         SpecError: It is something else, or it pools.
     """
 
-    def __init__(self, async_llm: Any, *, budget_bytes: int | None = None, staging: str = "auto") -> None:
+    def __init__(
+        self,
+        async_llm: Any,
+        *,
+        budget_bytes: int | None = None,
+        staging: str = "auto",
+        on_full: str | Spill = "wait",
+    ) -> None:
         asynchronous.require_async(async_llm)
         self._llm = async_llm
-        self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "staging": staging}
+        on_full = read_on_full(on_full, AS_THEY_COME)
+        self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "staging": staging, "on_full": on_full}
         self._connecting = asyncio.Lock()
         self._lives: Lives | None = None
 
@@ -69,7 +80,8 @@ class AsyncTap:
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
         missing.check_prompts(spec, items)
         connection = (await self._connected()).connection
-        starting = asyncio.create_task(asyncio.to_thread(Recording, connection, spec, **self._options))
+        options = {**self._options, "on_full": at_the_end(self._options["on_full"])}
+        starting = asyncio.create_task(asyncio.to_thread(Recording, connection, spec, **options))
         try:
             recording = await asyncio.shield(starting)
             async with asyncio.TaskGroup() as group:
@@ -206,7 +218,7 @@ class AsyncTap:
         """Yield what the prompts' generators yield, in the order in which it comes."""
         lives = await self._connected()
         numbered = enumerate(_each(prompts))
-        ready: asyncio.Queue[T | BaseException | None] = asyncio.Queue(MOST_WAITING)
+        ready: asyncio.Queue[T | Request | BaseException | None] = asyncio.Queue(MOST_WAITING)
 
         async def work() -> None:
             try:
@@ -217,8 +229,14 @@ class AsyncTap:
                         lives.request(spec, params) as request,
                         contextlib.aclosing(run(number, prompt, request)) as items,
                     ):
-                        async for item in items:
-                            await ready.put(item)
+                        await request.begin(asynchronous.most_rows(self._llm, prompt, params))
+                        try:
+                            async for item in items:
+                                await ready.put(item)
+                            await ready.put(request)
+                        except BaseException:
+                            await request.left()
+                            raise
                 await ready.put(None)
             except Exception as error:
                 await ready.put(error)
@@ -229,11 +247,17 @@ class AsyncTap:
                 while (item := await ready.get()) is not None:
                     if isinstance(item, BaseException):
                         raise item
-                    yield item
+                    if isinstance(item, Request):  # all that came of it has been read
+                        await item.left()
+                    else:
+                        yield item
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+            while not ready.empty():
+                if isinstance(item := ready.get_nowait(), Request):
+                    await item.left()
             await lives.idle()
 
     async def _connected(self) -> Lives:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from vllm_tap.client import missing
+from vllm_tap.client.bounds import Spill
 from vllm_tap.client.connection import connect
 from vllm_tap.client.expected_rows import ExpectedRows
 from vllm_tap.client.interruption import current
@@ -35,6 +36,7 @@ def capture(
     transport: str = "auto",
     budget_bytes: int | None = None,
     staging: str = "auto",
+    on_full: str | Spill = "fail",
     progress: bool | None = None,
     lora_request: Any = None,
     sampling_params: Any = None,
@@ -57,6 +59,8 @@ def capture(
             (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.
+        on_full: "fail": rows beyond the budget are a `BudgetError`; "spill" or a `Spill`: they go to files of the
+            workers' host, which are gone with the result. Its tensors are read from there.
         progress: Show a progress bar; by default when standard error is a terminal.
         lora_request: A `vllm.lora.request.LoRARequest`, or one (or None) per prompt.
         sampling_params: A `vllm.SamplingParams`, or one per prompt; on an engine that pools, a `vllm.PoolingParams`,
@@ -104,6 +108,7 @@ def capture(
         transport=transport,
         budget_bytes=budget_bytes,
         staging=staging,
+        on_full=on_full,
         expected_rows=_expected_rows(prompts, params),
         wait=False,
     )
@@ -148,7 +153,7 @@ def _shown(llm: Any, recording: Recording, params: list[Any], progress: bool | N
         return
     num_requests = sum(getattr(given, "n", 1) or 1 for given in params)
     some = dict(itertools.islice(recording.wishes.shipped.items(), MOST_AVERAGED))
-    bar = Bar(recording.counts, ExpectedRows(llm, some, num_requests))
+    bar = Bar(recording.progress, ExpectedRows(llm, some, num_requests))
     try:
         with frontend.ticking(llm, REFRESH_SECONDS, bar.tick):
             yield bar.make

@@ -409,6 +409,10 @@ class Connection:
             return ""
         return transport
 
+    def shares_memory(self, way: str) -> bool:
+        """Tell whether rows of all workers are mapped."""
+        return bool(way) and all(self._way(rank, way) == SEGMENT for rank in self._ranks())
+
     def goes_over_network(self, way: str) -> bool:
         """Tell whether calls may arrive later than requests that are sent to the engine after them."""
         return bool(way) and any(self._way(rank, way) == NETWORK for rank in self._ranks())

@@ -13,10 +13,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
+from vllm_tap.client.bounds import at_the_end, room_of
 from vllm_tap.client.collector import Collector
 from vllm_tap.client.connection import PROBE_TOKENS, Connection, expect, explain, not_loaded
-from vllm_tap.client.recording import Recording
+from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture
+from vllm_tap.client.room import Room
 from vllm_tap.errors import PluginNotLoadedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.spec import Spec
@@ -72,7 +74,20 @@ class Request:
         self._live = live
         self.sample = live.new_sample()
         self.params = live.recording.mark(params, self.sample)
+        self._most_bytes = 0  # of its rows, for which it has taken room
         self._sent = 0  # rows of positions before have been handed out
+
+    async def begin(self, most_rows: int) -> None:
+        """Wait for room for so many rows."""
+        nbytes = most_rows * self._live.recording.row_bytes
+        await self._live.room.enter(nbytes)
+        self._most_bytes = nbytes
+
+    async def left(self) -> None:
+        """Give the room back: the reader has what came of the request, or none wants it."""
+        nbytes, self._most_bytes = self._most_bytes, 0
+        if nbytes:
+            await self._live.room.leave(nbytes)
 
     async def rows(self, tokens: asynchronous.Tokens) -> Capture | None:
         """Return the rows that are final and have not been returned; None for none. For requests of one completion.
@@ -107,9 +122,12 @@ class Live:
 
     def __init__(self, connection: Connection, spec: Spec, options: dict[str, Any], tasks: Tasks) -> None:
         self.spec, self.num_users, self.error = spec, 0, None
-        self._connection, self._options, self._tasks = connection, options, tasks
+        self._connection, self._tasks = connection, tasks
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
+        self._options = {**options, "on_full": at_the_end(on_full)}
+        self.room = Room(None if on_full == "fail" else room_of(budget or default_budget_bytes(), on_full))
         self._begun = self._done = 0
         self._taking: asyncio.Task[None] | None = None
         self._starting = tasks.run(asyncio.to_thread(self._start))

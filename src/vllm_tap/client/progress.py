@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 REFRESH_SECONDS: Final = 0.5
 """Seconds between two questions to the workers; a call takes about a millisecond of the engine's time."""
@@ -23,18 +23,26 @@ def is_shown(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
+class Progress(NamedTuple):
+    """Rows and bytes that workers have taken, and seconds for which the engine has waited for room for them."""
+
+    rows: int
+    nbytes: int
+    stalled: float
+
+
 class Bar:
     """A bar that moves with rows. vLLM makes it with `make`, and would move it with finished prompts.
 
     Args:
-        counts: Rows and bytes that the workers have taken so far, also when they have just ended the capture.
+        counts: What the workers have taken so far, also when they have just ended the capture.
         expected: Rows that there will be.
         clock: Seconds.
     """
 
     def __init__(
         self,
-        counts: Callable[[], tuple[int, int]],
+        counts: Callable[[], Progress],
         expected: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -55,16 +63,15 @@ class Bar:
         """Show what has come."""
         if self._shown is None:
             return
-        now, (rows, nbytes) = self._clock(), self._counts()
+        now, (rows, nbytes, stalled) = self._clock(), self._counts()
         total = max(self._expected(), rows)
         begun, rows_before, bytes_before = self._seen[0]
         self._seen.append((now, rows, nbytes))
         seconds = max(now - begun, 1e-9)
         rate = (rows - rows_before) / seconds
         left = _interval((total - rows) / rate) if rate else "?"
-        self._show(
-            rows, total, f"{_short(rows)}/{_short(total)} rows, {_rate(nbytes - bytes_before, seconds)}, {left} left"
-        )
+        rate_text = _rate(nbytes - bytes_before, seconds)
+        self._show(rows, total, f"{_short(rows)}/{_short(total)} rows, {rate_text}, {left} left{_waited(stalled)}")
 
     def close(self) -> None:
         """Leave the bar as it stands, which vLLM does not do with one that it has made when it is interrupted."""
@@ -75,8 +82,9 @@ class Bar:
 
     def _end(self) -> None:
         """Show all that came."""
-        seconds, (rows, nbytes) = max(self._clock() - self._begun, 1e-9), self._counts()
-        self._show(rows, rows, f"{_short(rows)} rows, {_rate(nbytes, seconds)}, {_interval(seconds)}")
+        seconds, (rows, nbytes, stalled) = max(self._clock() - self._begun, 1e-9), self._counts()
+        text = f"{_short(rows)} rows, {_rate(nbytes, seconds)}, {_interval(seconds)}{_waited(stalled)}"
+        self._show(rows, rows, text)
 
     def _show(self, rows: int, total: int, text: str) -> None:
         self._shown.n, self._shown.total, self._shown.text = rows, total, text
@@ -122,6 +130,11 @@ def _rate(nbytes: int, seconds: float) -> str:
     from tqdm import tqdm
 
     return str(tqdm.format_sizeof(nbytes / seconds, "B/s"))
+
+
+def _waited(stalled: float) -> str:
+    """Return for how long the engine has waited for files, if it did."""
+    return f", stalled {stalled:.1f} s" if stalled else ""
 
 
 def _interval(seconds: float) -> str:

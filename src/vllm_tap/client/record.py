@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vllm_tap.client.bounds import Spill
 from vllm_tap.client.capture import capture
 from vllm_tap.client.identity import full_model_facts, versions
 from vllm_tap.client.prompts import unpacked
@@ -29,6 +30,7 @@ def record(
     transport: str = "auto",
     budget_bytes: int | None = None,
     staging: str = "auto",
+    on_full: str | Spill = "fail",
     progress: bool | None = None,
     lora_request: Any = None,
     sampling_params: Any = None,
@@ -57,6 +59,7 @@ def record(
         staging: On GPU engines, how rows leave the device.
         progress: Show a progress bar for each piece.
         lora_request: One for all prompts.
+        on_full: As for `capture`.
         sampling_params: One for all prompts.
         **sampling: Fields of `SamplingParams`, instead of `sampling_params`.
 
@@ -90,6 +93,7 @@ def record(
             transport=transport,
             budget_bytes=budget_bytes,
             staging=staging,
+            on_full=on_full,
             progress=progress,
             lora_request=lora_request,
             sampling_params=sampling_params,

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from vllm_tap.client import marks, missing
+from vllm_tap.client.bounds import AT_THE_END, Spill, read_on_full
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
 from vllm_tap.client.identity import model_facts
 from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import Place, RowSource, SomeRows
+from vllm_tap.client.progress import Progress
 from vllm_tap.client.rank_rows import RankRows, RowMatcher
 from vllm_tap.client.reduced import made_of, with_one_row_each
 from vllm_tap.client.result import Capture
@@ -57,6 +59,8 @@ class Recording:
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
             write to pinned host memory: no device memory, slower for many rows), or "auto".
+        on_full: "fail": rows beyond the budget end the capture with `BudgetError`, and its requests go on; "spill" or a
+            `Spill`: they go to files, and the engine waits while these are written. Not with "inline" and "tcp".
         expected_rows: A guess that lets the workers prepare memory ahead.
         wait: Return when all workers have begun; otherwise `started` waits, after requests have been added.
 
@@ -75,12 +79,14 @@ class Recording:
         transport: str = "auto",
         budget_bytes: int | None = None,
         staging: str = "auto",
+        on_full: str | Spill = "fail",
         expected_rows: int = 0,
         wait: bool = True,
     ) -> None:
         self.wishes = wishes = Wishes(spec)
         if staging not in STAGINGS:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
+        on_full = read_on_full(on_full, AT_THE_END)
         budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
         self.spec = wishes.of(0)
         engine = None if isinstance(llm, Connection) else llm
@@ -93,6 +99,11 @@ class Recording:
         self._connection = connection = connect(llm)
         connection.stop_lost()
         self._way = way = connection.choose_transport(transport)
+        if isinstance(on_full, Spill) and not connection.shares_memory(way):
+            raise SpecError(
+                f"on_full={on_full!r} needs shared memory: on this way all rows are copied to this process. Run on "
+                "the engine's host and leave transport out, or capture fewer prompts at a time."
+            )
         self._layers = {_kind(wish): resolve(connection, wish) for wish in wishes}
         self._start = messages.Start(
             capture_id=new_capture_id(),
@@ -105,6 +116,7 @@ class Recording:
             staging=staging,
             expected_rows=expected_rows if list(wishes.shipped) == ["all"] else 0,
             routing_versions=connection.routing_versions,
+            spill=on_full.terms(len(connection.hellos)) if isinstance(on_full, Spill) else None,
         )
         self._starting: Callable[[], object] | None = None
         connection.expect_end(self, self._start, way)
@@ -208,8 +220,16 @@ class Recording:
 
     def counts(self) -> tuple[int, int]:
         """Return rows and bytes taken so far, or in all after the end; costs the engine about a millisecond."""
+        return self.progress()[:2]
+
+    def progress(self) -> Progress:
+        """Return what `counts` does, and for how long the engine has waited for files of rows beyond the budget."""
         states = self._connection.status(self._start.capture_id)
-        return max(state["num_rows"] for state in states), sum(state["num_bytes"] for state in states)
+        return Progress(
+            max(state["num_rows"] for state in states),
+            sum(state["num_bytes"] for state in states),
+            max(state["stalled_seconds"] for state in states),
+        )
 
     @property
     def capture_id(self) -> str:

@@ -7,22 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from vllm_tap.client import missing
+from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full, room_of
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
 from vllm_tap.client.prompts import each_prompt, is_conversation
 from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture, Sample
+from vllm_tap.client.room import PART_OF_BUDGET
 from vllm_tap.client.wishes import Wishes
 from vllm_tap.errors import SpecError, counted_from
-from vllm_tap.spec import Spec, nearest
+from vllm_tap.spec import Spec
 from vllm_tap.vllm import frontend, stepping
 from vllm_tap.vllm.refused import told
-
-ON_FULL: Final = ("wait", "fail")
-
-PART_OF_BUDGET: Final = 3
-"""Running requests may need one part in so many of the budget: workers reserve ahead, and memory is free again when the
-last row in it has been read."""
 
 BATCH: Final = 64
 """Prompts of one call to an engine that pools."""
@@ -62,7 +58,7 @@ class Tap:
         prompts: Iterable[Any],
         spec: Spec | Sequence[Spec],
         *,
-        on_full: str = "wait",
+        on_full: str | Spill = "wait",
         budget_bytes: int | None = None,
         transport: str = "auto",
         staging: str = "auto",
@@ -76,6 +72,7 @@ class Tap:
             prompts: As `capture` takes them, of any number: they are read as there is room.
             spec: What to capture; or a list with a Spec for each prompt, as for `capture`.
             on_full: "wait": prompts wait until rows of those before them have been read, so that the budget holds;
+                "spill" or a `Spill`: rows beyond the budget go to files, and prompts wait where these would be full;
                 "fail": all prompts are added at once, and rows beyond the budget end the stream with `BudgetError`.
             budget_bytes: Most memory for rows that have not been read, over all workers; by default a quarter of RAM,
                 at most 8 GiB. With "wait", one prompt that is larger alone ends the stream.
@@ -96,19 +93,18 @@ class Tap:
         Cost:
             As for `capture`, and one copy of each row into memory of the sample's own.
         """
-        _require_known("on_full", on_full, ON_FULL)
+        on_full = read_on_full(on_full, AS_THEY_COME)
         plan = self._plan(sampling_params, sampling, lora_request)
         if frontend.pools(self._llm):
-            return Stream(self._in_batches(prompts, spec, plan, transport, staging, budget_bytes))
-        recording = Recording(self._llm, spec, transport=transport, budget_bytes=budget_bytes, staging=staging)
-        budget = (budget_bytes or default_budget_bytes()) if on_full == "wait" else None
-        return Stream(_Run(self._llm, prompts, recording, plan, budget).samples())
+            return Stream(self._in_batches(prompts, spec, plan, transport, staging, budget_bytes, at_the_end(on_full)))
+        return Stream(self._run(prompts, spec, plan, on_full, transport, staging, budget_bytes).samples())
 
     def stream_rows(
         self,
         prompts: Iterable[Any],
         spec: Spec | Sequence[Spec],
         *,
+        on_full: str | Spill = "wait",
         budget_bytes: int | None = None,
         transport: str = "auto",
         staging: str = "auto",
@@ -121,7 +117,8 @@ class Tap:
         Args:
             prompts: As for `stream`.
             spec: As for `stream`.
-            budget_bytes: As for `stream`; prompts wait for room.
+            on_full: As for `stream`.
+            budget_bytes: As for `stream`.
             transport: As for `capture`.
             staging: As for `capture`.
             lora_request: As for `stream`.
@@ -140,6 +137,7 @@ class Tap:
         Cost:
             As for `stream`, and a call to each worker for every step.
         """
+        on_full = read_on_full(on_full, AS_THEY_COME)
         plan = self._plan(sampling_params, sampling, lora_request)
         if frontend.pools(self._llm) or (plan.params.n or 1) > 1:
             raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
@@ -148,9 +146,29 @@ class Tap:
                 raise SpecError(
                     f"stream_rows yields rows as they come, not their {wish.reduce}: use stream, or capture."
                 )
-        recording = Recording(self._llm, spec, transport=transport, budget_bytes=budget_bytes, staging=staging)
-        budget = budget_bytes or default_budget_bytes()
-        return Stream(_Run(self._llm, prompts, recording, plan, budget).blocks())
+        return Stream(self._run(prompts, spec, plan, on_full, transport, staging, budget_bytes).blocks())
+
+    def _run(
+        self,
+        prompts: Iterable[Any],
+        spec: Spec | Sequence[Spec],
+        plan: Plan,
+        on_full: str | Spill,
+        transport: str,
+        staging: str,
+        budget_bytes: int | None,
+    ) -> _Run:
+        """Begin a capture of prompts that are added as there is room."""
+        recording = Recording(
+            self._llm,
+            spec,
+            transport=transport,
+            budget_bytes=budget_bytes,
+            staging=staging,
+            on_full=at_the_end(on_full),
+        )
+        room = None if on_full == "fail" else room_of(budget_bytes or default_budget_bytes(), on_full)
+        return _Run(self._llm, prompts, recording, plan, room)
 
     def _plan(self, given: Any, fields: dict[str, Any], lora_request: Any) -> Plan:
         frontend.require_no_others(self._llm, "capture beside them with vllm_tap.Recording")
@@ -170,6 +188,7 @@ class Tap:
         transport: str,
         staging: str,
         budget_bytes: int | None,
+        on_full: str | Spill,
     ) -> Iterator[Sample]:
         """Yield samples of an engine that pools: captures of some prompts, one after another."""
         number, wishes = 0, Wishes(spec)
@@ -182,6 +201,7 @@ class Tap:
                     transport=transport,
                     staging=staging,
                     budget_bytes=budget_bytes,
+                    on_full=on_full,
                     progress=False,
                     lora_request=plan.lora_request,
                     sampling_params=plan.params,
@@ -342,8 +362,3 @@ def _batches(prompts: Iterator[Any]) -> Iterator[list[Any]]:
             batch.clear()
     if batch:
         yield list(batch)
-
-
-def _require_known(name: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise SpecError(f"{name}={given!r} is not known.{nearest(given, known)}")

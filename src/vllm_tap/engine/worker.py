@@ -98,7 +98,7 @@ class TapWorker(vllm_runner.StepListener):
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._sessions: dict[str, Session] = {}
-        self._counts: dict[str, tuple[int, int]] = {}  # rows and bytes of captures that have ended
+        self._counts: dict[str, tuple[int, int, float]] = {}  # of captures that have ended, see `_count`
         self._pools: Pools | None = None
         self._server: SegmentServer | None = None
         self._calls: CallServer | None = None
@@ -389,9 +389,9 @@ class TapWorker(vllm_runner.StepListener):
         """Hand over what a capture has taken since the last time; it goes on."""
         session = self._require(take.capture_id)
         try:
-            block_ids = session.block_ids
             descriptor = self._with_routing(session, session.take())
             if session.start.shared:
+                block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
                 self._server_of(session.client).publish(session.client, block_ids)
         except Exception:
             self._abandon(session)
@@ -453,7 +453,7 @@ class TapWorker(vllm_runner.StepListener):
         that ended, unless one is named.
         """
         stats = self._pools.stats() if self._pools is not None else []
-        num_rows, num_bytes = self._count(capture_id)
+        num_rows, num_bytes, stalled_seconds = self._count(capture_id)
         return {
             "rank": self.rank,
             "pid": os.getpid(),
@@ -465,15 +465,18 @@ class TapWorker(vllm_runner.StepListener):
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
             "staging_bytes": self._taps.rows.staging_bytes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
+            "spilled_bytes": self._pools.spilled_bytes if self._pools is not None else 0,
+            "stalled_seconds": stalled_seconds,
             "is_preparing": self._taps.rows.is_preparing if self._taps else False,
         }
 
-    def _count(self, capture_id: str) -> tuple[int, int]:
-        under_way = {name: (session.num_rows, session.num_bytes) for name, session in self._sessions.items()}
+    def _count(self, capture_id: str) -> tuple[int, int, float]:
+        """Return rows, their bytes, and seconds for which the engine waited for files of them."""
+        under_way = {name: _counted(session) for name, session in self._sessions.items()}
         if capture_id:
-            return {**self._counts, **under_way}.get(capture_id, (0, 0))
+            return {**self._counts, **under_way}.get(capture_id, (0, 0, 0.0))
         counts = list(under_way.values()) or list(self._counts.values())[-1:]
-        return sum(rows for rows, _ in counts), sum(nbytes for _, nbytes in counts)
+        return sum(c[0] for c in counts), sum(c[1] for c in counts), sum(c[2] for c in counts)
 
     def profile(self, kind: str) -> Figures:
         """Begin to time parts of this worker: "host" for its methods in seconds, "dma" for copies of a CUDA engine.
@@ -514,7 +517,7 @@ class TapWorker(vllm_runner.StepListener):
         name = session.start.capture_id
         self._sessions.pop(name, None)
         self._counts.pop(name, None)
-        self._counts[name] = session.num_rows, session.num_bytes
+        self._counts[name] = _counted(session)
         if len(self._counts) > MOST_COUNTED:
             del self._counts[next(iter(self._counts))]
         if session in self._closing:
@@ -578,6 +581,10 @@ class TapWorker(vllm_runner.StepListener):
             self._calls = CallServer(weakly(self.call))
             self._closing.append(self._calls)
         return self._calls
+
+
+def _counted(session: Session) -> tuple[int, int, float]:
+    return session.num_rows, session.num_bytes, session.stalled_seconds
 
 
 def choose_backend(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:

@@ -101,13 +101,20 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     refusal: str
 
 
+class Spill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Folder for the files of rows beyond the memory of a capture, and the most that they may take on this rank."""
+
+    folder: str
+    most_bytes: int
+
+
 class Start(Message, frozen=True, tag=True, kw_only=True):
     """Call that begins a capture, the same for every worker; the reply is `Started`.
 
     `positions` are those of requests whose mark names none, see `choice`. `clients` gives each rank the number under
     which it knows the client's reader. `expected_rows` is a guess that lets
     the worker prepare memory ahead; 0 if unknown. `routing_versions` gives each rank the version of its `routing` that
-    the client knows.
+    the client knows. Rows beyond `budget_bytes` end the capture, or go to files if `spill` says where.
     """
 
     capture_id: str
@@ -120,6 +127,7 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
     staging: str
     expected_rows: int
     routing_versions: dict[int, int] = {}
+    spill: Spill | None = None
 
     def choice(self) -> Choice:
         """Return `positions` as a `Spec` has them.

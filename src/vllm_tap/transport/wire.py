@@ -8,12 +8,13 @@ A connection is a Unix socket of packets. The worker speaks first:
 
 From the client, a u32 kind and then u64 numbers:
 
-    MAP      segment_id                answered by MAPPED
+    MAP      segment_id                answered by MAPPED or IN_FILE
     RELEASE  block_id, 1 to 4096 times     not answered
 
 From the worker, a u32 kind, u64 segment_id, u64 nbytes:
 
     MAPPED   with the segment's file descriptor; nbytes is 0, without one, if there is no such segment
+    IN_FILE  as MAPPED, of a segment that is an unlinked file
     DROPPED  the worker has closed the segment: its memory is free once the client unmaps it
 """
 
@@ -33,6 +34,7 @@ MAP = 1
 RELEASE = 2
 MAPPED = 3
 DROPPED = 4
+IN_FILE = 5
 MAX_RELEASE_IDS = 4096
 MAX_PACKET_BYTES = 4 + 8 * MAX_RELEASE_IDS
 
@@ -85,8 +87,10 @@ class Reply(NamedTuple):
         if len(packet) != REPLY_STRUCT.size:
             raise DescriptorError(f"a packet of the worker has {len(packet)} bytes, expected {REPLY_STRUCT.size}")
         reply = cls(*REPLY_STRUCT.unpack(packet))
-        if reply.kind not in (MAPPED, DROPPED):
-            raise DescriptorError(f"a packet of the worker has kind {reply.kind}, expected {MAPPED} or {DROPPED}")
+        if reply.kind not in (MAPPED, DROPPED, IN_FILE):
+            raise DescriptorError(
+                f"a packet of the worker has kind {reply.kind}, expected {MAPPED}, {DROPPED} or {IN_FILE}"
+            )
         return reply
 
 

@@ -6,10 +6,13 @@ import copy
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vllm_tap.errors import EngineDiedError, SpecError
 from vllm_tap.spec import nearest
+
+MOST_SPECIAL: Final = 16
+"""Special tokens that a tokenizer may put around a text."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,17 @@ def new_params(llm: Any, given: Any, fields: Mapping[str, Any], kind: str) -> An
         params = vllm.SamplingParams(**copy.deepcopy({**defaults, **fields}))
     params.output_kind = getattr(sys.modules["vllm.sampling_params"].RequestOutputKind, kind)
     return params
+
+
+def most_rows(llm: Any, prompt: Any, params: Any) -> int:
+    """Return how many rows a request may make at most: a text has no more tokens than bytes, but for special ones."""
+    longest = int(llm.vllm_config.model_config.max_model_len)
+    text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+    ids = None if isinstance(prompt, str) else prompt.get("prompt_token_ids")
+    prompt_len = (
+        len(ids) if ids is not None else len(text.encode()) + MOST_SPECIAL if isinstance(text, str) else longest
+    )
+    return (params.n or 1) * min(prompt_len + (params.max_tokens or longest), longest)
 
 
 def route(llm: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from vllm_tap.client.expected_rows import ExpectedRows, num_rows
-from vllm_tap.client.progress import Bar, is_shown
+from vllm_tap.client.progress import Bar, Progress, is_shown
 from vllm_tap.positions import Positions
 
 
@@ -23,15 +23,16 @@ class Engine:
     def __init__(self) -> None:
         self.now = 100.0
         self.rows = 0
+        self.stalled = 0.0
 
     def run(self, seconds: float, rows: int) -> None:
         """Let time pass and rows come."""
         self.now += seconds
         self.rows += rows
 
-    def counts(self) -> tuple[int, int]:
-        """Return rows and bytes."""
-        return self.rows, self.rows * 10**6
+    def counts(self) -> Progress:
+        """Return rows and bytes, and the time for which the engine stood still."""
+        return Progress(self.rows, self.rows * 10**6, self.stalled)
 
 
 @pytest.fixture
@@ -78,6 +79,9 @@ def test_the_bar_moves_with_rows(engine: Engine, last_line: Callable[[], str]) -
         "80% 1.60k/2.00k rows, 400MB/s, 00:01 left",
     ]
     assert all(len(line) <= 60 and "█" in line for line in seen)
+    engine.stalled = 1.25
+    bar.tick()
+    assert last_line().endswith("00:01 left, stalled 1.2 s")
 
 
 def test_the_rate_is_that_of_the_last_seconds(engine: Engine, last_line: Callable[[], str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.cuda import sink as device_sink
 from vllm_tap.engine.cuda.kernel import MAX_GROUPS
 from vllm_tap.errors import BudgetError, CaptureError
+from vllm_tap.frame import messages
 
 
 @pytest.mark.parametrize("places", [LLAMA, ROUTER], ids=["llama", "router"])
@@ -62,6 +64,26 @@ def test_any_captures_come_and_go(cuda: SimulatedCuda, monkeypatch: pytest.Monke
             engine.model.rows.clear()
     while sessions:
         engine.finish(sessions.pop())
+    assert cuda.conflicts == []
+
+
+@pytest.mark.parametrize(("staging", "wide"), [("staged", 1), ("staged", 1 << 20), ("direct", 600)])
+def test_rows_beyond_the_budget_go_to_files(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, staging: str, wide: int
+) -> None:
+    """Beside a capture that has room; on every way of staging, and nothing is copied into memory that is used again."""
+    monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", wide)
+    engine = Engine(cuda, LLAMA)
+    rich = engine.start(staging)
+    poor = engine.start(staging, budget_bytes=32 << 10, spill=messages.Spill(str(tmp_path), 64 << 20))
+    for step in STEPS:
+        engine.step([rich, poor], step)
+        assert poor.account.used_bytes <= 32 << 10
+    assert poor.stalled_seconds > 0
+    assert engine.pool.area_bytes > 0
+    engine.finish(poor)
+    assert engine.pool.area_bytes == 0
+    engine.finish(rich)
     assert cuda.conflicts == []
 
 

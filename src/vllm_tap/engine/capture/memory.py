@@ -90,6 +90,13 @@ class Pools:
             pools = [pool for pool, _ in self._pools.values()]
         return [pool.stats() for pool in pools]
 
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of the files that hold rows beyond the memory of captures."""
+        with self._lock:
+            pools = [pool for pool, _ in self._pools.values()]
+        return sum(pool.area_bytes for pool in pools)
+
     def close(self) -> None:
         """Give up all of them, at once."""
         with self._lock:

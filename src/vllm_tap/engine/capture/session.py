@@ -6,6 +6,7 @@ is kept, rows stop, generation goes on, and the client gets the error when it as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -24,6 +25,7 @@ from vllm_tap.frame.layout import CACHE_LINE, Layout, Stream, block_bytes, layou
 from vllm_tap.labels import Mark
 from vllm_tap.spec import Choice, read_positions, takes_generated
 from vllm_tap.transport.segment.pool import Account, Block
+from vllm_tap.transport.segment.spill import SpillArea
 from vllm_tap.vllm.names import completion_of
 from vllm_tap.vllm.runner import Batch
 
@@ -62,9 +64,13 @@ class Session:
         self._table: list[messages.Request] = []  # requests that the client has not been told of
         self._first_request = 0  # number of the first of them
         self._chunks: list[Block] = []
+        spill = start.spill
+        self._files = None if spill is None else SpillArea(account.pool, spill.folder, spill.most_bytes)
+        self._num_spilled = 0  # of the chunks, the first
+        self._largest_bytes = 0  # of a step's block
         self._chunk_number = 0  # of the current one
         self._free_offset = self._free_end = 0
-        self._blocks: list[tuple[int, int, int]] = []
+        self._blocks: list[tuple[int, int, int]] = []  # chunk, offset in it, rows
         self._key: tuple[list[str], bytes] | None = None  # requests and lengths whose selection holds
         self._selection: Selection | None = None
         self._last: Selection | None = None
@@ -121,7 +127,7 @@ class Session:
                 start = self._begin(batch, selection)
             self._armed = True
             num_rows = selection.num_rows
-            self._blocks.append((self._chunk_number, start, num_rows))
+            self._blocks.append((self._chunk_number, start - self._chunks[-1].offset, num_rows))
             self.num_rows += num_rows
         except Exception as error:
             self.fail(error)
@@ -162,17 +168,33 @@ class Session:
 
     def _reserve(self, num_rows: int) -> Block:
         nbytes = self._block_bytes(num_rows)
+        self._largest_bytes = max(self._largest_bytes, nbytes)
         num_steps = STEPS_PER_CHUNK
         if self.start.expected_rows > self.num_rows:
             num_steps = min(num_steps, -(-(self.start.expected_rows - self.num_rows) // num_rows))
         roomy = min(num_steps * nbytes, MAX_CHUNK_BYTES, self.start.budget_bytes // MOST_CHUNKS)
-        if roomy <= nbytes:
-            return self.account.reserve(nbytes)
-        try:
-            return self.account.reserve(roomy)
-        except BudgetError:
-            # Near the end of the budget, room for this step alone may still be there.
-            return self.account.reserve(nbytes)
+        nbytes_or_more = max(roomy, nbytes)
+        with contextlib.suppress(BudgetError):
+            return self.account.reserve(nbytes_or_more)
+        self._spill()
+        with contextlib.suppress(BudgetError):
+            return self.account.reserve(nbytes_or_more)
+        # Near the end of the budget, room for this step alone may still be there.
+        return self.account.reserve(nbytes)
+
+    def _spill(self) -> None:
+        """Move all chunks to files, if there are to be any; each chunk is complete. The engine waits.
+
+        Raises:
+            TapError: The files are full, or rows did not arrive.
+        """
+        if self._files is None or self._num_spilled == len(self._chunks):
+            return
+        self._sink.synchronize()
+        while self._num_spilled < len(self._chunks):
+            number = self._num_spilled
+            self._chunks[number] = self._files.move(self._chunks[number], self._period)
+            self._num_spilled += 1
 
     def after_forward(self) -> None:
         """After a forward pass: send off the rows of the step, and make sure that every tap ran."""
@@ -229,12 +251,20 @@ class Session:
         Raises:
             TapError: What ended the capture early.
         """
+        return self._describe(self._settle())
+
+    def _settle(self) -> float:
+        """Wait for the last rows; return for how many seconds."""
         begin = time.perf_counter()
         if self.error is None:
             self._sink.synchronize()
         if self.error is not None:
             raise self.error
-        wait_seconds = time.perf_counter() - begin
+        return time.perf_counter() - begin
+
+    def _describe(self, wait_seconds: float) -> messages.Descriptor:
+        blocks = np.array(self._blocks, "<i8").reshape(-1, 3)
+        blocks[:, 1] += np.array([chunk.offset for chunk in self._chunks], "<i8")[blocks[:, 0]]
         return messages.Descriptor(
             rank=self.rank,
             capture_id=self.start.capture_id,
@@ -242,7 +272,7 @@ class Session:
             requests=tuple(self._table),
             first_request=self._first_request,
             chunks=tuple(messages.Chunk(*chunk) for chunk in self._chunks),
-            blocks=np.array(self._blocks, "<i8").tobytes(),
+            blocks=blocks.tobytes(),
             byte_order=sys.byteorder,
             wait_seconds=wait_seconds,
         )
@@ -253,12 +283,25 @@ class Session:
         Raises:
             TapError: What ended the capture early.
         """
-        taken = self.finish()
+        wait_seconds = self._settle()
+        if self._chunks and self._num_spilled < len(self._chunks):
+            last = self._chunks[-1]
+            self._chunks[-1] = self.account.pool.shorten(last, self._free_offset - last.offset)
+        budget = self.start.budget_bytes
+        if self.account.used_bytes > min(budget // 2, budget - self._largest_bytes):
+            # What is handed over cannot be moved any more: half of the budget is left, and room for the largest step.
+            self._spill()
+        taken = self._describe(wait_seconds)
         self._first_request += len(self._table)
-        self._table, self._chunks, self._blocks = [], [], []
+        self._table, self._chunks, self._blocks, self._num_spilled = [], [], [], 0
         self._free_offset = self._free_end = 0
         self._last = None
         return taken
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Time for which the engine has waited for files of spilled rows."""
+        return 0.0 if self._files is None else self._files.seconds
 
     @property
     def num_bytes(self) -> int:
@@ -280,3 +323,5 @@ class Session:
         self._sink.clear()
         self._sink.close()
         self.account.close()
+        if self._files is not None:
+            self._files.close()

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import stat
 from typing import Final
 
 import numpy as np
@@ -43,15 +44,17 @@ class Mapping:
 
     It is private: a write goes into a copy of the page that nobody else sees. `forget_writes` lets go of such copies;
     a mapping that could not is spoilt: bytes that the worker writes there later would not show.
+
+    A segment may be a file, of rows that were spilled. Its pages are read from the disk when they are first touched.
     """
 
-    def __init__(self, fd: int, segment_id: int, nbytes: int) -> None:
+    def __init__(self, fd: int, segment_id: int, nbytes: int, *, is_file: bool = False) -> None:
         """Map a segment.
 
         Raises:
             DescriptorError: the memory is not what the worker said, or could shrink.
         """
-        _check_segment(fd, segment_id, nbytes)
+        (_check_file if is_file else _check_segment)(fd, segment_id, nbytes)
         # Without a reserve: a system that counts what it promises would count every page as if it were to be copied.
         self._mmap = mmap.mmap(
             fd, nbytes, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
@@ -59,6 +62,8 @@ class Mapping:
         self.nbytes = nbytes
         self.address = address_of(self._mmap)
         self.is_spoilt = False
+        if is_file:
+            return
         with contextlib.suppress(OSError):  # a kernel before 5.14 maps the pages at the first reading
             populate(self.address, nbytes, MADV_POPULATE_READ)
 
@@ -127,7 +132,22 @@ def _check_segment(fd: int, segment_id: int, nbytes: int) -> None:
         raise DescriptorError(
             f"segment {segment_id} has seals {seals:#x}, expected at least {NEEDED_SEALS:#x}", segment_id=segment_id
         )
-    actual = os.fstat(fd).st_size
+    _check_size(os.fstat(fd).st_size, segment_id, nbytes)
+
+
+def _check_file(fd: int, segment_id: int, nbytes: int) -> None:
+    """Refuse a file that another process could open by a name, and shrink."""
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink:
+        raise DescriptorError(
+            f"segment {segment_id} was said to be a file of spilled rows, which has no name; this one has mode "
+            f"{found.st_mode:#o} and {found.st_nlink} names",
+            segment_id=segment_id,
+        )
+    _check_size(found.st_size, segment_id, nbytes)
+
+
+def _check_size(actual: int, segment_id: int, nbytes: int) -> None:
     if actual != nbytes or not nbytes:
         raise DescriptorError(
             f"segment {segment_id} has {actual} bytes, and the worker said {nbytes}", segment_id=segment_id

@@ -51,7 +51,10 @@ class Segment:
         fd: the memfd, or None if the segment is not shared.
         address: where the segment is mapped in this process.
         view: the same bytes, writable.
+        is_file: whether they lie in a file; see `spill`.
     """
+
+    is_file = False
 
     def __init__(self, segment_id: int, mapping: mmap.mmap, fd: int | None) -> None:
         self.segment_id = segment_id

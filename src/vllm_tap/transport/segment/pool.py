@@ -6,6 +6,7 @@ Runs in the engine worker: the engine's thread reserves, the thread of the socke
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -110,6 +111,12 @@ class Account:
         self._footprints[block_id] = footprint
         self._used_bytes += footprint
 
+    def shorten(self, block_id: int, footprint: int) -> None:
+        """Count less of a block, if it is counted; the pool's lock is held."""
+        if block_id in self._footprints:
+            self._used_bytes -= self._footprints[block_id] - footprint
+            self._footprints[block_id] = footprint
+
     def discard(self, block_id: int) -> None:
         """Count a block no more, if it was; the pool's lock is held."""
         self._used_bytes -= self._footprints.pop(block_id, 0)
@@ -128,6 +135,7 @@ class SegmentPool:
         segment_bytes: size of large segments, unless a block needs more or the budget has less.
         on_create: called with each new segment before its first use, in whichever thread made it.
         on_close: called with each segment before it is unmapped.
+        create: makes a segment of a number and a size; by default one of memory.
     """
 
     def __init__(
@@ -138,14 +146,17 @@ class SegmentPool:
         segment_bytes: int = DEFAULT_SEGMENT_BYTES,
         on_create: Callable[[Segment], None] | None = None,
         on_close: Callable[[Segment], None] | None = None,
+        create: Callable[[int, int], Segment] | None = None,
     ) -> None:
         self.pool_id = os.urandom(16)
         self.shared = shared
         self._budget_bytes = budget_bytes
         self._segment_bytes = round_up(segment_bytes, SEGMENT_GRANULE_BYTES)
         self._first_bytes = min(FIRST_SEGMENT_BYTES, self._segment_bytes)
-        self._on_create = on_create
-        self._close_listeners = [on_close] if on_close else []
+        self._on_create, self._on_close = on_create, on_close
+        self._create = create or functools.partial(Segment.create, shared=shared)
+        self._close_listeners: list[Callable[[Segment], None]] = []
+        self._areas: list[SegmentPool] = []
         self._changed = threading.Condition()
         self._segments: dict[int, Segment] = {}
         self._blocks: dict[int, Block] = {}
@@ -157,6 +168,34 @@ class SegmentPool:
         self._closed = False
         self._segment_ids = itertools.count(1)
         self._block_ids = itertools.count(1)
+
+    def open_area(self, budget_bytes: int, create: Callable[[int, int], Segment], segment_bytes: int) -> SegmentPool:
+        """Return a pool of segments of another kind, whose blocks are found and released here, beside those of memory.
+
+        A segment of it that has no block is closed at once. It goes with `close_area`, or with this pool.
+        """
+        area = SegmentPool(
+            budget_bytes, shared=self.shared, segment_bytes=segment_bytes, on_close=self._tell_closed, create=create
+        )
+        area._segment_ids, area._block_ids = self._segment_ids, self._block_ids
+        self._areas.append(area)
+        return area
+
+    def close_area(self, area: SegmentPool) -> None:
+        """Take no more blocks in an area; it is forgotten when the last one is released."""
+        area.budget_bytes = 0
+        self._forget_areas()
+
+    def _forget_areas(self) -> None:
+        for area in tuple(self._areas):
+            if not area.budget_bytes and not area.stats().segments:
+                with contextlib.suppress(ValueError):  # another thread was faster
+                    self._areas.remove(area)
+
+    @property
+    def area_bytes(self) -> int:
+        """Bytes of the segments of its areas."""
+        return sum(area.stats().capacity_bytes for area in tuple(self._areas))
 
     @property
     def budget_bytes(self) -> int:
@@ -264,13 +303,24 @@ class SegmentPool:
         Raises:
             TransportError: there is none, or none any more.
         """
-        try:
-            return self._blocks[block_id]
-        except KeyError:
-            raise TransportError(f"there is no block {block_id} in this pool", block_id=block_id) from None
+        for pool in (self, *self._areas):
+            block = pool._blocks.get(block_id)
+            if block is not None:
+                return block
+        raise TransportError(f"there is no block {block_id} in this pool", block_id=block_id)
 
     def release(self, block_id: int) -> bool:
         """Free a block; return False if there is none of that number."""
+        return self._release(block_id) or any(self._release_in(area, block_id) for area in tuple(self._areas))
+
+    def _release_in(self, area: SegmentPool, block_id: int) -> bool:
+        if not area.release(block_id):
+            return False
+        area.trim()
+        self._forget_areas()
+        return True
+
+    def _release(self, block_id: int) -> bool:
         with self._changed:
             block = self._blocks.pop(block_id, None)
             if block is None:
@@ -282,6 +332,20 @@ class SegmentPool:
             if self._accounts:
                 self._budget_bytes = max(self._budget_bytes, self._granted_bytes())
             return True
+
+    def shorten(self, block: Block, nbytes: int) -> Block:
+        """Free the end of a block that nobody else knows of yet; return what is left of it, of at least one byte."""
+        left = block._replace(nbytes=min(max(nbytes, 1), block.nbytes))
+        before, after = _footprint(block.nbytes), _footprint(left.nbytes)
+        with self._changed:
+            if self._blocks.get(block.block_id) != block:
+                raise TransportError(f"there is no {block} in this pool", block_id=block.block_id)
+            self._blocks[block.block_id] = left
+            if after < before:
+                self._free.add(block.segment_id, block.offset + after, before - after)
+            for account in self._accounts:
+                account.shorten(block.block_id, after)
+        return left
 
     def grow_ahead(self, nbytes: int, largest: int = 0) -> None:
         """Have threads of its own see to it that `nbytes` are free, as far as the budget allows.
@@ -358,7 +422,7 @@ class SegmentPool:
         try:
             if self._closed:
                 raise TransportError(_CLOSED)
-            segment = Segment.create(segment_id, nbytes, shared=self.shared)
+            segment = self._create(segment_id, nbytes)
             if self._on_create:
                 self._on_create(segment)
         except BaseException:
@@ -381,18 +445,23 @@ class SegmentPool:
         Raises:
             TransportError: there is none, or none any more.
         """
-        try:
-            return self._segments[segment_id]
-        except KeyError:
-            raise TransportError(f"there is no segment {segment_id} in this pool", segment_id=segment_id) from None
+        for pool in (self, *self._areas):
+            segment = pool._segments.get(segment_id)
+            if segment is not None:
+                return segment
+        raise TransportError(f"there is no segment {segment_id} in this pool", segment_id=segment_id)
 
-    def duplicate_fd(self, segment_id: int) -> tuple[int, int] | None:
-        """Return a file descriptor of a shared segment, for the caller to close, and its size; None without one."""
-        with self._changed:  # a segment that is being closed would leave its number to some other file
-            segment = self._segments.get(segment_id)
-            if segment is None or segment.fd is None:
-                return None
-            return os.dup(segment.fd), segment.nbytes
+    def duplicate_fd(self, segment_id: int) -> tuple[int, int, bool] | None:
+        """Return a file descriptor of a shared segment, for the caller to close, its size, and whether it is a file.
+
+        None without one.
+        """
+        for pool in (self, *self._areas):
+            with pool._changed:  # a segment that is being closed would leave its number to some other file
+                segment = pool._segments.get(segment_id)
+                if segment is not None and segment.fd is not None:
+                    return os.dup(segment.fd), segment.nbytes, segment.is_file
+        return None
 
     def add_close_listener(self, listener: Callable[[Segment], None]) -> None:
         """Have `listener` called with each segment before it is unmapped."""
@@ -434,6 +503,8 @@ class SegmentPool:
             self._free = FreeExtents()
             self._capacity_bytes = 0
         self._close_segments(segments)
+        for area in self._areas:
+            area.close()
 
     def _spare_bytes(self) -> int:
         spare = self._budget_bytes - self._capacity_bytes - sum(self._pending.values())
@@ -460,9 +531,14 @@ class SegmentPool:
     def _close_segments(self, segments: list[Segment]) -> None:
         """Unmap segments that are out of the pool; listeners may take their own locks, so ours is not held."""
         for segment in segments:
-            for listener in self._close_listeners:
-                listener(segment)
+            if self._on_close is not None:
+                self._on_close(segment)
+            self._tell_closed(segment)
             segment.close()
+
+    def _tell_closed(self, segment: Segment) -> None:
+        for listener in self._close_listeners:
+            listener(segment)
 
 
 def _require_granted(footprint: int, account: Account | None) -> None:

@@ -244,7 +244,7 @@ class SegmentReader:
                         "left; see its log.",
                         segment_id=segment_id,
                     )
-                return Mapping(fds[0], segment_id, reply.nbytes)
+                return Mapping(fds[0], segment_id, reply.nbytes, is_file=reply.kind == wire.IN_FILE)
             finally:
                 for fd in fds:
                     os.close(fd)

@@ -244,15 +244,15 @@ class SegmentServer:
         if opened is None:
             client.connection.send(reply.encode(), socket.MSG_NOSIGNAL)
             return
-        fd, nbytes = opened
+        fd, nbytes, is_file = opened
         try:
-            packet = reply._replace(nbytes=nbytes).encode()
+            packet = reply._replace(kind=wire.IN_FILE if is_file else wire.MAPPED, nbytes=nbytes).encode()
             socket.send_fds(client.connection, [packet], [fd], socket.MSG_NOSIGNAL)
         finally:
             os.close(fd)
         client.mapped.add(reply.segment_id)
 
-    def _open(self, pool: SegmentPool, segment_id: int) -> tuple[int, int] | None:
+    def _open(self, pool: SegmentPool, segment_id: int) -> tuple[int, int, bool] | None:
         try:
             return pool.duplicate_fd(segment_id)
         except OSError as error:  # out of descriptors: the client is told that it gets none
