@@ -212,13 +212,13 @@ class HostEngine(Connection):
             for session in self.sessions.values():  # again after preemption, as the V2 runner does
                 session.meet(request.name, request.mark, request.prompt_len)
         for session in self.sessions.values():
-            session.arm(batch)
+            session.before_forward(batch)
         parts = [states(mine, request.computed) for (request, _), mine in zip(scheduled, tokens, strict=True)]
         for place in self.taps:
             self._pass(place, rows(*place, np.concatenate(parts)))
         for session in self.sessions.values():
-            session.drain()
-            session.send()
+            session.after_forward()
+            session.after_sampling()
         for (request, count), mine in zip(scheduled, tokens, strict=True):
             self._advance(request, count, mine)
 
