@@ -74,7 +74,7 @@ def test_a_room_without_a_bound_lets_everyone_in() -> None:
         ({"prompt_token_ids": [1, 2, 3]}, {"max_tokens": None}, 100),
         ("äb", {"max_tokens": 4}, 3 + 16 + 4),
         ({"prompt": "ab"}, {"max_tokens": 4}, 2 + 16 + 4),
-        ({"prompt_embeds": object()}, {"max_tokens": 4}, 100),
+        ({"prompt_embeds": [[0.5]]}, {"max_tokens": 4}, 100),
     ],
     ids=str,
 )
