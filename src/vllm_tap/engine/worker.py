@@ -7,7 +7,6 @@ them, and never raise: a failure is a reply.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import weakref
@@ -18,6 +17,7 @@ from typing import Any, Final, TypeVar
 import torch
 from msgspec import structs
 
+from vllm_tap.engine import offer
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.interfaces import Backend, Sink
@@ -25,23 +25,19 @@ from vllm_tap.engine.capture.look import some_rows
 from vllm_tap.engine.capture.memory import Pools
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, LABELS, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
+from vllm_tap.engine.capture.tally import Tally
 from vllm_tap.engine.model.install import ModelTaps
-from vllm_tap.engine.model.residual import MODES, NO_ROWS, UNKNOWN
-from vllm_tap.engine.model.stack import by_shape
-from vllm_tap.engine.model.tap import ADD, PROBE_ROWS
+from vllm_tap.engine.model.residual import MODES
+from vllm_tap.engine.model.tap import ADD
+from vllm_tap.engine.servers import Servers
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
-from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import Mark
 from vllm_tap.streams import ROUTER_STREAMS
-from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.server import SegmentServer
-from vllm_tap.transport.tcp import settings
-from vllm_tap.transport.tcp.address import host_id
 from vllm_tap.transport.tcp.server import NetworkServer
-from vllm_tap.vllm import facts
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm import runner as vllm_runner
 from vllm_tap.vllm.runner import Batch
@@ -50,9 +46,6 @@ logger = logging.getLogger("vllm_tap")
 
 PATIENCE_SECONDS: Final = 1.0
 """Seconds that a step with requests of an unknown capture waits for calls that have come and are not handled."""
-
-MOST_COUNTED: Final = 256
-"""Captures that have ended whose rows are still known to `status`."""
 
 SLACK: Final = 16
 """One part in so many is prepared beyond what is expected: for what blocks leave unused at the ends of segments."""
@@ -98,14 +91,9 @@ class TapWorker(vllm_runner.StepListener):
         self._backend: Backend | None = None
         self._taps: ModelTaps | None = None
         self._sessions: dict[str, Session] = {}
-        self._counts: dict[str, tuple[int, int, float]] = {}  # of captures that have ended, see `_count`
+        self._tally = Tally()
         self._pools: Pools | None = None
-        self._server: SegmentServer | None = None
-        self._calls: CallServer | None = None
-        self._network: NetworkServer | None = None
-        self._no_network = "it was started without VLLM_TAP_LISTEN=host:port"
-        self._new_secret = ""
-        self._client_numbers = itertools.count(1)
+        self._servers: Servers | None = None
         self._profile: Profile | None = None
         self._closing: list[Closable] = []
 
@@ -122,7 +110,8 @@ class TapWorker(vllm_runner.StepListener):
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
             vllm_runner.watch_runner(worker.model_runner, self)
-            self._listen()
+            self._servers = Servers(self.rank, self._pools, weakly(self.call), weakly(self._client_gone), self._closing)
+            self._servers.listen(worker.local_rank)
         except Exception as error:
             self.refusal = str(error) if isinstance(error, TapError) else f"{type(error).__name__}: {error}"
             logger.warning("vllm-tap cannot capture from this engine, plain generation goes on: %s", self.refusal)
@@ -137,8 +126,8 @@ class TapWorker(vllm_runner.StepListener):
 
     def expect(self, marks: Sequence[Mark]) -> None:
         # A client sends the start of a capture before its requests, and need not have waited for it to be handled.
-        if self._calls is not None and any(mark.capture_id not in self._sessions for mark in marks):
-            self._calls.settle(PATIENCE_SECONDS)
+        if self._servers is not None and any(mark.capture_id not in self._sessions for mark in marks):
+            self._servers.settle(PATIENCE_SECONDS)
 
     def scheduled(self, request_id: str) -> None:
         for session in self._sessions.values():
@@ -195,45 +184,15 @@ class TapWorker(vllm_runner.StepListener):
         if self._backend is not None:
             self._backend.note_stream()
         if self._taps is not None and not self.refusal:
-            self._pass_dummy_rows(self._taps)
-        return structs.replace(self._hello(), secret=self._new_secret)
+            offer.pass_dummy_rows(self._worker, self._taps)
+        return structs.replace(self._hello(), secret=self._servers.new_secret if self._servers is not None else "")
 
     def _hello(self) -> messages.Hello:
         """Say what can be captured here, as far as the forward passes until now have shown."""
-        refusal, taps, worker = self.refusal, self._taps, self._worker
-        verdict, reasons, routing = UNKNOWN, dict[str, str](), dict[int, Routing]()
-        streams: tuple[messages.StreamInfo, ...] = ()
-        if taps is not None and not refusal:
-            refusal = self._backend.refusal if self._backend else ""
-            verdict, reasons, routing = taps.residual(), taps.reasons(), taps.routing()
-            streams = tuple(self._streams(taps, reasons))
-        rank = vllm_runner.read_rank(worker)
-        wants_rows = (
-            verdict.wants_rows
-            or (taps is not None and taps.wants_rows)
-            or any(found.reason == NO_ROWS for found in routing.values())
-        )
-        return messages.Hello(
-            rank=rank,
-            pid=os.getpid(),
-            engine=facts.vllm_version(),
-            runner=vllm_runner.runner_name(worker.model_runner),
-            device=worker.device.type,
-            num_layers=taps.num_layers if taps else 0,
-            streams=streams,
-            residual=verdict.convention,
-            reasons=reasons,
-            routing=self._share_of(routing),
-            routing_version=taps.routers.version if taps else 0,
-            wants_rows=self._eager_rows() if wants_rows and vllm_runner.takes_tokens_alone(worker) else 0,
-            may_change=taps is not None and not refusal and (wants_rows or taps.may_change),
-            address="" if refusal else self._shared_server().address,
-            calls="" if refusal else self._call_server().address,
-            network=self._network.address if self._network is not None else "",
-            no_network=self._no_network if self._network is None else "",
-            host=host_id().hex(),
-            refusal=refusal,
-        )
+        refusal = self.refusal or (self._backend.refusal if self._backend is not None else "")
+        if refusal or self._taps is None or self._servers is None:
+            return offer.refused(self._worker, refusal)
+        return offer.hello(self._worker, self._taps, self._servers.addresses())
 
     def ready_taps(self) -> ModelTaps:
         """Return the taps, which have seen a forward pass.
@@ -243,7 +202,7 @@ class TapWorker(vllm_runner.StepListener):
         """
         if self.refusal or self._taps is None:
             raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
-        self._pass_dummy_rows(self._taps)
+        offer.pass_dummy_rows(self._worker, self._taps)
         if not self._taps.seen:
             raise EngineUnsupportedError("no forward pass has gone through this engine yet: send it a request first.")
         return self._taps
@@ -255,26 +214,6 @@ class TapWorker(vllm_runner.StepListener):
     def new_memory(self, owner: Hashable) -> SegmentPool:
         """Return memory for an owner in this process, whose rows are read here."""
         return self._memory().add(owner, shared=False)
-
-    def _pass_dummy_rows(self, taps: ModelTaps) -> None:
-        """Have the taps learn shapes, if they have seen nothing yet.
-
-        Not in data parallel engines, which run in step: a forward pass of one alone waits for the others. There, and
-        where dummy rows tell nothing, the client sends a request.
-        """
-        if not taps.seen and not vllm_runner.runs_in_step(self._worker):
-            vllm_runner.run_dummy(self._worker.model_runner)
-
-    def _eager_rows(self) -> int:
-        """Return of how many tokens a step is that replays no CUDA graph, in which taps learn nothing."""
-        graph_rows = vllm_runner.graph_rows(self._worker) if self._worker.device.type == "cuda" else 0
-        return max(graph_rows + 1, PROBE_ROWS)
-
-    def _streams(self, taps: ModelTaps, reasons: dict[str, str]) -> Iterable[messages.StreamInfo]:
-        conventions = taps.conventions()
-        places = {place: tap for place, tap in taps.by_place.items() if tap.width and place[0] not in reasons}
-        for (stream, dtype, width), numbers in by_shape(places).items():
-            yield messages.StreamInfo(stream, dtype, width, tuple(numbers), conventions[stream])
 
     def call(self, data: bytes) -> bytes:
         """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""
@@ -299,9 +238,9 @@ class TapWorker(vllm_runner.StepListener):
         if not start.shared:
             self._memory().add(start.capture_id, shared=False)
         else:
-            self._server_of(start.clients.get(self.rank, 0))
+            self._served_by(start.clients.get(self.rank, 0))
         try:
-            session = self.begin(start, tuple(self._share(start)), self._owner(start), Session)
+            session = self.begin(start, self._share(start), self._owner(start), Session)
         except Exception:
             if not start.shared:
                 self._memory().drop(start.capture_id)
@@ -360,25 +299,13 @@ class TapWorker(vllm_runner.StepListener):
         modes = {"hidden_states": MODES.get(start.residual, ADD)}
         return self._backend.new_sink(streams, self._taps.by_place, modes, pool, start.staging)
 
-    def _share(self, start: messages.Start) -> Iterable[Stream]:
-        """Choose the layers that this rank ships: tensor-parallel ranks hold the same rows and share the layers out."""
-        assert self._taps is not None
-        rank = vllm_runner.read_rank(self._worker)
-        mine = {
-            (stream, layer): tap
-            for (stream, layer), tap in self._taps.by_place.items()
-            if layer in start.streams.get(stream, ()) and layer % rank.tp_size == rank.tp_rank
-        }
-        for (stream, dtype, width), layers in by_shape(mine).items():
-            yield Stream(stream, dtype, width, tuple(layers))
-
     def finish(self, finish: messages.Finish) -> messages.Descriptor:
         """End a capture and hand its blocks over."""
         session = self._require(finish.capture_id)
         try:
             descriptor = self._with_routing(session, session.finish())
             if session.start.shared:
-                self._server_of(session.client).publish(session.client, session.block_ids)
+                self._served_by(session.client).publish(session.client, session.block_ids)
         except Exception:
             self._abandon(session)
             raise
@@ -392,7 +319,7 @@ class TapWorker(vllm_runner.StepListener):
             descriptor = self._with_routing(session, session.take())
             if session.start.shared:
                 block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
-                self._server_of(session.client).publish(session.client, block_ids)
+                self._served_by(session.client).publish(session.client, block_ids)
         except Exception:
             self._abandon(session)
             raise
@@ -409,12 +336,7 @@ class TapWorker(vllm_runner.StepListener):
         version, routing = self._taps.routers.check(session.biases, rows_of)
         if version == session.start.routing_versions.get(self.rank):
             return descriptor
-        return structs.replace(descriptor, routing_version=version, routing=self._share_of(routing))
-
-    def _share_of(self, routing: dict[int, Routing]) -> dict[int, Routing]:
-        """Return what this rank says: tensor-parallel ranks share the layers out as they do their rows."""
-        rank = vllm_runner.read_rank(self._worker)
-        return {layer: found for layer, found in routing.items() if layer % rank.tp_size == rank.tp_rank}
+        return structs.replace(descriptor, routing_version=version, routing=offer.share_of(self._worker, routing))
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:
         """Abandon a capture, if it is under way, and let go of what it sends through calls."""
@@ -453,30 +375,22 @@ class TapWorker(vllm_runner.StepListener):
         that ended, unless one is named.
         """
         stats = self._pools.stats() if self._pools is not None else []
-        num_rows, num_bytes, stalled_seconds = self._count(capture_id)
+        count = self._tally.count(self._sessions, capture_id)
         return {
             "rank": self.rank,
             "pid": os.getpid(),
             "captures": list(self._sessions),
-            "num_rows": num_rows,
-            "num_bytes": num_bytes,
+            "num_rows": count.num_rows,
+            "num_bytes": count.num_bytes,
             "capacity_bytes": sum(s.capacity_bytes for s in stats),
             "used_bytes": sum(s.used_bytes for s in stats),
             "num_graph_nodes": self._taps.rows.num_graph_nodes if self._taps else 0,
             "staging_bytes": self._taps.rows.staging_bytes if self._taps else 0,
             "num_blocks": sum(s.num_blocks for s in stats),
             "spilled_bytes": self._pools.spilled_bytes if self._pools is not None else 0,
-            "stalled_seconds": stalled_seconds,
+            "stalled_seconds": count.stalled_seconds,
             "is_preparing": self._taps.rows.is_preparing if self._taps else False,
         }
-
-    def _count(self, capture_id: str) -> tuple[int, int, float]:
-        """Return rows, their bytes, and seconds for which the engine waited for files of them."""
-        under_way = {name: _counted(session) for name, session in self._sessions.items()}
-        if capture_id:
-            return {**self._counts, **under_way}.get(capture_id, (0, 0, 0.0))
-        counts = list(under_way.values()) or list(self._counts.values())[-1:]
-        return sum(c[0] for c in counts), sum(c[1] for c in counts), sum(c[2] for c in counts)
 
     def profile(self, kind: str) -> Figures:
         """Begin to time parts of this worker: "host" for its methods in seconds, "dma" for copies of a CUDA engine.
@@ -514,12 +428,8 @@ class TapWorker(vllm_runner.StepListener):
 
     def end(self, session: Session, owner: Hashable | None = None) -> None:
         """End a capture, whose blocks stay; by default in the memory of its client."""
-        name = session.start.capture_id
-        self._sessions.pop(name, None)
-        self._counts.pop(name, None)
-        self._counts[name] = _counted(session)
-        if len(self._counts) > MOST_COUNTED:
-            del self._counts[next(iter(self._counts))]
+        self._sessions.pop(session.start.capture_id, None)
+        self._tally.end(session)
         if session in self._closing:
             self._closing.remove(session)
         self._memory().linger(self._owner(session.start) if owner is None else owner)
@@ -531,42 +441,14 @@ class TapWorker(vllm_runner.StepListener):
         if not session.start.shared:
             self._memory().drop(session.start.capture_id)
 
-    def _shared_server(self) -> SegmentServer:
-        if self._server is None:
-            self._server = SegmentServer(self._memory().add_client, self._client_numbers)
-            self._server.on_disconnect = weakly(self._client_gone)
-            self._closing.append(self._server)
-        return self._server
+    def _share(self, start: messages.Start) -> tuple[Stream, ...]:
+        assert self._taps is not None
+        return tuple(offer.share_of_streams(self._worker, self._taps, start))
 
-    def _listen(self) -> None:
-        """Serve clients of a network, if this worker is to; where it cannot, generation goes on."""
-        try:
-            given = settings.read(os.environ, self._worker.local_rank)
-            if given is None:
-                return
-            pools = self._memory()
-            new_pool = functools.partial(pools.add, shared=False)
-            self._network = NetworkServer(given, new_pool, self._call_server(), self._client_numbers)
-        except TapError as error:
-            self._no_network = str(error)
-            logger.error("vllm-tap: rank %d serves no network: %s", self.rank, error)
-            return
-        self._network.on_disconnect = weakly(self._client_gone)
-        self._closing.append(self._network)
-        self._new_secret = given.secret.decode() if given.is_random else ""
-        how = "within TLS" if given.tls else "in the clear"
-        logger.info("vllm-tap: rank %d serves %s %s", self.rank, self._network.address, how)
-
-    def _server_of(self, client: int) -> SegmentServer | NetworkServer:
-        """Return the server that a client is connected to.
-
-        Raises:
-            CaptureError: None.
-        """
-        for server in (self._shared_server(), self._network):
-            if server is not None and server.is_connected(client):
-                return server
-        raise CaptureError(f"rank {self.rank}: client {client} is not connected any more: connect again.")
+    def _served_by(self, client: int) -> SegmentServer | NetworkServer:
+        if self._servers is None:
+            raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
+        return self._servers.of(client)
 
     def _client_gone(self, client: int) -> None:
         assert self._backend is not None
@@ -575,16 +457,6 @@ class TapWorker(vllm_runner.StepListener):
                 if session.start.shared and session.client == client:
                     self._abandon(session)
         self._memory().drop(client)
-
-    def _call_server(self) -> CallServer:
-        if self._calls is None:
-            self._calls = CallServer(weakly(self.call))
-            self._closing.append(self._calls)
-        return self._calls
-
-
-def _counted(session: Session) -> tuple[int, int, float]:
-    return session.num_rows, session.num_bytes, session.stalled_seconds
 
 
 def choose_backend(worker: Any, step_lock: AbstractContextManager[Any]) -> Backend:

@@ -23,7 +23,8 @@ class SlowWorker(TapWorker):
     def __init__(self) -> None:
         super().__init__(SimpleNamespace(rank=0))
         self.num_settled = 0
-        self._calls = self.server = CallServer(self._begin)
+        self._servers: Any = CallServer(self._begin)
+        self.server: CallServer = self._servers
         settle = self.server.settle
 
         def counted(timeout_s: float) -> bool:
