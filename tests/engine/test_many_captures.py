@@ -115,7 +115,7 @@ result = recording.finish(pickle.loads((folder / "outputs").read_bytes()))
 rows = [sample.hidden_states[1].clone() for sample in result]
 foreign = (folder / "foreign").read_bytes()
 found = []
-for reader in connection.readers().values():
+for reader in connection.ways.readers().values():
     # Whatever the worker hands out when it is asked for it.
     for number in range(1, 20):
         try:

@@ -20,6 +20,7 @@ import torch
 from vllm_tap import Recording, Spec
 from vllm_tap.client.connection import Connection, HandedOver
 from vllm_tap.client.memory import FetchedMemory, by_calls
+from vllm_tap.client.ways import Ways
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.session import Session
 from vllm_tap.engine.model.tap import Tap, tap
@@ -108,7 +109,7 @@ class HostEngine(Connection):
         )
         hello: Any = SimpleNamespace(streams=streams, residual="hidden", reasons={}, num_layers=NUM_LAYERS)
         self.hellos, self.routing, self.routing_versions = [hello], {}, {0: 0}
-        self._under_way = {}
+        self.ways, self._under_way = Ways(), {}
         for each in self.taps:
             self._pass(each, torch.zeros(1, WIDTH, dtype=PLACES[each[0]][0]))
 

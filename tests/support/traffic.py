@@ -218,7 +218,7 @@ class Traffic:
         """Finish or stop a capture, or let its client go; a refusal to finish means that rows are lost or wrong."""
         recording = under_way.recording
         if not under_way.is_done and under_way.client is not self.llm and self.draws.chance(0.5):
-            for reader in under_way.client.readers().values():
+            for reader in under_way.client.ways.readers().values():
                 reader.close()  # with all of its captures, of which this process has no other
             self.clients.remove(under_way.client)
             self.met["clients gone"] += 1

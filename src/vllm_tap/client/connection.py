@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import secrets
@@ -10,10 +9,12 @@ import ssl
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from vllm_tap.client.memory import Bytes, FetchedMemory, MappedMemory, RankMemory, by_calls
+from vllm_tap.client.replies import GONE, exchange, expect, explain, not_loaded
+from vllm_tap.client.ways import Ways
 from vllm_tap.errors import (
     CaptureError,
     EngineDiedError,
@@ -24,20 +25,16 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
-from vllm_tap.transport import AUTO, INLINE, NETWORK, OTHER_NAMES, SEGMENT, TRANSPORTS
-from vllm_tap.transport.calls import Caller
+from vllm_tap.transport import AUTO, INLINE, OTHER_NAMES, TRANSPORTS
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.tcp.access import Access, read_secret
-from vllm_tap.transport.tcp.address import host_id, is_network
+from vllm_tap.transport.tcp.address import is_network
 from vllm_tap.transport.tcp.fetching import Piece
-from vllm_tap.transport.tcp.reader import NetworkReader, caller
+from vllm_tap.transport.tcp.reader import NetworkReader
 from vllm_tap.vllm import frontend
-from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 PROBE_TOKENS = range(1, 17)
 """Repeated, a prompt for the one forward pass that an engine may want before it can say what its layers return."""
-
-GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
 
 HandedOver = list[tuple[messages.Descriptor, RankMemory]]
 
@@ -48,6 +45,7 @@ class Connection:
     """All workers of an engine, greeted once, and again while forward passes may let them say more.
 
     Attributes:
+        ways: Sockets to the workers.
         routing: How the routers choose, by layer, as of the last capture; empty for a model without experts.
         routing_versions: Of what each rank said of it.
 
@@ -91,28 +89,16 @@ class Connection:
             SpecError: No secret, or an address that is none.
             EngineUnsupportedError: The workers cannot capture.
         """
+        access = Access(read_secret(secret), tls, codec) if any(map(is_network, addresses)) else None
         self = cls.__new__(cls)
-        self._prepare(None)
-        if any(map(is_network, addresses)):
-            self._access = Access(read_secret(secret), tls, codec)
-        callers = [caller(where, self._terms()) if is_network(where) else Caller(where) for where in addresses]
-        hellos = _greeted(callers)
-        for hello, where, known in zip(hellos, addresses, callers, strict=True):
-            rank, way = hello.rank.rank, NETWORK if is_network(where) else SEGMENT
-            self._callers[rank, way] = known
-            if is_network(where):
-                self._network[rank] = where
-        self._met(hellos)
+        self._prepare(None, access)
+        self._met(self.ways.greet_at(addresses))
         self._require_able()
         return self
 
-    def _prepare(self, llm: weakref.ref[Any] | None) -> None:
+    def _prepare(self, llm: weakref.ref[Any] | None, access: Access | None = None) -> None:
         self._llm = llm
-        self._connecting = threading.Lock()
-        self._readers: dict[tuple[int, str], SegmentReader | NetworkReader] = {}
-        self._callers: dict[tuple[int, str], Caller] = {}
-        self._network: dict[int, str] = {}  # addresses by rank, where these were given
-        self._access: Access | None = None
+        self.ways = Ways(access)
         self._under_way: dict[str, tuple[weakref.ref[Any], str]] = {}
 
     def _require_able(self) -> None:
@@ -130,17 +116,6 @@ class Connection:
         """Network addresses of workers that were started with VLLM_TAP_LISTEN; for `at`, with their secret."""
         return [hello.network for hello in self.hellos if hello.network]
 
-    def _terms(self) -> Access:
-        """Return the terms of workers on a network.
-
-        Raises:
-            SpecError: Nobody knows the secret here.
-        """
-        if self._access is None:
-            made_there = next((hello.secret for hello in self.hellos if hello.secret), None)
-            self._access = Access(read_secret(made_there))
-        return self._access
-
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
         frontend.require_no_others(llm, "make a Recording, which asks the workers, before you add any")
@@ -157,7 +132,7 @@ class Connection:
     def greet(self) -> None:
         """Ask all workers what can be captured, which they may know better when rows have gone through the model."""
         if self._llm is None:
-            self._met(_greeted(list(self._callers.values())))
+            self._met(self.ways.greet_again())
             return
         try:
             hellos = self.call(messages.Hello, "open")
@@ -166,7 +141,7 @@ class Connection:
         self._met(hellos)
 
     def _met(self, hellos: Iterable[messages.Hello]) -> None:
-        self.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
+        self.hellos = self.ways.hellos = sorted(hellos, key=lambda hello: hello.rank.rank)
         self.routing = {layer: found for hello in self.hellos for layer, found in hello.routing.items()}
         self.routing_versions = {hello.rank.rank: hello.routing_version for hello in self.hellos}
 
@@ -246,10 +221,7 @@ class Connection:
         if not way:
             return lambda: self._replies("call", data)
         self._require_alive()
-        keys = [(rank, self._way(rank, way)) for rank in self._ranks()]
-        if any(key not in self._callers for key in keys):  # the connection over a network was lost before
-            raise EngineDiedError(GONE)
-        return _exchange([self._callers[key] for key in keys], data)
+        return exchange(self.ways.callers(way), data)
 
     def hand_over(self, call: messages.Finish | messages.Take, way: str) -> Callable[[], HandedOver]:
         """Have all workers hand over what a capture has; return a function that takes hold of it.
@@ -315,56 +287,15 @@ class Connection:
         """Return the engine object, None in a process that has none."""
         llm = self._llm() if self._llm is not None else None
         is_gone = self._llm is not None and llm is None
-        lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
-        for key in lost:
-            if key[1] == NETWORK:  # the connection alone may have ended: the next capture makes another
-                self._readers.pop(key).close()
-                self._callers.pop(key).close()
-        if is_gone or lost:
+        if self.ways.drop_lost() or is_gone:
             raise EngineDiedError(GONE)
         return llm
-
-    def _ranks(self) -> list[int]:
-        return [hello.rank.rank for hello in self.hellos]
-
-    def _way(self, rank: int, way: str) -> str:
-        """Return how a worker is reached: by memory, unless it runs elsewhere or a network is asked for."""
-        if way in (SEGMENT, NETWORK):
-            return way
-        hello = next(hello for hello in self.hellos if hello.rank.rank == rank)
-        is_elsewhere = bool(hello.host) and hello.host != host_id().hex()
-        is_served = bool(self._network.get(rank) or hello.network)
-        return NETWORK if rank in self._network or (is_elsewhere and is_served) else SEGMENT
-
-    def readers(self, way: str = "auto") -> dict[int, SegmentReader | NetworkReader]:
-        """Return a reader per rank, connecting on first use, also for calls.
-
-        Raises:
-            TransportError: Shared memory cannot be reached from here, or a worker on no network.
-        """
-        with self._connecting:
-            for hello in self.hellos:
-                key = hello.rank.rank, self._way(hello.rank.rank, way)
-                if key not in self._readers:
-                    reader, known = self._connect(hello, key[1])
-                    self._readers[key], self._callers[key] = reader, self._callers.get(key) or known()
-        return {rank: self._readers[rank, self._way(rank, way)] for rank in self._ranks()}
-
-    def _connect(self, hello: messages.Hello, way: str) -> tuple[SegmentReader | NetworkReader, Callable[[], Caller]]:
-        """Return a reader of one worker, and what makes a caller."""
-        if way == SEGMENT:
-            return SegmentReader(hello.address), lambda: Caller(hello.calls)
-        where = self._network.get(hello.rank.rank) or hello.network
-        if not where:
-            raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
-        terms = self._terms()
-        return NetworkReader(where, terms), lambda: caller(where, terms)
 
     def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], way: str) -> RankMemory:
         """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
         rank = descriptor.rank
         if way:
-            reader = self._readers[rank, self._way(rank, way)]
+            reader = self.ways.reader(rank, way)
             if isinstance(reader, SegmentReader):
                 return MappedMemory(descriptor, placed, reader)
             return _from_network(descriptor, placed, reader)
@@ -402,20 +333,12 @@ class Connection:
             return ""
         self._require_alive()  # before a way is tried on which nobody answers any more
         try:
-            self.readers(transport)
+            self.ways.readers(transport)
         except TransportError:
             if transport != AUTO or self._llm is None:
                 raise
             return ""
         return transport
-
-    def shares_memory(self, way: str) -> bool:
-        """Tell whether rows of all workers are mapped."""
-        return bool(way) and all(self._way(rank, way) == SEGMENT for rank in self._ranks())
-
-    def goes_over_network(self, way: str) -> bool:
-        """Tell whether calls may arrive later than requests that are sent to the engine after them."""
-        return bool(way) and any(self._way(rank, way) == NETWORK for rank in self._ranks())
 
 
 def _from_network(descriptor: messages.Descriptor, placed: Layout[IntArray], reader: NetworkReader) -> FetchedMemory:
@@ -427,65 +350,6 @@ def _from_network(descriptor: messages.Descriptor, placed: Layout[IntArray], rea
     memory = FetchedMemory(descriptor, placed, fill)
     reader.release([chunk.block_id for chunk in descriptor.chunks])
     return memory
-
-
-def _greeted(callers: Sequence[Caller]) -> list[messages.Hello]:
-    """Return what each worker says of itself."""
-    return expect(messages.Hello, _exchange(callers, messages.encode(messages.Greet()))(), "Greet")
-
-
-def _exchange(callers: Sequence[Caller], data: bytes) -> Callable[[], list[messages.Reply]]:
-    """Send the same call to workers; return a function that waits for the replies."""
-    with _engine_is_gone():
-        sent = [(caller, caller.send(data)) for caller in callers]
-
-    received: list[bytes] = []  # kept when the wait is interrupted and taken up again
-
-    def replies() -> list[messages.Reply]:
-        with _engine_is_gone():
-            for caller, number in sent[len(received) :]:
-                received.append(caller.receive(number))
-        return [messages.decode_reply(reply) for reply in received]
-
-    return replies
-
-
-@contextlib.contextmanager
-def _engine_is_gone() -> Iterator[None]:
-    try:
-        yield
-    except TransportError as error:
-        raise EngineDiedError(GONE) from error
-
-
-def expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:
-    """Return the replies to a call if all are what was expected; raise the first failure."""
-    for reply in replies:
-        if isinstance(reply, messages.Failure):
-            raise reply.exception()
-        if not isinstance(reply, kind):
-            raise CaptureError(f"expected {kind.__name__} as the reply to {name}, got {type(reply).__name__}")
-    return replies  # type: ignore[return-value]
-
-
-def explain(error: Exception) -> Exception:
-    """Turn what vLLM raised for a call into an error that says what to do."""
-    text = f"{type(error).__name__}: {error}"
-    if "vllm_tap_open" in text:
-        return PluginNotLoadedError("install vllm-tap in the environment that the engine runs in")
-    if any(word in text for word in ENGINE_IS_GONE):
-        return EngineDiedError(f"the engine died during a call ({text}). Start a new LLM.")
-    return CaptureError(f"a call to the workers failed: {text}")
-
-
-def not_loaded(reason: str) -> PluginNotLoadedError:
-    """Return what to raise where the workers have no taps; of what this process can see, the reason is better."""
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and "vllm_tap" not in allowed.split(","):
-        reason = f"VLLM_PLUGINS={allowed!r} does not name it: add vllm_tap to the list, or unset it"
-    elif os.environ.get("VLLM_TAP") == "0":
-        reason = "VLLM_TAP=0 switches it off: unset it"
-    return PluginNotLoadedError(f"the engine's workers did not load the vllm-tap plugin. {reason}, and restart.")
 
 
 _connections: weakref.WeakKeyDictionary[Any, Connection] = weakref.WeakKeyDictionary()

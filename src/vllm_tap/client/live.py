@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from vllm_tap.client.bounds import at_the_end, room_of
 from vllm_tap.client.collector import Collector
-from vllm_tap.client.connection import PROBE_TOKENS, Connection, expect, explain, not_loaded
+from vllm_tap.client.connection import PROBE_TOKENS, Connection
 from vllm_tap.client.recording import Recording, default_budget_bytes
+from vllm_tap.client.replies import expect, explain, not_loaded
 from vllm_tap.client.result import Capture
 from vllm_tap.client.room import Room
 from vllm_tap.errors import PluginNotLoadedError, TapError

@@ -99,7 +99,7 @@ class Recording:
         self._connection = connection = connect(llm)
         connection.stop_lost()
         self._way = way = connection.choose_transport(transport)
-        if isinstance(on_full, Spill) and not connection.shares_memory(way):
+        if isinstance(on_full, Spill) and not connection.ways.shares_memory(way):
             raise SpecError(
                 f"on_full={on_full!r} needs shared memory: on this way all rows are copied to this process. Run on "
                 "the engine's host and leave transport out, or capture fewer prompts at a time."
@@ -111,7 +111,7 @@ class Recording:
             positions=plain_positions(self.spec.shipped_positions),
             residual=connection.residual,
             shared=bool(way),
-            clients={rank: reader.client for rank, reader in connection.readers(way).items()} if way else {},
+            clients={rank: reader.client for rank, reader in connection.ways.readers(way).items()} if way else {},
             budget_bytes=budget // len(connection.hellos),
             staging=staging,
             expected_rows=expected_rows if list(wishes.shipped) == ["all"] else 0,
@@ -122,7 +122,7 @@ class Recording:
         connection.expect_end(self, self._start, way)
         try:
             self._starting = connection.ask(messages.Started, self._start, way)
-            if wait or connection.goes_over_network(way):
+            if wait or connection.ways.goes_over_network(way):
                 self.started()
         except BaseException:
             self.stop()  # where it has begun: a rank may have failed alone, or the call been interrupted

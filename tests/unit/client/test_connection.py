@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.connection import SEGMENT, Connection
+from vllm_tap.client.connection import Connection
 from vllm_tap.errors import EngineDiedError, SpecError
+from vllm_tap.transport import SEGMENT
 from vllm_tap.vllm import frontend
 
 
@@ -40,7 +41,8 @@ def test_transports_go_by_their_names() -> None:
     """`shared_memory` is another name of `segment`; what is no transport is refused with those that are."""
     connection: Any = object.__new__(Connection)
     asked: list[str] = []
-    connection._llm, connection.readers = lambda: None, asked.append
+    connection._prepare(SimpleNamespace)
+    connection.ways.readers = asked.append
     ways = [connection.choose_transport(name) for name in ("auto", "segment", "shared_memory", "tcp", "inline")]
     assert ways == ["auto", "segment", "segment", "tcp", ""]
     assert asked == ways[:4]
@@ -54,7 +56,8 @@ def test_a_worker_that_is_gone_is_said_to_be_by_every_way(transport: str) -> Non
     """Also by one on which it was never reached, where nothing answers now."""
     connection = object.__new__(Connection)
     connection._prepare(None)
-    connection._readers[0, SEGMENT] = SimpleNamespace(alive=False)  # type: ignore[assignment]
-    connection.hellos = [SimpleNamespace(rank=SimpleNamespace(rank=0), host="", network="tcp://127.0.0.1:1")]
+    connection.ways._readers[0, SEGMENT] = SimpleNamespace(alive=False)  # type: ignore[assignment]
+    connection._met([SimpleNamespace(rank=SimpleNamespace(rank=0), host="", network="tcp://127.0.0.1:1", routing={},
+                                      routing_version=0)])  # fmt: skip
     with pytest.raises(EngineDiedError, match="new LLM"):
         connection.choose_transport(transport)
