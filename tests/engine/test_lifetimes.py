@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+import device
 from engine.engines import (
     FULL_MATRIX,
     MAX_MODEL_LEN,
@@ -300,6 +301,7 @@ def open_files(pid: int) -> set[str]:
     return {name for name in names if name.startswith("/") and not name.startswith(("/memfd:", "/proc/"))}
 
 
+@pytest.mark.skipif(device.ON_CUDA, reason="the driver needs files of its own, and an engine without it ends")
 def test_memory_that_the_system_refuses_is_an_error_with_a_way_out(engine, known):
     """A worker that may open no more files says what to do; inline works at once, shared memory when it may again."""
     engine.capture(prompts([1]), Spec(hidden_states=[0]), budget_bytes=TOO_SMALL_BYTES)  # closes what is larger

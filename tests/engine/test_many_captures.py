@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.engines import MAX_NEW_TOKENS, Engine, References, compare, greedy, prompts, wait_until
+from engine.engines import MAX_NEW_TOKENS, TOLERANCE, Engine, References, compare, greedy, prompts, wait_until
 from vllm_tap import Recording, Spec
 from vllm_tap.client.connection import connect
 from vllm_tap.errors import BudgetError
@@ -193,7 +193,7 @@ def test_other_processes_capture_at_the_same_time_and_map_nothing_of_each_other(
         client.go_on()
         client.said("done")
         for found, right in zip(pickle.loads((client.folder / "rows").read_bytes()), rows[number], strict=True):
-            torch.testing.assert_close(found, right, rtol=0, atol=1e-5 * float(right.square().mean().sqrt()))
+            torch.testing.assert_close(found, right, rtol=0, atol=TOLERANCE * float(right.square().mean().sqrt()))
     assert [state["captures"] for state in engine.status()] == [[]]
 
 

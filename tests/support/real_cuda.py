@@ -5,6 +5,7 @@ The device works when it likes: what the simulated one shows to be unordered may
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,12 +59,17 @@ class RealCuda:
         """Record a graph, after a run outside that compiles its kernels."""
         run()
         torch.cuda.synchronize()
+        gc.collect()  # graphs of a test before cannot be given up while another one is captured
         self._refills = refills = []  # type: ignore[var-annotated]
         with switch.keeping(), torch.cuda.stream(torch.cuda.Stream()):
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            run()
-            graph.capture_end()
+            gc.disable()
+            try:
+                graph.capture_begin()
+                run()
+                graph.capture_end()
+            finally:
+                gc.enable()
         torch.cuda.synchronize()
         return RecordedGraph(graph, refills)
 

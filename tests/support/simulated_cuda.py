@@ -65,14 +65,19 @@ class Nodes:
         self.work: dict[int, Callable[..., object]] = {}
         self.depths: dict[int, int] = {}  # programs of a tap along the last axis of its grid
         self.taps: set[int] = set()
+        self.others: set[int] = set()  # that are no kernels
         self.touched: dict[int, set[int]] = {}  # storages that a node reads, if it is a tap, or writes
         self.edges: dict[tuple[int, int], int] = {}
         self.originals: dict[int, int] = {}
 
-    def record(self, node: int, work: Callable[..., object], depth: int, tensors: Iterable[torch.Tensor]) -> None:
+    def record(
+        self, node: int, kind: int, work: Callable[..., object], depth: int, tensors: Iterable[torch.Tensor]
+    ) -> None:
         is_tap = bool(depth)
         for last in list(self.work)[-1:]:
-            self.edges[last, node] = EARLY if is_tap else FULL
+            self.edges[last, node] = EARLY if is_tap and last not in self.others else FULL
+        if kind != KERNEL and not is_tap:
+            self.others.add(node)
         self.work[node] = work
         self.touched[node] = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         if is_tap:
@@ -84,6 +89,7 @@ class Nodes:
         new = copy.originals = {node: next(handles) for node in self.work}
         copy.work = {new[node]: work for node, work in self.work.items()}
         copy.taps = {new[node] for node in self.taps}
+        copy.others = {new[node] for node in self.others}
         copy.depths = {new[node]: depth for node, depth in self.depths.items()}
         copy.touched = {new[node]: touched for node, touched in self.touched.items()}
         copy.edges = {(new[first], new[second]): kind for (first, second), kind in self.edges.items()}
@@ -248,7 +254,7 @@ class SimulatedCuda:
         A tap has a grid of some depth, with which it is called.
         """
         if self.recording is not None:
-            self.recording.nodes.record(next(self.handles), work, depth, tensors)
+            self.recording.nodes.record(next(self.handles), self.kind_of_work, work, depth, tensors)
         elif depth:
             work(depth)
         else:
@@ -393,7 +399,7 @@ class SimulatedCuda:
         return SUCCESS
 
     def cuGraphNodeGetType(self, node: Any, kind: Any) -> int:  # noqa: N802
-        kind._obj.value = self.kind_of_work if node.value not in self._graph_of(node.value).taps else KERNEL
+        kind._obj.value = HOST_CALL if node.value in self._graph_of(node.value).others else KERNEL
         return SUCCESS
 
     def cuGraphNodeGetDependencies_v2(self, node: Any, nodes: Any, edges: Any, count: Any) -> int:  # noqa: N802
@@ -423,9 +429,13 @@ class SimulatedCuda:
         if self._edit():
             return INVALID_VALUE
         new = dict(zip(zip(first, second, strict=True), kinds, strict=True))
-        assert len(new) == count.value
-        assert not new.keys() & self.graphs[graph.value].edges.keys(), "a dependency that is there already"
-        self.graphs[graph.value].edges |= new
+        nodes = self.graphs[graph.value]
+        # As the driver: one dependency between two nodes, and only kernels let others start before they have ended.
+        if len(new) != count.value or new.keys() & nodes.edges.keys():
+            return INVALID_VALUE
+        if any(kind == EARLY and before in nodes.others for (before, _), kind in new.items()):
+            return INVALID_VALUE
+        nodes.edges |= new
         return SUCCESS
 
     def cuGraphRemoveDependencies_v2(self, graph: Any, first: Any, second: Any, kinds: Any, _: Any) -> int:  # noqa: N802

@@ -246,6 +246,24 @@ def test_two_blocks_of_a_kind_are_refused_and_the_other_is_not() -> None:
     assert ("mlp_output", 1) in taps.by_place
 
 
+def test_norms_behind_blocks_are_taken_where_the_first_rows_of_attention_are_zeros() -> None:
+    """As of GPUs, which leave attention out of the forward pass by which an engine measures memory."""
+    torch.manual_seed(0)
+    layers = [Sandwich(), Sandwich()]
+    weights = [layer.self_attn.o_proj.weight.data.clone() for layer in layers]
+    for layer in layers:
+        for parameter in (*layer.self_attn.parameters(), layer.post_attention_layernorm.bias):
+            parameter.data.zero_()
+    taps = run(*layers)
+    taps.end_pass()
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.self_attn.o_proj.weight.data.copy_(weight)
+    with torch.inference_mode():
+        rows = passed(taps, "attention_output", 1, lambda: layers[1](torch.randn(NUM_ROWS, WIDTH)))
+    assert torch.equal(rows, layers[1].added["attention_output"])
+    assert taps.conventions()["attention_output"] == "output of post_attention_layernorm"
+
+
 def test_rows_of_padding_tell_nothing() -> None:
     """Rows that are zero are waited out, and the taps keep no rows once others have told."""
     torch.manual_seed(0)

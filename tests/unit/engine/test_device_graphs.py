@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 
-from simulated_cuda import HOST_CALL, INVALID_VALUE, SimulatedCuda
+import simulated_engine
+from simulated_cuda import HOST_CALL, INVALID_VALUE, KERNEL, SimulatedCuda
 from simulated_engine import DECODE, LLAMA, Engine, Model, Place, copies_of, num_running
+from vllm_tap.engine.cuda import graphs
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
 from vllm_tap.engine.cuda.tapped_graph import MOST_FORMS, NOTHING
 from vllm_tap.errors import DeviceError
@@ -87,6 +89,42 @@ def test_kernels_after_taps_start_early_where_that_is_allowed(cuda: SimulatedCud
     engine.step(session, DECODE)
     assert {executable.num_early for executable in cuda.executables.values()} == {2 if case == "kernels" else 0}
     engine.finish(session)
+    assert cuda.conflicts == []
+
+
+class Adjacent(Model):
+    """A layer whose rows pass a second tap right behind the first, with no other work between."""
+
+    def _make(self, place: Place, number: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if place.stream == "mlp_output":
+            self._last = super()._make(place, number, num_tokens)
+        return self._last
+
+    def run(self, num_tokens: int) -> None:
+        super().run(num_tokens)
+        self.made["hidden_states", 0] = self.made["mlp_output", 0]
+
+
+ADJACENT = [Place(stream, 0, 24, torch.bfloat16, False) for stream in ("mlp_output", "hidden_states")]
+
+
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("kind", [KERNEL, HOST_CALL], ids=["a kernel", "no kernel"])
+def test_taps_right_behind_one_another_come_out_one_by_one(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: int, in_pieces: bool
+) -> None:
+    """Also behind what is no kernel, such as a copy, after which nothing may start early."""
+    cuda.kind_of_work = kind
+    monkeypatch.setattr(simulated_engine, "Model", Adjacent)
+    if not in_pieces:
+        monkeypatch.setattr(graphs, "FEW_TAPS", 0)
+    engine = Engine(cuda, ADJACENT, in_pieces)
+    assert "taps stay in a CUDA graph" not in caplog.text
+    for leave_out, leave_out_last in ((0, 0), (1, 0), (0, 1)):
+        session = engine.start(leave_out=leave_out, leave_out_last=leave_out_last)
+        for _ in range(3):
+            engine.step(session, DECODE)
+        engine.finish(session)
     assert cuda.conflicts == []
 
 

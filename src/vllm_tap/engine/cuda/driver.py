@@ -206,7 +206,11 @@ def remove_node(graph: int, node: int) -> None:
     """Take a node out of a graph; what came after it comes after what came before it."""
     before, after = _before(node), _after(node)
     # The edges first: a graph in which one of the two calls has failed is still in order.
-    _change_edges("cuGraphAddDependencies_v2", graph, [(a, b, kind) for a, _ in before for b, kind in after])
+    _add_edges(
+        graph,
+        # What is no kernel, a copy for instance, has no programs that could let others start before it has ended.
+        [(a, b, kind if _is_kernel(a) else _FULL) for a, _ in before for b, kind in after],
+    )
     check(_driver().cuGraphDestroyNode(ctypes.c_void_p(node)), "cuGraphDestroyNode")
 
 
@@ -225,9 +229,24 @@ def let_next_start_early(graph: int, node: int) -> None:
     if kind != _FULL or not later or not _is_kernel(follower):
         return
     full = [(first, follower, _FULL) for first, _ in before] + [(node, other, _FULL) for other, _ in later]
-    _change_edges("cuGraphAddDependencies_v2", graph, full)
+    _add_edges(graph, full)
     _change_edges("cuGraphRemoveDependencies_v2", graph, [(node, follower, _FULL)])
     _change_edges("cuGraphAddDependencies_v2", graph, [(node, follower, _EARLY)])
+
+
+def _add_edges(graph: int, edges: Sequence[tuple[int, int, int]]) -> None:
+    """Add edges; of those between two nodes the one stays that waits for more: the driver refuses a second one."""
+    there = {(first, second): kind for first in {edge[0] for edge in edges} for second, kind in _after(first)}
+    new: dict[tuple[int, int], int] = {}
+    for first, second, kind in edges:
+        if _FULL not in (there.get((first, second)), new.get((first, second))):
+            new[first, second] = kind
+    weaker = [(*pair, there[pair]) for pair, kind in new.items() if pair in there and there[pair] != kind]
+    if weaker:
+        _change_edges("cuGraphRemoveDependencies_v2", graph, weaker)
+    added = [(*pair, kind) for pair, kind in new.items() if there.get(pair) != kind]
+    if added:
+        _change_edges("cuGraphAddDependencies_v2", graph, added)
 
 
 def _change_edges(function: str, graph: int, edges: Sequence[tuple[int, int, int]]) -> None:

@@ -55,6 +55,11 @@ class Sum(NamedTuple):
         names = [" + ".join(str(one.block) for one in pick) for pick in self.picks if pick]
         return " and ".join(names) or "no module"
 
+    @property
+    def num_norms(self) -> int:
+        """How many of its rows come from norms behind blocks."""
+        return sum(one.block.is_norm for pick in self.picks for one in pick)
+
 
 class LayerBlocks:
     """The blocks of one layer.
@@ -107,7 +112,8 @@ class LayerBlocks:
         rivals = [found for found in sums[1:] if found.units < SEPARATION * max(best.units, 1 / 8)]
         if rivals and not all(_are_same(best, found) for found in rivals):
             return [found for found in sums if found.units <= MOST_UNITS]
-        self.settle(best)
+        # Where the attention of a first forward pass gives zeros, a norm behind it does so, too: the last one counts.
+        self.settle(max([best, *rivals], key=lambda found: found.num_norms))
         return []
 
     def settle(self, found: Sum) -> None:
