@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-seed bench-tcp bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -216,13 +216,6 @@ bench-codecs: $(MODEL)/config.json  ## codecs, on hidden states of the demo's mo
 	    --enforce-eager --save build/states.safetensors --force
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
 	$(MAKE) bench-render
-
-# Loopback beside iperf3, which has to be installed; as root also a link of 1 Gbit/s between network namespaces.
-bench-tcp: build/states.safetensors  ## rows over TCP, on the hidden states of bench-codecs
-	$(BIN)/python bench/tcp.py --input build/states.safetensors
-
-build/states.safetensors:
-	$(MAKE) bench-codecs
 
 bench-seed: $(VENV)/.dev  ## against the former implementation
 	$(BIN)/python -m vllm_tap.bench.seed
