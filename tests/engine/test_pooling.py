@@ -16,7 +16,17 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import vllm_tap
 from easysteer import hidden_states
-from engine.engines import PROMPT_LENGTHS, TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
+from engine.engines import (
+    PROMPT_LENGTHS,
+    TOLERANCE,
+    TRANSPORTS,
+    Engine,
+    References,
+    error,
+    expected_rows,
+    prompts,
+    rows_of,
+)
 from models import _COMMON as SMALL
 from models import byte_tokenizer
 from vllm_tap import Positions, Spec
@@ -30,12 +40,12 @@ EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """An engine for embeddings."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True, runner="pooling", convert="embed")
+    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True, runner="pooling", convert="embed")
     yield engine
     engine.close()
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_row_is_that_of_hugging_face(engine, references: Callable[[str], References], transport):
     """All tokens of all prompts have their rows, also of prompts cut into chunks; nothing is generated."""
     result = vllm_tap.capture(engine.llm, prompts(), EVERYTHING, transport=transport, progress=False)

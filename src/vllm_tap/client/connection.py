@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from vllm_tap.client.memory import Bytes, FetchedMemory, MappedMemory, RankMemory, by_calls
-from vllm_tap.client.replies import GONE, exchange, expect, explain, not_loaded
+from vllm_tap.client.replies import GONE, LOST, exchange, expect, explain, not_loaded
 from vllm_tap.client.ways import Ways
 from vllm_tap.errors import (
     CaptureError,
@@ -25,7 +25,7 @@ from vllm_tap.errors import (
 )
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
-from vllm_tap.transport import AUTO, INLINE, OTHER_NAMES, TRANSPORTS
+from vllm_tap.transport import AUTO, INLINE, NETWORK, OTHER_NAMES, SEGMENT, TRANSPORTS
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.tcp.access import Access, read_secret
 from vllm_tap.transport.tcp.address import is_network
@@ -260,7 +260,12 @@ class Connection:
         """Stop captures that nobody can end any more: they would hold memory for ever."""
         for capture_id, (recording, way) in list(self._under_way.items()):
             if recording() is None:
-                self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
+                try:
+                    self.choose_transport(way or "inline")  # which connects again where that was lost
+                    self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
+                except (EngineDiedError, TransportError):
+                    if not self.ways.goes_over_network(way):
+                        raise  # else it has ended with the session, as the worker was lost or is silent
                 self.ended(capture_id)
 
     def status(self, capture_id: str = "") -> list[dict[str, Any]]:
@@ -285,9 +290,14 @@ class Connection:
 
     def _require_alive(self) -> Any:
         """Return the engine object, None in a process that has none."""
+        lost = self.ways.let_go_of_lost()
+        if lost:
+            raise EngineDiedError(LOST if lost == {NETWORK} else GONE)
+        return self._engine()
+
+    def _engine(self) -> Any:
         llm = self._llm() if self._llm is not None else None
-        is_gone = self._llm is not None and llm is None
-        if self.ways.drop_lost() or is_gone:
+        if llm is None and self._llm is not None:
             raise EngineDiedError(GONE)
         return llm
 
@@ -331,10 +341,15 @@ class Connection:
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == INLINE:
             return ""
-        self._require_alive()  # before a way is tried on which nobody answers any more
+        self._engine()
+        lost = self.ways.let_go_of_lost()  # before a way is tried on which nobody answers any more
+        if SEGMENT in lost:
+            raise EngineDiedError(GONE)
         try:
             self.ways.readers(transport)
-        except TransportError:
+        except TransportError as error:
+            if lost:
+                raise EngineDiedError(GONE) from error
             if transport != AUTO or self._llm is None:
                 raise
             return ""

@@ -10,9 +10,17 @@ from typing import Final, TypeVar
 from vllm_tap.errors import CaptureError, EngineDiedError, PluginNotLoadedError, TransportError
 from vllm_tap.frame import messages
 from vllm_tap.transport.calls import Caller
+from vllm_tap.transport.tcp.address import is_network
 from vllm_tap.vllm.names import ENGINE_IS_GONE
 
 GONE: Final = "the engine is gone: a worker closed its connection. Start a new LLM."
+SILENT: Final = (
+    "a worker on a network sends nothing: it stands still, or its host cannot be reached. Capture later, or start "
+    "a new LLM."
+)
+LOST: Final = (
+    "the connection to a worker over a network has ended. Capture again, or start a new LLM if the engine has ended."
+)
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -43,7 +51,13 @@ def _engine_is_gone() -> Iterator[None]:
     try:
         yield
     except TransportError as error:
-        raise EngineDiedError(GONE) from error
+        raise EngineDiedError(_what_ended(error)) from error
+
+
+def _what_ended(error: TransportError) -> str:
+    if isinstance(error.__cause__, TimeoutError):
+        return SILENT
+    return LOST if is_network(str(error.identity.get("path", ""))) else GONE
 
 
 def expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from vllm_tap.client.replies import GONE, greeted
+from vllm_tap.client.replies import LOST, greeted
 from vllm_tap.errors import EngineDiedError, TransportError
 from vllm_tap.frame import messages
 from vllm_tap.transport import NETWORK, SEGMENT
@@ -61,7 +61,7 @@ class Ways:
         """
         keys = [(rank, self._way(rank, way)) for rank in self._ranks()]
         if any(key not in self._callers for key in keys):
-            raise EngineDiedError(GONE)
+            raise EngineDiedError(LOST)
         return [self._callers[key] for key in keys]
 
     def readers(self, way: str = "auto") -> dict[int, SegmentReader | NetworkReader]:
@@ -78,14 +78,14 @@ class Ways:
                     self._readers[key], self._callers[key] = reader, self._callers.get(key) or known()
         return {rank: self.reader(rank, way) for rank in self._ranks()}
 
-    def drop_lost(self) -> bool:
-        """Tell whether a connection was lost; one over a network is made anew by the next capture."""
+    def let_go_of_lost(self) -> set[str]:
+        """Return the ways on which a worker was lost; over a network the connection alone may have ended."""
         lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
         for key in lost:
-            if key[1] == NETWORK:
+            if key[1] == NETWORK:  # the next capture makes another
                 self._readers.pop(key).close()
                 self._callers.pop(key).close()
-        return bool(lost)
+        return {way for _, way in lost}
 
     def shares_memory(self, way: str) -> bool:
         """Tell whether rows of all workers are mapped."""
@@ -114,16 +114,13 @@ class Ways:
         where = self._network.get(hello.rank.rank) or hello.network
         if not where:
             raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
-        terms = self._terms()
+        terms = self._terms(hello.secret)
         return NetworkReader(where, terms), lambda: caller(where, terms)
 
-    def _terms(self) -> Access:
-        """Return the terms of workers on a network.
+    def _terms(self, made_there: str = "") -> Access:
+        """Return the terms of a worker on a network, which may have told the engine object the secret that it made.
 
         Raises:
             SpecError: Nobody knows the secret here.
         """
-        if self._access is None:
-            made_there = next((hello.secret for hello in self.hellos if hello.secret), None)
-            self._access = Access(read_secret(made_there))
-        return self._access
+        return self._access or Access(read_secret(made_there or None))

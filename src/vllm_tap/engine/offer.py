@@ -1,4 +1,4 @@
-"""What a worker has to offer: its streams and their conventions, how routers choose, and its share of them."""
+"""The offer of a worker: its streams and their conventions, how routers choose, and its share of them."""
 
 from __future__ import annotations
 
