@@ -6,6 +6,8 @@ The server is a process of its own; a tiny Llama with a tokenizer of bytes runs 
 from __future__ import annotations
 
 import asyncio
+import re
+import runpy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,9 @@ pytestmark = [
 TTL_S = 20.0  # time enough to read a result, on a busy machine
 SPEC = Spec(hidden_states="all", embeddings=True)
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
+LIKELIEST = {"top_k": 1}
+"""Greedy sampling of several completions, which vLLM refuses at temperature 0."""
+
 SETTINGS = {"ttl_s": TTL_S, "max_bytes": 4 << 20, "max_results": 32, "max_specs": 4}
 
 
@@ -141,9 +146,10 @@ def test_both_clients_stream_and_chat(
     server: Server, client: Any, tap: HttpTap, references: Callable[[str], References]
 ) -> None:
     """With and without `stream`, in either API, with two completions: the same tokens, and rows of each choice."""
-    extra = tap.extra_body(SPEC)
-    texts = {"model": "tiny", "prompt": ["hello", "a b c"], "n": 2, **GREEDY}
-    talk = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "n": 2, **GREEDY}
+    extra = {**tap.extra_body(SPEC), **LIKELIEST}
+    twice = {"model": "tiny", "n": 2, **GREEDY, "temperature": 1.0}
+    texts = {"prompt": ["hello", "a b c"], **twice}
+    talk = {"messages": [{"role": "user", "content": "hello"}], **twice}
 
     def check(samples: list[Sample], num: int) -> None:
         assert len(samples) == num
@@ -162,7 +168,7 @@ def test_both_clients_stream_and_chat(
         completions = client.completions, other.completions, texts, 4
         chat = client.chat.completions, other.chat.completions, talk, 2
         for sync, unsync, given, num in (completions, chat):
-            plain = sync.create(**given)
+            plain = sync.create(**given, extra_body=LIKELIEST)
             expected = {one.index: one.message.content if num == 2 else one.text for one in plain.choices}
             check(await tap.samples_async(await unsync.create(**given, extra_body=extra)), num)
             chunks = list(sync.create(**given, stream=True, extra_body=extra))
@@ -207,7 +213,8 @@ def test_counters_add_up(server: Server, client: Any, tap: HttpTap) -> None:
         return {name: value - before.get(name, 0.0) for name, value in server.metrics().items()}
 
     extra = tap.extra_body(SPEC)
-    reply = client.completions.create(model="tiny", prompt=["hello", "b"], n=2, **GREEDY, extra_body=extra)
+    twice = {**GREEDY, "n": 2, "temperature": 1.0}
+    reply = client.completions.create(model="tiny", prompt=["hello", "b"], **twice, extra_body=extra)
     sent = server.get(reply.kv_transfer_params["vllm_tap"]["href"].removeprefix("/v1")).content
     frames = [frame for frame in body.frames(sent) if frame.head["kind"] == "rows"]
     found = change()
@@ -352,3 +359,17 @@ def test_a_client_that_leaves_disturbs_nobody(
     before = server.metrics()["rows"]
     asyncio.run(run())
     assert server.metrics()["rows"] > before
+
+
+def test_programs_of_documents_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's lines, of which the second says where the server is, and examples/serve.py."""
+    root = Path(__file__).resolve().parents[2]
+    (lines,) = re.findall(r"```python\n(import openai.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    names = f'url, key, model = "{server.url}", "{KEY}", "tiny"'
+    exec(re.sub("(?m)^url, key, model = .*$", names, lines), {})
+    told = capsys.readouterr().out
+    assert told.count("torch.Size") == 2
+    runpy.run_path(str(root / "examples" / "serve.py"))["main"]("tiny", server.url, KEY)
+    told = capsys.readouterr().out
+    assert told.count("torch.Size") == 4
+    assert "\n[0, 1, 2" in told

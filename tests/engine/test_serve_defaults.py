@@ -30,8 +30,9 @@ pytestmark = [
 ]
 
 LAYERS = [1, 3]
-INLINE_BYTES = 4096
+INLINE_BYTES = 16384
 GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0.0}
+TWICE: dict[str, Any] = {**GREEDY, "n": 2, "temperature": 1.0}
 
 
 class Files:
@@ -83,7 +84,7 @@ def test_requests_that_do_not_ask_have_a_file(files: Files, references: Callable
         assert other.choices[0].text == reply.choices[0].text
         with pytest.raises(CaptureError, match="in files"):
             files.tap.samples(reply)
-    reply = files.client.completions.create(prompt=prompts, n=2, **given)
+    reply = files.client.completions.create(prompt=prompts, **TWICE)
     for prompt, file in zip(prompts, reply.kv_transfer_params["vllm_tap"]["files"], strict=True):
         check(file["path"], prompt, references)
     messages: Any = [{"role": "user", "content": "hello"}]
@@ -104,7 +105,7 @@ def test_beams_are_not_captured(files: Files) -> None:
 def test_small_results_are_in_the_reply(files: Files, references: Callable[[str], References]) -> None:
     """And not kept; larger ones wait to be read. Streams of tokens cannot carry them."""
     spec = Spec(hidden_states=LAYERS, positions="last")
-    reply = files.client.completions.create(prompt=["hello", "b"], n=2, **GREEDY, extra_body=files.tap.extra_body(spec))
+    reply = files.client.completions.create(prompt=["hello", "b"], **TWICE, extra_body=files.tap.extra_body(spec))
     handle = reply.kv_transfer_params["vllm_tap"]
     assert "href" not in handle
     assert files.server.get(f"/tap/rows/{handle['id']}").status_code == 404
