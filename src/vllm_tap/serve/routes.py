@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -15,13 +14,13 @@ from starlette.responses import Response, StreamingResponse
 from vllm_tap.frame import body
 from vllm_tap.serve import bodies, formats
 from vllm_tap.serve.captures import Call, current
+from vllm_tap.serve.finder import Finder
 from vllm_tap.serve.metrics import Metrics
-from vllm_tap.serve.peers import Peers, RemoteResult
+from vllm_tap.serve.peers import Peers
 from vllm_tap.serve.reply import ROUTE
-from vllm_tap.serve.results import Result, Results
+from vllm_tap.serve.results import Results
 
 MOST_WAIT_S: Final = 60.0
-POLL_S: Final = 0.05
 
 
 class Service:
@@ -33,6 +32,7 @@ class Service:
 
     def __init__(self, results: Results, peers: Peers, metrics: Metrics, guarded: bool) -> None:
         self.results, self.peers, self.metrics, self.guarded = results, peers, metrics, guarded
+        self.finder = Finder(results, peers)
 
     def key_of(self, headers: Headers) -> str:
         """Return the digest of the API key of a request; nothing where the server wants none."""
@@ -85,7 +85,9 @@ def new_router(holder: Any) -> APIRouter:
     ) -> Response:
         """Rows of a request: as they come, to its end."""
         service = _service(holder)
-        result = await _find(service, request, name, wait)
+        result = await service.finder.find(service.key_of(request.headers), name, min(wait, MOST_WAIT_S))
+        if result is None:
+            raise _unknown(name)
         service.metrics.reads.inc()
         if format == "frames":
             return _body(request, result.read(), result.total_bytes, is_framed=True)
@@ -153,19 +155,6 @@ def _service(holder: Any) -> Service:
     if service is None:
         raise HTTPException(503, f"this server captures nothing: {holder.why_not}")
     return service
-
-
-async def _find(service: Service, request: Request, name: str, wait: float) -> Result | RemoteResult:
-    """Return a result, which may come within some seconds."""
-    key = service.key_of(request.headers)
-    deadline = time.monotonic() + min(wait, MOST_WAIT_S)
-    while True:
-        found = service.results.find(key, name) or await service.peers.find(key, name)
-        if found is not None:
-            return found
-        if not time.monotonic() < deadline:
-            raise _unknown(name)
-        await asyncio.sleep(POLL_S)
 
 
 def _unknown(name: str) -> HTTPException:
