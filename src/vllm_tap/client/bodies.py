@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ from vllm_tap.client.owned import OwnedRows, Place
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.client.tap import RowBlock
-from vllm_tap.errors import CaptureError, DescriptorError, RowsMissingError
+from vllm_tap.errors import CaptureError, DescriptorError, RowsMissingError, TransportError
 from vllm_tap.frame import body
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
@@ -24,6 +24,8 @@ from vllm_tap.spec import Spec
 MAX_ROWS: Final = 1 << 24
 LABEL_BYTES: Final = 4
 """Of a position, and of a token id."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 DTYPES: Final = {"bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
 
@@ -87,17 +89,16 @@ class Samples(_Choices):
         with malformed():
             if self._begun(head):
                 return
-            place = head["prompt"], head["completion"]
+            place = int(head["prompt"]), int(head["completion"])
             if head["kind"] == "rows":
                 self._rows.setdefault(place, []).append(_Rows(frame))
             else:
                 self._samples[place] = self._sample(head, *place)
 
     def _sample(self, head: Mapping[str, Any], prompt: int, completion: int) -> Sample:
-        one = SimpleNamespace(index=completion, token_ids=head["token_ids"])
-        output = SimpleNamespace(
-            request_id=head["request_id"], prompt_token_ids=head["prompt_token_ids"], outputs=[one]
-        )
+        prompt_ids, ids = (msgspec.convert(head[name], list[TokenId]) for name in ("prompt_token_ids", "token_ids"))
+        one = SimpleNamespace(index=completion, token_ids=ids)
+        output = SimpleNamespace(request_id=head["request_id"], prompt_token_ids=prompt_ids, outputs=[one])
         sequences = Sequences([output], self.facts["spec"].positions)
         blocks = self._rows.pop((prompt, completion), [])
         _, positions = sequences.position_of(sequences.wanted)
@@ -174,13 +175,11 @@ def _decoded(frame: body.Frame) -> bytearray:
 
 
 class malformed:  # noqa: N801 (a context manager)
-    """Turn what a head lacks into one error."""
+    """Turn what a frame lacks, or has too much of, into one error."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, KeyError | TypeError | ValueError | AttributeError) and not isinstance(
-            error, DescriptorError
-        ):
+        if isinstance(error, Exception) and not isinstance(error, CaptureError | TransportError | MemoryError):
             raise DescriptorError(f"a frame of rows says what cannot be: {kind.__name__}: {error}") from error
