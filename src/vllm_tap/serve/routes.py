@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from vllm_tap.errors import DescriptorError
 from vllm_tap.frame import body
 from vllm_tap.serve import bodies, formats
 from vllm_tap.serve.captures import Call, current
@@ -89,16 +90,20 @@ def new_router(holder: Any) -> APIRouter:
         if result is None:
             raise _unknown(name)
         service.metrics.reads.inc()
+        total, pieces = result.total_bytes, result.read()
         if format == "frames":
-            return _body(request, result.read(), result.total_bytes, is_framed=True)
+            pieces = pieces if total is None else await _begun(pieces, name)
+            return _body(request, pieces, total, is_framed=True)
         if format not in formats.NAMES:
             raise HTTPException(400, f"format is one of frames, {', '.join(formats.NAMES)}, got {format!r}.")
-        whole = [frame async for frame in result.read()]
+        whole = [frame async for frame in pieces]
         try:
             choice = formats.Choice(prompt, completion, stream, layer)
             data = await asyncio.to_thread(formats.NAMES[format], whole, choice)
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from None
+        except DescriptorError:  # another process let go of it meanwhile
+            raise _unknown(name) from None
         return _body(request, _once(data), len(data))
 
     async def delete(name: str, request: Request) -> None:
@@ -112,6 +117,19 @@ def new_router(holder: Any) -> APIRouter:
     router.add_api_route(ROUTE + "/{name}", read, methods=["GET"], response_class=StreamingResponse)
     router.add_api_route(ROUTE + "/{name}", delete, methods=["DELETE"], status_code=204)
     return router
+
+
+async def _begun(pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+    """Return pieces of which the first one is there: the result may have gone since it was found."""
+    async for first in pieces:
+        return _chained(first, pieces)
+    raise _unknown(name)
+
+
+async def _chained(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in pieces:
+        yield piece
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:

@@ -274,6 +274,28 @@ def test_many_readers_that_wait_ask_together(processes: list[Process], monkeypat
     assert all(process.results.delete(key_of(process, "mine"), f"late-{n}") for n, process in enumerate(processes))
 
 
+@pytest.mark.parametrize("params", [{}, {"format": "safetensors"}, {"format": "npy"}])
+def test_what_goes_before_it_is_read_is_not_found(
+    processes: list[Process], monkeypatch: pytest.MonkeyPatch, params: dict[str, str]
+) -> None:
+    """Where another process has it, which lets go of it between the question where it is and that for its frames."""
+    fill(processes[0], "mine", "going")
+    assert processes[1].service is not None
+    finder = processes[1].service.finder
+    find = finder.find
+
+    async def and_delete(*given: Any) -> Any:
+        found = await find(*given)
+        assert await processes[1].service.peers.delete(key_of(processes[1], "mine"), "going")
+        return found
+
+    monkeypatch.setattr(finder, "find", and_delete)
+    headers = {"Authorization": "Bearer mine"}
+    reply = httpx.get(f"{processes[1].url}/v1/tap/rows/going", headers=headers, params=params)
+    assert reply.status_code == 404
+    assert "no rows 'going'" in reply.json()["detail"]
+
+
 def test_what_waits_fails_with_what_failed(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not wait on; and the next reader is served."""
     assert processes[0].service is not None
