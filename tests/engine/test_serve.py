@@ -1,6 +1,7 @@
 """Rows over HTTP from vLLM's server, through the unmodified openai client: one server for all tests.
 
-The server is a process of its own; a tiny Llama with a tokenizer of bytes runs in it on the CPU.
+The server has two API processes; a tiny Llama with a tokenizer of bytes runs in it on the CPU.
+VLLM_TAP_TEST_MATRIX=full adds a server of two data parallel engines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import device
-from engine.engines import TOLERANCE, References, error, expected_rows
+from engine.engines import FULL_MATRIX, TOLERANCE, References, error, expected_rows
 from servers import KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
 from vllm_tap.errors import CaptureError, TransportError
@@ -42,11 +43,19 @@ LIKELIEST = {"top_k": 1}
 SETTINGS = {"ttl_s": TTL_S, "max_bytes": 4 << 20, "max_results": 32, "max_specs": 4}
 
 
+@pytest.fixture(scope="module", params=[1, 2] if FULL_MATRIX else [1])
+def num_engines(request: pytest.FixtureRequest) -> int:
+    """Number of engines of the server."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def server(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, num_engines: int
+) -> Iterator[Server]:
     """A server."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    server = Server(tiny_model("llama"), log, SETTINGS, enable_scale_out=True)
+    server = Server(tiny_model("llama"), log, SETTINGS, enable_scale_out=True, data_parallel_size=num_engines)
     yield server
     server.close()
 
@@ -359,6 +368,36 @@ def test_a_client_that_leaves_disturbs_nobody(
     before = server.metrics()["rows"]
     asyncio.run(run())
     assert server.metrics()["rows"] > before
+
+
+def test_captured_requests_go_where_rows_are_taken(
+    server: Server, client: Any, tap: HttpTap, references: Callable[[str], References], num_engines: int
+) -> None:
+    """To the first engine, from either API process; who asks for another is told."""
+    before = served(server)
+    for number in range(6):
+        given = {"model": "tiny", "prompt": f"prompt {number}", **GREEDY}
+        plain = client.completions.create(**given)
+        reply = client.completions.create(**given, extra_body=tap.extra_body(SPEC))
+        assert reply.choices[0].text == plain.choices[0].text
+        compare(tap.samples(reply)[0], references)
+    counts = {engine: count - before.get(engine, 0) for engine, count in served(server).items()}
+    assert len(counts) == num_engines
+    assert sum(counts.values()) == 12
+    assert counts["0"] >= 6
+    asked = {"model": "tiny", "prompt": "x", "extra_body": tap.extra_body(SPEC), **GREEDY}
+    for rank in range(1, num_engines):
+        with pytest.raises(openai.BadRequestError, match=f"rank {rank} captures nothing: ask rank 0"):
+            client.completions.create(**asked, extra_headers={"X-data-parallel-rank": str(rank)})
+    reply = client.completions.create(**asked, extra_headers={"X-data-parallel-rank": "0"})
+    compare(tap.samples(reply)[0], references)
+
+
+def served(server: Server) -> dict[str, float]:
+    """Return how many requests each engine has served to their last token."""
+    text = httpx.get(server.url.replace("/v1", "/metrics")).text
+    found = re.findall(r'^vllm:request_success_total\{engine="(\d+)",finished_reason="length".*\} (\S+)$', text, re.M)
+    return {engine: float(count) for engine, count in found}
 
 
 def test_programs_of_documents_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
