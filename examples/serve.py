@@ -9,19 +9,14 @@ import openai
 
 import vllm_tap
 
-URL = "http://localhost:8000/v1"
 
-
-def main() -> None:
-    """Read rows of a finished request, and of one that is under way."""
-    model = sys.argv[1]
-    client = openai.OpenAI(base_url=URL, api_key="none")
-    tap = vllm_tap.HttpTap(URL)
+def main(model: str, url: str = "http://localhost:8000/v1", key: str = "none") -> None:
+    """Read rows of finished requests, and of one that is under way."""
+    client, tap = openai.OpenAI(base_url=url, api_key=key), vllm_tap.HttpTap(url, api_key=key)
     extra = tap.extra_body(vllm_tap.Spec(hidden_states=[0, -1]))
-
     reply = client.completions.create(model=model, prompt=["The sky is", "Two and two"], max_tokens=8, extra_body=extra)
     for choice, sample in zip(reply.choices, tap.samples(reply), strict=True):
-        print(repr(choice.text), {layer: tuple(rows.shape) for layer, rows in sample.hidden_states.items()})
+        print(repr(choice.text), {layer: rows.shape for layer, rows in sample.hidden_states.items()})
     tap.delete(reply)
 
     name = uuid.uuid4().hex
@@ -33,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from models import ensure_model
 from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
-from vllm_tap.client.http_tap import _Blocks, _Samples
+from vllm_tap.client.bodies import Blocks, Samples
 from vllm_tap.errors import TapError
 from vllm_tap.frame import body
 
@@ -190,7 +190,7 @@ class Fuzz:
 
 def samples_of(data: bytes) -> list[Any]:
     """Return the samples of a body."""
-    reader = _Samples()
+    reader = Samples()
     for frame in body.frames(data):
         reader.add(frame)
     return reader.samples()
@@ -198,7 +198,7 @@ def samples_of(data: bytes) -> list[Any]:
 
 def blocks_of(data: bytes) -> list[Any]:
     """Return the blocks of a body."""
-    reader = _Blocks()
+    reader = Blocks()
     return [block for frame in body.frames(data) for block in reader.add(frame)]
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,5 +228,36 @@ def test_a_capture_that_cannot_be_leaves_the_others_alone(engine: Running, tap: 
             AsyncTap("model")
         await until_free(engine)
         assert len((await tap.capture(prompts((5,)), EVERYTHING, **GREEDY))[0]) == 12
+
+    engine.run(run())
+
+
+@pytest.mark.parametrize("has_default", [False, True])
+def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTap, has_default: bool) -> None:
+    """It refuses requests that ask for one, and leaves the others alone, whatever its default is."""
+    from fastapi import HTTPException
+    from prometheus_client import CollectorRegistry
+
+    from vllm_tap.client.live import Lives
+    from vllm_tap.labels import KEY
+    from vllm_tap.serve.captures import Captures
+    from vllm_tap.serve.metrics import Metrics
+    from vllm_tap.serve.results import Results
+    from vllm_tap.serve.settings import Settings
+
+    llm = SimpleNamespace(generate=engine.llm.generate)
+    given = Settings(captures="forbid", spec={"hidden_states": [1]} if has_default else None)
+    metrics = Metrics(CollectorRegistry())
+    Captures(llm, Lives(SimpleNamespace()), Results(given), given, metrics)
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+
+    async def run() -> None:
+        alone = await engine.plain(prompt, "as-ever")
+        outputs = [output async for output in llm.generate(prompt, greedy(), "plain")]
+        assert (list(outputs[-1].outputs[0].token_ids), outputs[-1].kv_transfer_params) == (alone, None)
+        with pytest.raises(HTTPException, match="takes no captures") as refused:
+            llm.generate(prompt, greedy(extra_args={KEY: EVERYTHING.to_json()}), "captured")
+        assert refused.value.status_code == 403
+        assert metrics.refusals._value.get() == 1
 
     engine.run(run())

@@ -1,17 +1,14 @@
 """Rows over HTTP from vLLM's server, through the unmodified openai client: one server for all tests.
 
-The server is a process of its own; a tiny Llama with a tokenizer of bytes runs in it on the CPU.
+The server has two API processes; a tiny Llama with a tokenizer of bytes runs in it on the CPU.
+VLLM_TAP_TEST_MATRIX=full adds a server of two data parallel engines.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import re
+import runpy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,77 +19,43 @@ import pytest
 import torch
 
 import device
-from engine.engines import ARGUMENTS, TOLERANCE, References, error, expected_rows
+from engine.engines import FULL_MATRIX, TOLERANCE, References, error, expected_rows
+from servers import KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
 from vllm_tap.errors import CaptureError, TransportError
+from vllm_tap.frame import body
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(device.ON_CUDA, reason="the server runs on the CPU")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(device.ON_CUDA, reason="the server runs on the CPU"),
+]
 
-KEY = "a-key"
-COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
-START_S = 300.0
 TTL_S = 20.0  # time enough to read a result, on a busy machine
 SPEC = Spec(hidden_states="all", embeddings=True)
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
-SETTINGS = {"vllm_tap_serve": {"ttl_s": TTL_S, "max_bytes": 4 << 20, "max_results": 32, "max_specs": 4}}
+LIKELIEST = {"top_k": 1}
+"""Greedy sampling of several completions, which vLLM refuses at temperature 0."""
+
+SETTINGS = {"ttl_s": TTL_S, "max_bytes": 4 << 20, "max_results": 32, "max_specs": 4}
 
 
-class Server:
-    """A server of `vllm-tap serve`."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
-        template = log.with_name("template.jinja")
-        template.write_text(TEMPLATE)
-        options = {
-            **{name.replace("_", "-"): value for name, value in ARGUMENTS.items()},
-            "api-server-count": 2, "port": port, "host": "127.0.0.1", "api-key": KEY, "served-model-name": "tiny",
-            "chat-template": template, "generation-config": "vllm", "additional-config": json.dumps(SETTINGS),
-        }  # fmt: skip
-        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-c", COMMAND, "serve", str(folder), "--enforce-eager", *arguments]
-        self._log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        self._wait()
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url.replace("/v1", "/health"), timeout=1).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        self.close()
-        raise AssertionError(self._log.read_text()[-4000:])
-
-    def get(self, path: str, key: str = KEY, **options: Any) -> Any:
-        """Return a reply of the server."""
-        return httpx.get(f"{self.url}{path}", headers={"Authorization": f"Bearer {key}"}, **options)
-
-    def close(self) -> None:
-        """End it."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+@pytest.fixture(scope="module", params=[1, 2] if FULL_MATRIX else [1])
+def num_engines(request: pytest.FixtureRequest) -> int:
+    """Number of engines of the server."""
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, num_engines: int
+) -> Iterator[Server]:
     """A server."""
-    server = Server(tiny_model("llama"), tmp_path_factory.mktemp("serve") / "log")
+    log = tmp_path_factory.mktemp("serve") / "log"
+    server = Server(tiny_model("llama"), log, SETTINGS, enable_scale_out=True, data_parallel_size=num_engines)
     yield server
     server.close()
 
@@ -188,6 +151,102 @@ def test_rows_come_while_tokens_stream(server: Server, tap: HttpTap, references:
     asyncio.run(run())
 
 
+def test_both_clients_stream_and_chat(
+    server: Server, client: Any, tap: HttpTap, references: Callable[[str], References]
+) -> None:
+    """With and without `stream`, in either API, with two completions: the same tokens, and rows of each choice."""
+    extra = {**tap.extra_body(SPEC), **LIKELIEST}
+    twice = {"model": "tiny", "n": 2, **GREEDY, "temperature": 1.0}
+    texts = {"prompt": ["hello", "a b c"], **twice}
+    talk = {"messages": [{"role": "user", "content": "hello"}], **twice}
+
+    def check(samples: list[Sample], num: int) -> None:
+        assert len(samples) == num
+        for sample in samples:
+            compare(sample, references)
+
+    def joined(chunks: list[Any]) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            text = choice.delta.content if hasattr(choice, "delta") else choice.text
+            found[choice.index] = found.get(choice.index, "") + (text or "")
+        return found
+
+    async def run() -> None:
+        other = openai.AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+        completions = client.completions, other.completions, texts, 4
+        chat = client.chat.completions, other.chat.completions, talk, 2
+        for sync, unsync, given, num in (completions, chat):
+            plain = sync.create(**given, extra_body=LIKELIEST)
+            expected = {one.index: one.message.content if num == 2 else one.text for one in plain.choices}
+            check(await tap.samples_async(await unsync.create(**given, extra_body=extra)), num)
+            chunks = list(sync.create(**given, stream=True, extra_body=extra))
+            assert joined(chunks) == expected
+            check(tap.samples(chunks[0].id), num)
+            chunks = [chunk async for chunk in await unsync.create(**given, stream=True, extra_body=extra)]
+            assert joined(chunks) == expected
+            check(await tap.samples_async(chunks[0].id), num)
+
+    asyncio.run(run())
+
+
+def test_other_apis_have_rows(
+    server: Server, client: Any, tap: HttpTap, references: Callable[[str], References]
+) -> None:
+    """Responses, Anthropic's messages, and tokens in, tokens out."""
+    extra = tap.extra_body(SPEC)
+    given = {"model": "tiny", "input": "hello", "max_output_tokens": 6, "temperature": 0.0}
+    plain, reply = client.responses.create(**given), client.responses.create(**given, extra_body=extra)
+    assert reply.output_text == plain.output_text
+    compare(tap.samples(reply)[0], references)
+    compare(tap.samples(reply.id)[0], references)
+    chunks = list(client.responses.create(**given, stream=True, extra_body=extra))
+    compare(tap.samples(chunks[0].response.id)[0], references)
+
+    message = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, **extra}
+    replied = server.post("/v1/messages", message)
+    assert replied.status_code == 200, replied.text
+    compare(tap.samples(replied.json())[0], references)
+    params = {**GREEDY, "extra_args": extra["vllm_xargs"]}
+    given = {"model": "tiny", "token_ids": [1, 2, 3], "sampling_params": params}
+    replied = server.post("/inference/v1/generate", given)
+    assert replied.status_code == 200, replied.text
+    compare(tap.samples(replied.json())[0], references)
+
+
+def test_counters_add_up(server: Server, client: Any, tap: HttpTap) -> None:
+    """What began is completed, failed or aborted; rows and bytes are those that are read."""
+    before = server.metrics()
+
+    def change() -> dict[str, float]:
+        return {name: value - before.get(name, 0.0) for name, value in server.metrics().items()}
+
+    extra = tap.extra_body(SPEC)
+    twice = {**GREEDY, "n": 2, "temperature": 1.0}
+    reply = client.completions.create(model="tiny", prompt=["hello", "b"], **twice, extra_body=extra)
+    sent = server.get(reply.kv_transfer_params["vllm_tap"]["href"].removeprefix("/v1")).content
+    frames = [frame for frame in body.frames(sent) if frame.head["kind"] == "rows"]
+    found = change()
+    assert found["rows"] == sum(frame.head["rows"] for frame in frames)
+    assert found["bytes"] == sum(len(body.encode(data=frame.data, **frame.head)) for frame in frames)
+    tap.delete(reply)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x", extra_body={"vllm_xargs": {"vllm_tap": "{"}}, **GREEDY)
+    client.completions.create(model="tiny", prompt="x" * 200, n=12, temperature=1.0, max_tokens=6, extra_body=extra)
+    stream = client.completions.create(
+        model="tiny", prompt="x", stream=True, max_tokens=240, extra_body={**extra, "ignore_eos": True},
+        extra_headers={"X-Request-Id": "counted"},
+    )  # fmt: skip
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(CaptureError, match="aborted"):
+        tap.samples("counted")
+    while (found := change())["aborts"] < 1:
+        time.sleep(0.05)
+    assert [found[name] for name in ("requests", "completed", "failures", "aborts")] == [4, 2, 1, 1]
+    assert [found[name] for name in ("reads", "deletes", "refusals")] == [2, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -275,10 +334,6 @@ def test_a_client_that_leaves_disturbs_nobody(
 ) -> None:
     """Some of many requests go in the middle; the others have all their rows, and the counters rise."""
 
-    def rows() -> float:
-        lines = httpx.get(server.url.replace("/v1", "/metrics")).text.splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("vllm_tap_rows_total"))
-
     async def run() -> None:
         client = openai.AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0)
         extra = {**tap.extra_body(Spec(hidden_states="all", embeddings=True)), "ignore_eos": True}
@@ -310,6 +365,50 @@ def test_a_client_that_leaves_disturbs_nobody(
         for sample in left:
             compare(sample, references)
 
-    before = rows()
+    before = server.metrics()["rows"]
     asyncio.run(run())
-    assert rows() > before
+    assert server.metrics()["rows"] > before
+
+
+def test_captured_requests_go_where_rows_are_taken(
+    server: Server, client: Any, tap: HttpTap, references: Callable[[str], References], num_engines: int
+) -> None:
+    """To the first engine, from either API process; who asks for another is told."""
+    before = served(server)
+    for number in range(6):
+        given = {"model": "tiny", "prompt": f"prompt {number}", **GREEDY}
+        plain = client.completions.create(**given)
+        reply = client.completions.create(**given, extra_body=tap.extra_body(SPEC))
+        assert reply.choices[0].text == plain.choices[0].text
+        compare(tap.samples(reply)[0], references)
+    counts = {engine: count - before.get(engine, 0) for engine, count in served(server).items()}
+    assert len(counts) == num_engines
+    assert sum(counts.values()) == 12
+    assert counts["0"] >= 6
+    asked = {"model": "tiny", "prompt": "x", "extra_body": tap.extra_body(SPEC), **GREEDY}
+    for rank in range(1, num_engines):
+        with pytest.raises(openai.BadRequestError, match=f"rank {rank} captures nothing: ask rank 0"):
+            client.completions.create(**asked, extra_headers={"X-data-parallel-rank": str(rank)})
+    reply = client.completions.create(**asked, extra_headers={"X-data-parallel-rank": "0"})
+    compare(tap.samples(reply)[0], references)
+
+
+def served(server: Server) -> dict[str, float]:
+    """Return how many requests each engine has served to their last token."""
+    text = httpx.get(server.url.replace("/v1", "/metrics")).text
+    found = re.findall(r'^vllm:request_success_total\{engine="(\d+)",finished_reason="length".*\} (\S+)$', text, re.M)
+    return {engine: float(count) for engine, count in found}
+
+
+def test_programs_of_documents_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's lines, of which the second says where the server is, and examples/serve.py."""
+    root = Path(__file__).resolve().parents[2]
+    (lines,) = re.findall(r"```python\n(import openai.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    names = f'url, key, model = "{server.url}", "{KEY}", "tiny"'
+    exec(re.sub("(?m)^url, key, model = .*$", names, lines), {})
+    told = capsys.readouterr().out
+    assert told.count("torch.Size") == 2
+    runpy.run_path(str(root / "examples" / "serve.py"))["main"]("tiny", server.url, KEY)
+    told = capsys.readouterr().out
+    assert told.count("torch.Size") == 4
+    assert "\n[0, 1, 2" in told

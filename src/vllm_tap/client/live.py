@@ -22,7 +22,7 @@ from vllm_tap.client.result import Capture
 from vllm_tap.client.room import Room
 from vllm_tap.errors import PluginNotLoadedError, TapError
 from vllm_tap.frame import messages
-from vllm_tap.spec import Spec
+from vllm_tap.spec import Spec, takes_generated
 from vllm_tap.vllm import asynchronous
 
 T = TypeVar("T")
@@ -100,8 +100,9 @@ class Request:
         generated = len(completions[0].token_ids) if completions else 0
         end = len(tokens.prompt_token_ids) + generated - 1
         spec = self._live.spec
-        waits = (spec.needs_end or spec.reduce is not None) and not tokens.finished
-        if not generated or waits or (end <= self._sent and not tokens.finished):
+        has_all = self._sent > 0 and not takes_generated(spec.positions)
+        waits = spec.needs_end or spec.reduce is not None
+        if not generated or (not tokens.finished and (waits or has_all or end <= self._sent)):
             return None
         begin, self._sent = self._sent, end
         await self._live.take()

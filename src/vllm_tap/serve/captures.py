@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,9 @@ from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError
 from vllm_tap.labels import KEY
 from vllm_tap.serve.files import FileReply
 from vllm_tap.serve.metrics import Metrics
-from vllm_tap.serve.reply import ABORTED, Replies, Reply
+from vllm_tap.serve.reply import Replies, Reply
 from vllm_tap.serve.results import Results
+from vllm_tap.serve.running import Running
 from vllm_tap.serve.settings import Settings
 from vllm_tap.spec import Spec
 from vllm_tap.vllm import asynchronous
@@ -73,8 +74,10 @@ class Captures:
         call = current.get() or Call("", "")
         if call.reply is None:
             call.reply = self._open(call, request_id, spec, sampling_params)
-        number = call.reply.expect()
-        return self._captured(call.reply, number, spec, prompt, sampling_params, request_id, options)
+        running = Running(call.reply, sampling_params, self._metrics)
+        return self._captured(
+            running, spec, sampling_params, lambda params: self._generate(prompt, params, request_id, **options)
+        )
 
     def _route(self, asked: int | None) -> dict[str, Any]:
         """Return the arguments of `generate` that send a request to the engine that captures."""
@@ -141,60 +144,22 @@ class Captures:
         return Reply(self._results, result, resolve(self._lives.connection, spec), inline_bytes)
 
     async def _captured(
-        self,
-        reply: Replies,
-        number: int,
-        spec: Spec,
-        prompt: Any,
-        params: Any,
-        request_id: str,
-        options: dict[str, Any],
+        self, running: Running, spec: Spec, params: Any, start: Callable[[Any], AsyncGenerator[Any, None]]
     ) -> AsyncGenerator[Any, None]:
-        """Yield the outputs of a request, and put its rows into the reply as they come."""
-        tokens = asynchronous.Tokens(asynchronous.is_delta(params))
-        error = ABORTED
-        has_begun = False
+        """Yield the outputs of a request, whose rows go into its reply as they come."""
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     request = await stack.enter_async_context(self._lives.request(spec, params))
-                except TapError as failed:
-                    error = str(failed)
-                    raise self._refused(_status_of(failed), error) from failed
-                has_begun = True
-                self._metrics.requests.inc()
-                outputs = self._generate(prompt, request.params, request_id, **options)
-                await stack.enter_async_context(contextlib.aclosing(outputs))
-                error = ""
-                async for output in outputs:
-                    tokens.add(output)
-                    if not error:
-                        error = await self._take(reply, number, request, tokens, params.n or 1)
-                    if output.finished:
-                        error = reply.end(number, tokens, error)
-                        number = -1
-                        (self._metrics.failures if error else self._metrics.completed).inc()
-                        output.kv_transfer_params = {**(output.kv_transfer_params or {}), **reply.fields}
+                except TapError as error:
+                    running.error = str(error)
+                    raise self._refused(_status_of(error), running.error) from error
+                running.begin()
+                async for output in await stack.enter_async_context(contextlib.aclosing(start(request.params))):
+                    await running.take(request, output)
                     yield output
         finally:
-            if number >= 0:
-                reply.end(number, tokens, error or ABORTED)
-                self._metrics.aborts.inc(has_begun)
-
-    async def _take(self, reply: Replies, number: int, request: Any, tokens: Any, num_completions: int) -> str:
-        """Put rows that there are into the reply; return what kept them from it."""
-        try:
-            if num_completions == 1:
-                captured = await request.rows(tokens)
-            else:
-                captured = await request.result(tokens) if tokens.finished else None
-            if captured is not None:
-                num_rows, num_bytes = await reply.add(number, captured, tokens.finished)
-                self._metrics.rows.inc(num_rows)
-                self._metrics.bytes.inc(num_bytes)
-        except TapError as error:
-            return str(error)
-        return ""
+            running.leave()
 
     def _refused(self, status: HTTPStatus, message: str) -> HTTPException:
         self._metrics.refusals.inc()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -22,13 +24,30 @@ POLL_S: Final = 0.02
 MOST_BYTES: Final = 32 << 20
 """Bytes of frames of one reply, unless a frame alone is larger."""
 
-FROM_THE_END: Final = 1 << 60
-"""Number behind all frames: the answer has the last one, if the result has ended."""
+FRESH_S: Final = 0.1
+"""Seconds for which the list of processes holds."""
 
 SOCKETS: Final = Path("/proc/net/unix")
 
+T = TypeVar("T")
 
-class Question(msgspec.Struct):
+Name = tuple[str, str]
+"""Key of a client, and a name that it has for a result."""
+
+
+class Search(msgspec.Struct, tag=True):
+    """Question which of some results there are."""
+
+    names: list[Name]
+
+
+class Found(msgspec.Struct):
+    """Numbers of those that there are, and the bytes of all frames of each that has ended."""
+
+    numbers: list[tuple[int, int | None]]
+
+
+class Question(msgspec.Struct, tag=True):
     """Question for frames of a result from a number on, or that it be deleted."""
 
     key: str
@@ -38,12 +57,14 @@ class Question(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """Frames that there are; `has_ended` if no more come behind them, and then the bytes of all of the result."""
+    """Frames that there are; `has_ended` if no more come behind them."""
 
     is_here: bool
     frames: list[bytes]
     has_ended: bool
-    total_bytes: int | None = None
+
+
+NOT_HERE: Final = Answer(False, [], True)
 
 
 class Peers:
@@ -60,23 +81,33 @@ class Peers:
         self._name = f"rows-{hashlib.sha256(' '.join(sorted(addresses)).encode()).hexdigest()[:16]}"
         self._server = CallServer(self._answer, self._name)
         self._callers: dict[str, Caller] = {}
+        self._listed = float("-inf")
+        self._lock = threading.Lock()
 
-    async def find(self, key: str, name: str) -> RemoteResult | None:
-        """Return a result that another process has."""
+    async def find(self, names: Sequence[Name]) -> dict[Name, RemoteResult]:
+        """Return results that other processes have."""
+        found: dict[Name, RemoteResult] = {}
+        question = Search(list(names))
         for caller in await asyncio.to_thread(self._others):
-            answer = await _ask(caller, Question(key, name, FROM_THE_END))
-            if answer.is_here:
-                return RemoteResult(caller, key, name, answer.total_bytes)
-        return None
+            for number, total in (await _ask(caller, question, Found([]))).numbers:
+                found[names[number]] = RemoteResult(caller, *names[number], total)
+        return found
 
     async def delete(self, key: str, name: str) -> bool:
         """Let go of a result that another process has; return whether there was one."""
-        answers = [
-            await _ask(caller, Question(key, name, delete=True)) for caller in await asyncio.to_thread(self._others)
-        ]
+        question = Question(key, name, delete=True)
+        answers = [await _ask(caller, question, NOT_HERE) for caller in await asyncio.to_thread(self._others)]
         return any(answer.is_here for answer in answers)
 
     def _others(self) -> list[Caller]:
+        """Return the processes that there are. Threads take turns."""
+        with self._lock:
+            if time.monotonic() > self._listed + FRESH_S:
+                self._list()
+                self._listed = time.monotonic()
+            return list(self._callers.values())
+
+    def _list(self) -> None:
         start = f"@vllm-tap-{self._name}-"
         listed = {line.rsplit(" ", 1)[-1] for line in SOCKETS.read_text().splitlines() if start in line}
         found = {name[1:] for name in listed} - {self._server.address}
@@ -87,23 +118,28 @@ class Peers:
                 self._callers[address] = Caller(address)
             except TapError:  # it has ended, or is of another user
                 continue
-        return list(self._callers.values())
 
     def _answer(self, data: bytes) -> bytes:
         """Answer another process, in a thread of the socket."""
-        question = msgspec.msgpack.decode(data, type=Question)
+        question = msgspec.msgpack.decode(data, type=Search | Question)
+        answer = self._search(question.names) if isinstance(question, Search) else self._frames(question)
+        return msgspec.msgpack.encode(answer)
+
+    def _search(self, names: list[Name]) -> Found:
+        results = ((number, self._results.peek(*name)) for number, name in enumerate(names))
+        return Found([(number, result.total_bytes) for number, result in results if result is not None])
+
+    def _frames(self, question: Question) -> Answer:
         result = self._results.peek(question.key, question.name)
         if result is None:
-            return msgspec.msgpack.encode(Answer(False, [], True))
+            return NOT_HERE
         if question.delete:
             self._loop.call_soon_threadsafe(self._results.delete, question.key, question.name)
-            return msgspec.msgpack.encode(Answer(True, [], True))
+            return Answer(True, [], True)
         has_ended = result.has_ended  # before the frames are looked at
         frames = result.frames[min(question.begin, len(result.frames) - has_ended) :]
         num = _fitting(frames)
-        return msgspec.msgpack.encode(
-            Answer(True, frames[:num], has_ended and num == len(frames), result.total_bytes if has_ended else None)
-        )
+        return Answer(True, frames[:num], has_ended and num == len(frames))
 
 
 class RemoteResult:
@@ -120,7 +156,7 @@ class RemoteResult:
         """Yield all frames, as they come, to the end; cut off where the result goes."""
         begin = 0
         while True:
-            answer = await _ask(self._caller, Question(self._key, self._name, begin))
+            answer = await _ask(self._caller, Question(self._key, self._name, begin), NOT_HERE)
             for frame in answer.frames:
                 yield frame
             begin += len(answer.frames)
@@ -130,14 +166,16 @@ class RemoteResult:
                 await asyncio.sleep(POLL_S)
 
 
-async def _ask(caller: Caller, question: Question) -> Answer:
+async def _ask(caller: Caller, question: Search | Question, otherwise: T) -> T:
+    """Return the answer of a process, or another one if it has ended."""
+
     def ask() -> bytes:
         return caller.receive(caller.send(msgspec.msgpack.encode(question)))
 
     try:
-        return msgspec.msgpack.decode(await asyncio.to_thread(ask), type=Answer)
-    except TapError:  # that process has ended
-        return Answer(False, [], True)
+        return msgspec.msgpack.decode(await asyncio.to_thread(ask), type=type(otherwise))
+    except TapError:
+        return otherwise
 
 
 def _fitting(frames: list[bytes]) -> int:

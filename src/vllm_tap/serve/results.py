@@ -103,8 +103,11 @@ class Results:
 
     def find(self, key: str, name: str) -> Result | None:
         """Return the result that an API key knows by a name."""
-        self.sweep()
-        return self.peek(key, name)
+        result = self.peek(key, name)
+        if result is not None and self._is_over(result):
+            self._drop(result)
+            return None
+        return result
 
     def peek(self, key: str, name: str) -> Result | None:
         """Return what `find` does, in any thread."""
@@ -154,9 +157,11 @@ class Results:
 
     def sweep(self) -> None:
         """Let go of results whose time is over."""
-        now = self._now()
-        for result in [one for one in self._by_id.values() if one.expires is not None and one.expires <= now]:
+        for result in [one for one in self._by_id.values() if self._is_over(one)]:
             self._drop(result)
+
+    def _is_over(self, result: Result) -> bool:
+        return result.expires is not None and result.expires <= self._now()
 
     def _drop(self, result: Result) -> None:
         del self._by_id[result.id]

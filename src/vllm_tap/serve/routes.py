@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -12,16 +11,17 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from vllm_tap.errors import DescriptorError
 from vllm_tap.frame import body
 from vllm_tap.serve import bodies, formats
 from vllm_tap.serve.captures import Call, current
+from vllm_tap.serve.finder import Finder
 from vllm_tap.serve.metrics import Metrics
-from vllm_tap.serve.peers import Peers, RemoteResult
+from vllm_tap.serve.peers import Peers
 from vllm_tap.serve.reply import ROUTE
-from vllm_tap.serve.results import Result, Results
+from vllm_tap.serve.results import Results
 
 MOST_WAIT_S: Final = 60.0
-POLL_S: Final = 0.05
 
 
 class Service:
@@ -33,6 +33,7 @@ class Service:
 
     def __init__(self, results: Results, peers: Peers, metrics: Metrics, guarded: bool) -> None:
         self.results, self.peers, self.metrics, self.guarded = results, peers, metrics, guarded
+        self.finder = Finder(results, peers)
 
     def key_of(self, headers: Headers) -> str:
         """Return the digest of the API key of a request; nothing where the server wants none."""
@@ -85,18 +86,24 @@ def new_router(holder: Any) -> APIRouter:
     ) -> Response:
         """Rows of a request: as they come, to its end."""
         service = _service(holder)
-        result = await _find(service, request, name, wait)
+        result = await service.finder.find(service.key_of(request.headers), name, min(wait, MOST_WAIT_S))
+        if result is None:
+            raise _unknown(name)
         service.metrics.reads.inc()
+        total, pieces = result.total_bytes, result.read()
         if format == "frames":
-            return _body(request, result.read(), result.total_bytes, is_framed=True)
+            pieces = pieces if total is None else await _begun(pieces, name)
+            return _body(request, pieces, total, is_framed=True)
         if format not in formats.NAMES:
             raise HTTPException(400, f"format is one of frames, {', '.join(formats.NAMES)}, got {format!r}.")
-        whole = [frame async for frame in result.read()]
+        whole = [frame async for frame in pieces]
         try:
             choice = formats.Choice(prompt, completion, stream, layer)
             data = await asyncio.to_thread(formats.NAMES[format], whole, choice)
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from None
+        except DescriptorError:  # another process let go of it meanwhile
+            raise _unknown(name) from None
         return _body(request, _once(data), len(data))
 
     async def delete(name: str, request: Request) -> None:
@@ -110,6 +117,19 @@ def new_router(holder: Any) -> APIRouter:
     router.add_api_route(ROUTE + "/{name}", read, methods=["GET"], response_class=StreamingResponse)
     router.add_api_route(ROUTE + "/{name}", delete, methods=["DELETE"], status_code=204)
     return router
+
+
+async def _begun(pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+    """Return pieces of which the first one is there: the result may have gone since it was found."""
+    async for first in pieces:
+        return _chained(first, pieces)
+    raise _unknown(name)
+
+
+async def _chained(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in pieces:
+        yield piece
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
@@ -153,19 +173,6 @@ def _service(holder: Any) -> Service:
     if service is None:
         raise HTTPException(503, f"this server captures nothing: {holder.why_not}")
     return service
-
-
-async def _find(service: Service, request: Request, name: str, wait: float) -> Result | RemoteResult:
-    """Return a result, which may come within some seconds."""
-    key = service.key_of(request.headers)
-    deadline = time.monotonic() + min(wait, MOST_WAIT_S)
-    while True:
-        found = service.results.find(key, name) or await service.peers.find(key, name)
-        if found is not None:
-            return found
-        if not time.monotonic() < deadline:
-            raise _unknown(name)
-        await asyncio.sleep(POLL_S)
 
 
 def _unknown(name: str) -> HTTPException:

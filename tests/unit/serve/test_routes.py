@@ -245,6 +245,77 @@ def test_rows_are_read_while_they_come_by_who_waits_for_them(processes: list[Pro
     assert [len(block) for block in blocks] == [4, 2]
 
 
+def test_many_readers_that_wait_ask_together(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks the other processes once; then one question has all their names, however many they are."""
+    assert processes[1].service is not None
+    peers, asked = processes[1].service.peers, []
+    find = peers.find
+
+    async def counted(names: Any) -> Any:
+        asked.append(len(names))
+        return await find(names)
+
+    monkeypatch.setattr(peers, "find", counted)
+    num = 60
+
+    async def run() -> list[int]:
+        async with httpx.AsyncClient(headers={"Authorization": "Bearer mine"}, timeout=60) as client:
+            url = f"{processes[1].url}/v1/tap/rows"
+            waiting = [client.get(f"{url}/late-{one}", params={"wait": 20 if one < 2 else 0.5}) for one in range(num)]
+            tasks = [asyncio.ensure_future(one) for one in waiting]
+            while len(asked) < num:
+                await asyncio.sleep(0.01)
+            for one, process in enumerate(processes):
+                await asyncio.to_thread(fill, process, "mine", f"late-{one}")
+            return [reply.status_code for reply in await asyncio.gather(*tasks)]
+
+    assert asyncio.run(run()) == [200, 200] + [404] * (num - 2)
+    assert max(asked) > num / 2
+    assert all(process.results.delete(key_of(process, "mine"), f"late-{n}") for n, process in enumerate(processes))
+
+
+@pytest.mark.parametrize("params", [{}, {"format": "safetensors"}, {"format": "npy"}])
+def test_what_goes_before_it_is_read_is_not_found(
+    processes: list[Process], monkeypatch: pytest.MonkeyPatch, params: dict[str, str]
+) -> None:
+    """Where another process has it, which lets go of it between the question where it is and that for its frames."""
+    fill(processes[0], "mine", "going")
+    assert processes[1].service is not None
+    finder = processes[1].service.finder
+    find = finder.find
+
+    async def and_delete(*given: Any) -> Any:
+        found = await find(*given)
+        assert await processes[1].service.peers.delete(key_of(processes[1], "mine"), "going")
+        return found
+
+    monkeypatch.setattr(finder, "find", and_delete)
+    headers = {"Authorization": "Bearer mine"}
+    reply = httpx.get(f"{processes[1].url}/v1/tap/rows/going", headers=headers, params=params)
+    assert reply.status_code == 404
+    assert "no rows 'going'" in reply.json()["detail"]
+
+
+def test_what_waits_fails_with_what_failed(processes: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait on; and the next reader is served."""
+    assert processes[0].service is not None
+    finder = processes[0].service.finder
+    tried: list[Any] = []
+
+    async def look(names: Any) -> Any:
+        tried.append(names)
+        if len(tried) > 1:
+            raise OSError("no more files")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finder, "_look", look)
+        with pytest.raises(OSError, match="no more files"):
+            processes[0].do(lambda: finder.find("key", "name", 20))
+    assert processes[0].do(lambda: finder.find("key", "name", 0.1)) is None
+    assert processes[0].do(lambda: finder.find("key", "x" * 2000, 20)) is None
+
+
 def test_what_ended_early_or_lacks_rows_is_told(processes: list[Process]) -> None:
     """And never partial in silence."""
     reply = fill(processes[0], "mine", "short", end=5)
