@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 TESTS = Path(__file__).resolve().parent
 HOSTS = {"vllm-tap-a": "10.77.0.1", "vllm-tap-b": "10.77.0.2"}
 RATE = "1gbit"
