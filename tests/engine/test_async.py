@@ -27,7 +27,7 @@ from engine.engines import (
     rows_of,
     sequence,
 )
-from vllm_tap import AsyncTap, Positions, Spec
+from vllm_tap import AsyncTap, Positions, Spec, Spill
 from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -189,6 +189,53 @@ def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: A
             with pytest.raises(asyncio.CancelledError):
                 await task
         await stays
+        await until_free(engine)
+
+    engine.run(run())
+
+
+BUDGET = 1 << 20
+
+
+@pytest.mark.parametrize("on_full", ["wait", "spill"])
+def test_a_stalled_reader_keeps_its_prompts_back_and_no_others(
+    engine: Running, references: Callable[[str], References], tmp_path: Path, on_full: str
+) -> None:
+    """The engine stays within the budget, others get their tokens, and the reader gets every row when it reads on."""
+    given = Spill(tmp_path, 64 << 20) if on_full == "spill" else on_full
+    bounded = AsyncTap(engine.llm, budget_bytes=BUDGET, on_full=given)
+
+    async def run() -> None:
+        alone = await engine.plain(prompts((30,), seed=4)[0], "alone")
+        spec = Spec(hidden_states="all")
+        async with contextlib.aclosing(bounded.stream(prompts((100,) * 100), spec, **GREEDY)) as samples:
+            seen = [await anext(samples)]
+            for number in range(10):  # all that runs meanwhile
+                assert await engine.plain(prompts((30,), seed=4)[0], f"beside-{number}") == alone
+                (state,) = await engine.llm.collective_rpc("vllm_tap_status")
+                assert state["capacity_bytes"] <= BUDGET
+            async for sample in samples:
+                seen.append(sample)
+                expected = references("llama").of(sequence(sample.output)).hidden_states[3]
+                assert error(sample.hidden_states[3], expected, expected.square().mean().sqrt()) < TOLERANCE
+        assert sorted(sample.index for sample in seen) == list(range(100))
+        await until_free(engine)
+
+    engine.run(run())
+
+
+def test_a_stalled_reader_that_may_not_wait_fails(engine: Running) -> None:
+    """Nobody else is the worse for it."""
+    failing = AsyncTap(engine.llm, budget_bytes=BUDGET, on_full="fail")
+
+    async def read() -> None:
+        spec = Spec(hidden_states="all")
+        async for sample in failing.stream(prompts((200,) * 60), spec, **{**GREEDY, "max_tokens": 40}):
+            await engine.plain(prompts((30,))[0], f"beside-{sample.index}")
+
+    async def run() -> None:
+        with pytest.raises(BudgetError, match=f"of budget_bytes={BUDGET} are in use"):
+            await read()
         await until_free(engine)
 
     engine.run(run())
