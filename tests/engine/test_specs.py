@@ -334,7 +334,7 @@ def cached(engine: Engine, given: list[dict[str, list[int]]]) -> list[int]:
 
 def test_what_cannot_be_asked_for_is_refused(engine):
     """Wrong specifications, prompts and parameters raise before anything runs, and say what would be right."""
-    with pytest.raises(SpecError, match=r'vllm_tap.Spec, got str.*Spec\(hidden_states="all"\)'):
+    with pytest.raises(SpecError, match=r'vllm_tap.Spec, or a list .*, got str.*Spec\(hidden_states="all"\)'):
         engine.capture(prompts(), "all")
     with pytest.raises(SpecError, match="prompts is empty"):
         engine.capture([], HIDDEN)
