@@ -166,6 +166,30 @@ def test_rows_of_a_running_sequence_are_those_of_a_capture(
     engine.run(run())
 
 
+def test_a_reader_of_rows_that_is_slow_changes_no_tokens_of_others(engine: Running, tap: AsyncTap) -> None:
+    """Nor its own rows: those that came while it did not read are there when it reads on."""
+    others, spec = prompts((30, 7), seed=4), Spec(hidden_states="all")
+
+    async def run() -> None:
+        alone = [await engine.plain(one, f"alone-{n}", max_tokens=40) for n, one in enumerate(others)]
+        whole = await tap.capture(prompts((5, 33, 9)), spec, **GREEDY)
+        found: dict[int, list[Any]] = {}
+        async with contextlib.aclosing(tap.stream_rows(prompts((5, 33, 9)), spec, **GREEDY)) as blocks:
+            async for block in blocks:
+                if not found:
+                    running = (engine.plain(one, f"beside-{n}", max_tokens=40) for n, one in enumerate(others))
+                    assert await asyncio.gather(*running) == alone
+                found.setdefault(block.index, []).append(block)
+        for index, sample in enumerate(whole):
+            assert torch.cat([block.positions for block in found[index]]).equal(sample.positions)
+            rows, expected = torch.cat([block.hidden_states[3] for block in found[index]]), sample.hidden_states[3]
+            assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
+        del whole, sample, expected
+        await until_free(engine)
+
+    engine.run(run())
+
+
 def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: AsyncTap) -> None:
     """Also beside a stream of the same Spec that goes on, which loses nothing."""
     long = {**GREEDY, "max_tokens": 100}
