@@ -211,14 +211,16 @@ def test_files_that_are_full_or_cannot_be_end_a_capture(engine: Engine, tmp_path
 
 
 def test_a_stream_that_may_not_wait_fails_when_the_budget_is_full(engine: Engine) -> None:
-    """And gives the engine back."""
+    """And gives the engine back, also while somebody holds the error."""
     with (
-        pytest.raises(BudgetError),
+        pytest.raises(BudgetError) as caught,
         Tap(engine.llm).stream(
             prompts((100,) * 40), Spec(hidden_states="all"), budget_bytes=1 << 20, on_full="fail", **GREEDY
         ) as samples,
     ):
         list(samples)
+    wait_until(lambda: not engine.used_bytes(), "the end of the memory")
+    assert caught.value.budget_bytes == 1 << 20
     assert_is_free(engine)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from host_engine import INFOS, VOCABULARY, HostClient, HostEngine, Prompt
 from shadow import wanted
-from unit.test_positions import TREE, built, expected
+from unit.test_positions import BOUND, TREE, built, expected
 from vllm_tap import Recording, Spec
 from vllm_tap.client.collector import Collector
 from vllm_tap.spec import DTYPES, NAMED_POSITIONS, REDUCTIONS
@@ -55,6 +55,10 @@ class Wish:
         return rows.to(dtype) if rows.is_floating_point() else rows
 
 
+GENERATED = st.tuples(st.just("generated"), BOUND, BOUND, st.integers(2, 4))
+"""What an engine that drafts cannot choose from."""
+
+
 @st.composite
 def wishes(draw: st.DrawFn) -> Wish:
     """Any Spec that has a stream."""
@@ -68,7 +72,7 @@ def wishes(draw: st.DrawFn) -> Wish:
     if not any(fields[name] for name in ("hidden_states", "embeddings", "routed_experts")):
         fields["embeddings"] = True
     named = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-9, 9), min_size=1).map(tuple)
-    return Wish(fields, draw(st.none() | TREE), draw(named))
+    return Wish(fields, draw(st.one_of(st.none(), TREE, GENERATED)), draw(named))
 
 
 def prompts_of(draw: random.Random, count: int) -> list[Prompt]:
@@ -180,7 +184,7 @@ def check_memory(client: Client, foreign: list[Any]) -> None:
 
 @settings(max_examples=50)
 @given(
-    st.lists(wishes(), min_size=1, max_size=4),
+    st.lists(wishes(), min_size=3, max_size=5),
     st.sampled_from(["at the end", "samples", "rows"]),
     st.booleans(),
     st.integers(0, 2**32),
