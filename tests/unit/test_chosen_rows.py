@@ -169,6 +169,7 @@ class Client:
             if (sample, 0) not in self.found:
                 alone = self._collector.result(sample, prompt.output())
                 self.found |= {(sample, c): [alone.sample(0, c)] for c in self._completions(sample)}
+            self._collector.drop(sample)  # what came of it behind its end
         assert not self._collector.held_bytes
 
     def _completions(self, sample: int) -> range:
