@@ -153,7 +153,8 @@ def test_a_prompt_that_runs_on_beside_many_holds_little(engine: Engine) -> None:
     """Parts that were handed over with its rows stay until it ends, and take no more than their rows."""
     long, others = prompts((3,)), prompts((9,) * 60, seed=1)
     params = [greedy(max_tokens=120), *(greedy(max_tokens=2) for _ in others)]
-    recording = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=BUDGET)
+    # Rows of 1.5 MB. A reservation is a sixteenth of the budget, so 60 that stay whole would not fit.
+    recording = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=4 << 20)
     outputs: list[Any] = [None] * len(params)
     collector = Collector(recording)
     for number, prompt in enumerate([*long, *others]):
