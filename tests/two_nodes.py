@@ -87,7 +87,7 @@ def run_head(folder: Path) -> None:
         result = engine.capture(prompts(), Spec(**everything, **logits), transport=transport)
         compare(result, known)
         print(transport, len(result), "samples,", result.num_rows, "rows: as Hugging Face", flush=True)
-    ways = {rank: type(reader).__name__ for rank, reader in connect(engine.llm).readers("auto").items()}
+    ways = {rank: type(reader).__name__ for rank, reader in connect(engine.llm).ways.readers("auto").items()}
     print("readers by rank:", ways, connect(engine.llm).network_addresses)
     assert ways[1] == NetworkReader.__name__ != ways[0], ways
     if logits:

@@ -28,7 +28,7 @@ from engine.engines import (
     rows_of,
     sequence,
 )
-from vllm_tap import AsyncTap, Positions, Spec
+from vllm_tap import AsyncTap, Positions, Spec, Spill
 from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -66,6 +66,10 @@ class Running:
         """Tell whether nothing is left in the engine."""
         states = await self.llm.collective_rpc("vllm_tap_status")
         return not self.llm.output_processor.request_states and not any(state["used_bytes"] for state in states)
+
+    async def capacity(self) -> int:
+        """Return the bytes of all memory for rows, also of clients that have none now."""
+        return sum(state["capacity_bytes"] for state in await self.llm.collective_rpc("vllm_tap_status"))
 
     def close(self) -> None:
         """End the engine."""
@@ -167,6 +171,30 @@ def test_rows_of_a_running_sequence_are_those_of_a_capture(
     engine.run(run())
 
 
+def test_a_reader_of_rows_that_is_slow_changes_no_tokens_of_others(engine: Running, tap: AsyncTap) -> None:
+    """Nor its own rows: those that came while it did not read are there when it reads on."""
+    others, spec = prompts((30, 7), seed=4), Spec(hidden_states="all")
+
+    async def run() -> None:
+        alone = [await engine.plain(one, f"alone-{n}", max_tokens=40) for n, one in enumerate(others)]
+        whole = await tap.capture(prompts((5, 33, 9)), spec, **GREEDY)
+        found: dict[int, list[Any]] = {}
+        async with contextlib.aclosing(tap.stream_rows(prompts((5, 33, 9)), spec, **GREEDY)) as blocks:
+            async for block in blocks:
+                if not found:
+                    running = (engine.plain(one, f"beside-{n}", max_tokens=40) for n, one in enumerate(others))
+                    assert await asyncio.gather(*running) == alone
+                found.setdefault(block.index, []).append(block)
+        for index, sample in enumerate(whole):
+            assert torch.cat([block.positions for block in found[index]]).equal(sample.positions)
+            rows, expected = torch.cat([block.hidden_states[3] for block in found[index]]), sample.hidden_states[3]
+            assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
+        del whole, sample, expected
+        await until_free(engine)
+
+    engine.run(run())
+
+
 def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: AsyncTap) -> None:
     """Also beside a stream of the same Spec that goes on, which loses nothing."""
     long = {**GREEDY, "max_tokens": 100}
@@ -191,6 +219,53 @@ def test_what_is_cancelled_or_left_gives_its_memory_back(engine: Running, tap: A
                 await task
         await stays
         await until_free(engine)
+
+    engine.run(run())
+
+
+BUDGET = 1 << 20
+
+
+@pytest.mark.parametrize("on_full", ["wait", "spill"])
+def test_a_stalled_reader_keeps_its_prompts_back_and_no_others(
+    engine: Running, references: Callable[[str], References], tmp_path: Path, on_full: str
+) -> None:
+    """The engine stays within the budget, others get their tokens, and the reader gets every row when it reads on."""
+    given = Spill(tmp_path, 64 << 20) if on_full == "spill" else on_full
+    bounded = AsyncTap(engine.llm, budget_bytes=BUDGET, on_full=given)
+
+    async def run() -> None:
+        alone = await engine.plain(prompts((30,), seed=4)[0], "alone")
+        spec, others = Spec(hidden_states="all"), await engine.capacity()
+        async with contextlib.aclosing(bounded.stream(prompts((100,) * 100), spec, **GREEDY)) as samples:
+            seen = [await anext(samples)]
+            for number in range(10):  # all that runs meanwhile
+                assert await engine.plain(prompts((30,), seed=4)[0], f"beside-{number}") == alone
+                assert await engine.capacity() - others <= BUDGET
+            async for sample in samples:
+                seen.append(sample)
+                expected = references("llama").of(sequence(sample.output)).hidden_states[3]
+                assert error(sample.hidden_states[3], expected, expected.square().mean().sqrt()) < TOLERANCE
+        assert sorted(sample.index for sample in seen) == list(range(100))
+        await until_free(engine)
+
+    engine.run(run())
+
+
+def test_a_stalled_reader_that_may_not_wait_fails(engine: Running) -> None:
+    """Nobody else is the worse for it."""
+    failing = AsyncTap(engine.llm, budget_bytes=BUDGET, on_full="fail")
+
+    async def read() -> None:
+        spec = Spec(hidden_states="all")
+        async for sample in failing.stream(prompts((200,) * 60), spec, **{**GREEDY, "max_tokens": 40}):
+            await engine.plain(prompts((30,))[0], f"beside-{sample.index}")
+
+    async def run() -> None:
+        with pytest.raises(BudgetError, match=f"of budget_bytes={BUDGET} are in use") as caught:
+            await read()
+        await until_free(engine)  # also while somebody holds the error
+        assert caught.value.budget_bytes == BUDGET
 
     engine.run(run())
 

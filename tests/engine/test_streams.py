@@ -14,14 +14,31 @@ import pytest
 import torch
 
 import vllm_tap
-from engine.engines import TOLERANCE, TRANSPORTS, Engine, References, error, expected_rows, prompts, rows_of
-from vllm_tap import Positions, Spec, Tap
+from engine.engines import (
+    TOLERANCE,
+    TRANSPORTS,
+    Engine,
+    References,
+    compare,
+    error,
+    expected_rows,
+    greedy,
+    prompts,
+    rows_of,
+    sequence,
+    wait_until,
+)
+from vllm_tap import Positions, Recording, Spec, Spill, Tap
+from vllm_tap.client.collector import Collector
 from vllm_tap.errors import BudgetError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
 
 EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+
+BUDGET = 512 << 10
+"""Rows of about 500 positions."""
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +121,108 @@ def test_the_row_of_a_token_comes_before_eight_more_are_generated(engine: Engine
     assert len(late) > 8
 
 
-def test_more_than_the_budget_goes_through_a_stream(engine: Engine) -> None:
-    """With a reader that keeps up, prompts wait and nothing is lost."""
+@pytest.mark.parametrize("on_full", ["wait", "spill"])
+def test_twenty_times_the_budget_goes_through_a_stream(
+    engine: Engine, references: Callable[[str], References], tmp_path: Path, on_full: str
+) -> None:
+    """With a reader that keeps up, prompts wait or rows go to files; nothing is lost, and memory has its bounds."""
     spec = Spec(hidden_states="all")
-    many = prompts((100,) * 400)
-    budget = 32 << 20  # 400 x 107 rows of 2 KiB are nearly three times as much
-    seen, held = set(), 0
-    for sample in Tap(engine.llm).stream(many, spec, budget_bytes=budget, **GREEDY):
+    many, arguments = prompts((100,) * 120), {**GREEDY, "max_tokens": 5}
+    seen, held, num_bytes = set(), 0, 0
+    given = Spill(tmp_path, 64 << 20) if on_full == "spill" else on_full
+    for sample in Tap(engine.llm).stream(many, spec, budget_bytes=BUDGET, on_full=given, **arguments):
         seen.add(sample.index)
-        held = max(held, *(state["used_bytes"] for state in engine.status())) if len(seen) % 25 == 0 else held
-    assert len(seen) == len(many)
-    assert held <= budget * 1.1
+        num_bytes += sum(sample.hidden_states[layer].nbytes for layer in range(4))
+        if len(seen) % 8 == 1:
+            held = max(held, *(state["capacity_bytes"] for state in engine.status()))
+            compare_layer(sample, references("llama"), 3)
+    assert seen == set(range(len(many)))
+    assert num_bytes > 20 * BUDGET
+    assert held <= BUDGET
+    assert list(tmp_path.iterdir()) == []
+    assert_is_free(engine)
+    assert engine.status()[0]["spilled_bytes"] == 0
+
+
+def compare_layer(sample: Any, references: References, layer: int) -> None:
+    """Compare the rows of a layer with Hugging Face's."""
+    expected = references.of(sequence(sample.output)).hidden_states[layer]
+    assert error(sample.hidden_states[layer], expected, expected.square().mean().sqrt()) < TOLERANCE
+
+
+def test_a_prompt_that_runs_on_beside_many_holds_little(engine: Engine) -> None:
+    """Parts that were handed over with its rows stay until it ends, and take no more than their rows."""
+    long, others = prompts((3,)), prompts((9,) * 60, seed=1)
+    params = [greedy(max_tokens=120), *(greedy(max_tokens=2) for _ in others)]
+    # Rows of 1.5 MB. A reservation is a sixteenth of the budget, so 60 that stay whole would not fit.
+    recording = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=4 << 20)
+    outputs: list[Any] = [None] * len(params)
+    collector = Collector(recording)
+    for number, prompt in enumerate([*long, *others]):
+        engine.llm.llm_engine.add_request(str(number), prompt, recording.mark(params[number], number))
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for output in engine.llm.llm_engine.step():
+            if output.finished:
+                outputs[int(output.request_id)] = output
+                collector.take()
+                assert len(collector.result(int(output.request_id), output)[0])
+    assert None not in outputs
+    recording.stop()
+
+
+def test_a_capture_larger_than_its_budget_lies_in_files(
+    engine: Engine, references: Callable[[str], References], tmp_path: Path
+) -> None:
+    """Every row is Hugging Face's; the files go with the last tensor, also where it is not the result that is kept."""
+    many = prompts((100, 3, 130, 40) * 18)
+    spill = Spill(tmp_path, 64 << 20)
+    result = engine.capture(many, Spec(hidden_states="all"), budget_bytes=BUDGET, on_full=spill)
+    assert result.num_bytes > 20 * BUDGET
+    (state,) = engine.status()
+    assert 19 * BUDGET < state["spilled_bytes"] <= 64 << 20
+    assert state["capacity_bytes"] <= BUDGET
+    assert state["stalled_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []  # they have no name
+    compare(result, references("llama"))
+    kept = result[0].hidden_states[1]
+    rows = kept.clone()
+    kept[0] = 1.0  # a copy of this process's own
+    del result
+    wait_until(lambda: engine.status()[0]["num_blocks"] <= 2, "the end of most rows")
+    assert torch.equal(kept[1:], rows[1:])
+    del kept
+    wait_until(lambda: not engine.status()[0]["spilled_bytes"], "the end of all files")
+    assert_is_free(engine)
+
+
+def test_files_that_are_full_or_cannot_be_end_a_capture(engine: Engine, tmp_path: Path) -> None:
+    """With what to do; the engine goes on."""
+    many, spec = prompts((100,) * 8), Spec(hidden_states="all")
+    with pytest.raises(BudgetError, match=r"spilled rows fill \d+ bytes of files"):
+        engine.capture(many, spec, budget_bytes=BUDGET, on_full=Spill(tmp_path, 100_000))
+    with pytest.raises(SpecError, match="is no folder"):
+        engine.capture(many, spec, on_full=Spill(tmp_path / "none"))
+    with pytest.raises(SpecError, match="most_bytes is a positive"):
+        engine.capture(many, spec, on_full=Spill(tmp_path, 0))
+    with pytest.raises(SpecError, match="needs shared memory"):
+        engine.capture(many, spec, on_full="spill", transport="inline")
+    with pytest.raises(SpecError, match=r"on_full='wait' .*Tap\(llm\).stream"):
+        engine.capture(many, spec, on_full="wait")
+    assert_is_free(engine)
+    assert engine.status()[0]["spilled_bytes"] == 0
 
 
 def test_a_stream_that_may_not_wait_fails_when_the_budget_is_full(engine: Engine) -> None:
-    """And gives the engine back."""
+    """And gives the engine back, also while somebody holds the error."""
     with (
-        pytest.raises(BudgetError),
+        pytest.raises(BudgetError) as caught,
         Tap(engine.llm).stream(
             prompts((100,) * 40), Spec(hidden_states="all"), budget_bytes=1 << 20, on_full="fail", **GREEDY
         ) as samples,
     ):
         list(samples)
+    wait_until(lambda: not engine.used_bytes(), "the end of the memory")
+    assert caught.value.budget_bytes == 1 << 20
     assert_is_free(engine)
 
 
