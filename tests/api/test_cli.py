@@ -559,6 +559,7 @@ def test_doctor_without_torch_or_plugin(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launch, "find_plugins", list)
     assert [checks.torch().level, checks.vllm().level, checks.plugin().level] == ["no", "no", "no"]
     assert "install vllm-tap with pip" in checks.plugin().text
+    assert "a capture may take" not in checks.memory().text
 
 
 def test_doctor_without_shared_memory_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,8 +291,13 @@ def test_a_client_that_leaves_disturbs_nobody(
             async for _ in stream:
                 break
             await stream.close()
-            with pytest.raises(CaptureError, match="aborted"):
-                await tap.samples_async(name)
+            try:
+                (sample,) = await tap.samples_async(name)
+                outcome = "all rows" if len(sample.hidden_states[0]) >= 240 else "some rows"
+            except CaptureError as error:
+                outcome = str(error)
+            # A busy machine may have computed all of its tokens before it sees that the client has gone.
+            assert "aborted" in outcome or outcome == "all rows"
 
         async def stays(name: str) -> Sample:
             reply = await client.completions.create(model="tiny", prompt=name, **GREEDY, extra_body=extra)

@@ -35,9 +35,10 @@ if __name__ == "__main__":
     if family == "qwen3_moe":
         streams["router_logits"] = "all"
     for staging in ("staged", "direct"):
-        compare(engine.capture(prompts([3, 70, 1]), Spec(**streams), staging=staging, max_tokens=4), known)
+        result = engine.capture(prompts([3, 70, 1]), Spec(**streams), staging=staging, max_tokens=4)
         (state,) = engine.status()
         assert state["staging_bytes"] > 0, state  # kept for the next capture, and for ten seconds
+        compare(result, known)
     generated = engine.capture(prompts([9, 70]), Spec(hidden_states=[-1], positions="generated"))
     compare(generated, known, lambda prompt_len, num_rows: list(range(prompt_len, num_rows)))
     if family == "qwen3_moe":

@@ -334,7 +334,7 @@ def cached(engine: Engine, given: list[dict[str, list[int]]]) -> list[int]:
 
 def test_what_cannot_be_asked_for_is_refused(engine):
     """Wrong specifications, prompts and parameters raise before anything runs, and say what would be right."""
-    with pytest.raises(SpecError, match=r'vllm_tap.Spec, got str.*Spec\(hidden_states="all"\)'):
+    with pytest.raises(SpecError, match=r'vllm_tap.Spec, or a list .*, got str.*Spec\(hidden_states="all"\)'):
         engine.capture(prompts(), "all")
     with pytest.raises(SpecError, match="prompts is empty"):
         engine.capture([], HIDDEN)
@@ -354,7 +354,7 @@ def test_what_cannot_be_asked_for_is_refused(engine):
         engine.capture(prompts(), HIDDEN, sampling_params=greedy(), max_tokens=3)
     with pytest.raises(SpecError, match="2 sampling_params for 8 prompts"):
         engine.capture(prompts(), HIDDEN, sampling_params=[greedy()] * 2)
-    with pytest.raises(SpecError, match='"segment" or "inline"'):
+    with pytest.raises(SpecError, match='"segment", "tcp" or "inline"'):
         engine.capture(prompts(), HIDDEN, transport="carrier pigeon")
     with pytest.raises(SpecError, match="positive"):
         engine.capture(prompts(), HIDDEN, budget_bytes=0)

@@ -148,7 +148,9 @@ def memory() -> Finding:
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
     total, free = (1024 * kib[name] for name in ("MemTotal", "MemAvailable"))
     budget = default_budget_bytes()
-    text = f"{size_text(total)}, {size_text(free)} free; a capture may take {size_text(budget)} unless told otherwise"
+    text = f"{size_text(total)}, {size_text(free)} free"
+    if budget:  # known where the client can be loaded
+        text += f"; a capture may take {size_text(budget)} unless told otherwise"
     if free < budget:
         return Finding(WARN, "RAM", f"{text}: set budget_bytes if that is too much")
     return Finding(OK, "RAM", text)

@@ -225,7 +225,7 @@ class TapWorker(vllm_runner.Recorder):
             reasons=reasons,
             routing=self._share_of(routing),
             routing_version=taps.routers.version if taps else 0,
-            wants_rows=self._eager_rows() if wants_rows else 0,
+            wants_rows=self._eager_rows() if wants_rows and vllm_runner.takes_tokens_alone(worker) else 0,
             may_change=taps is not None and not refusal and (wants_rows or taps.may_change),
             address="" if refusal else self._shared_server().address,
             calls="" if refusal else self._call_server().address,

@@ -69,7 +69,8 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
 
     `residual` is the convention of the decoder layers, where this stage can tell. `reasons` says for streams that are
     missing why; `refusal` is not empty when nothing can be captured at all. `wants_rows` asks for a real forward pass
-    of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention.
+    of at least so many tokens, unless it is 0, and another call: the dummy passes did not tell the convention. A model
+    that takes more than tokens does not ask; the user's requests tell.
     `may_change` asks for another call before each capture: forward passes may show more. `routing` says how the router
     of each layer of this stage chooses; of tensor-parallel ranks, each says it of the layers that it ships.
     `routing_version` rises whenever it changes.

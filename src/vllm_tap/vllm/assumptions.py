@@ -280,6 +280,10 @@ PARTS: Final = (
                 "engines are taken to generate",
             ),
             Assumption(
+                "vllm.config.model.ModelConfig", ("is_encoder_decoder",),
+                "to send no prompt without an encoder's input", "encoder-decoders may compute NaN after it",
+            ),
+            Assumption(
                 "vllm.config.model.ModelConfig", ("max_model_len",), "to send a prompt that fits",
                 "engines whose first rows tell nothing cannot be captured from",
             ),

@@ -46,6 +46,15 @@ def runs_in_step(worker: Any) -> bool:
     return bool(getattr(worker.vllm_config.parallel_config, "data_parallel_size", 1) > 1)
 
 
+def takes_tokens_alone(worker: Any) -> bool:
+    """Tell whether a prompt of tokens is whole.
+
+    To an encoder-decoder it is not. Without an encoder's input, attention to nothing makes NaN. It stays in the
+    key-value cache's blocks, and reaches the request that takes them next.
+    """
+    return not getattr(worker.vllm_config.model_config, "is_encoder_decoder", False)
+
+
 class Recorder:
     """Receiver of what a runner reports; `TapWorker` implements it.
 

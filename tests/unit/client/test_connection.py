@@ -27,7 +27,7 @@ def test_prompts_have_as_many_tokens_as_are_wanted(
     )
     llm = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=longest),
-        llm_engine=SimpleNamespace(output_processor=SimpleNamespace(request_states={})),
+        llm_engine=SimpleNamespace(output_processor=SimpleNamespace(request_states={}), engine_core=None),
     )
     Connection._pass_rows(object.__new__(Connection), llm, wanted)
     assert all(params.skip_reading_prefix_cache for params in given)

@@ -129,12 +129,12 @@ def test_taps_of_pieces_that_cannot_be_disabled_stay(cuda: SimulatedCuda, caplog
 
 def test_a_piece_runs_the_taps_of_its_first_capture_alone(cuda: SimulatedCuda) -> None:
     """A piece has the taps of its layer's blocks too: a capture of hidden states does not pay for them."""
-    engine = Engine(cuda, BLOCKS)
+    engine = Engine(cuda, BLOCKS, in_pieces=True)
     for leave_out, num_on in ((2, 1), (0, 3)):
         session = engine.start(leave_out=leave_out)
         engine.step(session, DECODE)
-        assert num_running(engine) == num_on
         engine.finish(session)
+        assert num_running(engine) == num_on
 
 
 def test_pieces_have_no_taps_until_a_capture_wants_these(cuda: SimulatedCuda) -> None:
