@@ -31,6 +31,7 @@ FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
 
 MAX_MODEL_LEN = 256
 MAX_NEW_TOKENS = 8
+TRANSPORTS = ["segment", "inline", "tcp"]
 DEADLINE_S = 20.0
 
 # The longest prompt takes three steps of 64 tokens, and several short ones share a step with a piece of it.
@@ -83,11 +84,19 @@ class Process:
 class Engine:
     """A vLLM engine and its processes."""
 
-    def __init__(self, folder: Path, **arguments: Any) -> None:
+    def __init__(self, folder: Path, *, listens: bool = False, **arguments: Any) -> None:
+        """Start it.
+
+        Args:
+            folder: Of the model.
+            listens: Whether workers listen on loopback, for transport="tcp".
+            arguments: For vLLM.
+        """
         from vllm import LLM
 
         before = _children()
-        self.llm: Any = LLM(str(folder), **device.engine_arguments(**{**ARGUMENTS, **arguments}))
+        with surroundings({"VLLM_TAP_LISTEN": "127.0.0.1:0"} if listens else {}):
+            self.llm: Any = LLM(str(folder), **device.engine_arguments(**{**ARGUMENTS, **arguments}))
         self.processes = [Process(pid) for pid in sorted(_children() - before)]
 
     def generate(self, given: Sequence[Any], **sampling: Any) -> list[list[int]]:

@@ -14,16 +14,16 @@ pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 PROGRAM = """
 import gc, os, sys, threading, weakref
-from engine.engines import Engine, References, compare, prompts, wait_until
+from engine.engines import TRANSPORTS, Engine, References, compare, prompts, wait_until
 from pathlib import Path
 from vllm_tap import Spec
 from vllm_tap.engine.capture import idle
 
 idle.PoolKeeper.poll_seconds = 0.1
-engine = Engine(Path(sys.argv[1]), enforce_eager=True)
+engine = Engine(Path(sys.argv[1]), enforce_eager=True, listens=True)
 assert engine.status()[0]["pid"] == os.getpid()
 known = References(Path(sys.argv[1]))
-for transport in ("segment", "inline"):
+for transport in TRANSPORTS:
     result = engine.capture(prompts(), Spec(hidden_states="all"), transport=transport)
     compare(result, known)
     assert (engine.used_bytes() > 0) == (transport == "segment")
@@ -42,13 +42,13 @@ engine.llm = None
 gc.collect()
 assert layer() is None
 compare(result, known)
-listeners = {"vllm-tap-segments", "vllm-tap-calls", "vllm-tap-keeper"}
+listeners = {"vllm-tap-segments", "vllm-tap-calls", "vllm-tap-keeper", "vllm-tap-network", "vllm-tap-pulses"}
 wait_until(lambda: not listeners & {thread.name for thread in threading.enumerate()}, "the end of threads")
 """
 
 
 def test_rows_of_an_engine_in_the_same_process(tiny_model: Callable[..., Path]):
-    """Worker and client in one process: rows are right by either transport, and free when they are dropped.
+    """Worker and client in one process: rows are right by every transport, and free when they are dropped.
 
     Memory of the host goes some time after the last capture, and is there again in the next. An engine that is let go
     of takes its layers and threads along, and leaves the rows.

@@ -23,6 +23,7 @@ import pytest
 from engine.engines import (
     FULL_MATRIX,
     MAX_MODEL_LEN,
+    TRANSPORTS,
     Engine,
     References,
     Shelf,
@@ -62,7 +63,7 @@ def shelf(tiny_model: Callable[..., Path], temporary: Path) -> Iterator[Shelf]:
 
     def start() -> Engine:
         with surroundings({"TMPDIR": str(temporary)}):
-            return Engine(tiny_model("llama"), enforce_eager=True)
+            return Engine(tiny_model("llama"), enforce_eager=True, listens=True)
 
     shelf = Shelf(start)
     yield shelf
@@ -95,10 +96,11 @@ def test_rows_are_free_as_soon_as_the_last_tensor_is_gone(engine):
     wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
 
 
-def test_inline_rows_hold_nothing_in_the_worker(engine):
-    """Rows that were fetched are free in the worker when the call returns."""
-    result = engine.capture(prompts(), HIDDEN, transport="inline")
-    assert engine.used_bytes() == 0
+@pytest.mark.parametrize("transport", ["inline", "tcp"])
+def test_rows_that_were_fetched_hold_nothing_in_the_worker(engine, transport):
+    """They are free when the call returns, or as soon as the worker has heard of it over a network."""
+    result = engine.capture(prompts(), HIDDEN, transport=transport)
+    wait_until(lambda: engine.used_bytes() == 0, "the release of all rows", RELEASE_S)
     assert len(result) == 8
 
 
@@ -115,7 +117,7 @@ def test_memory_is_used_again(engine):
     assert all(sample.hidden_states[1].equal(copy) for sample, copy in zip(kept, copies, strict=True))
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_budget_too_small_ends_the_capture_alone(engine, known, transport):
     """Rows that do not fit raise BudgetError with the numbers; the engine goes on, and captures with more memory."""
     before = engine.generate(prompts())
@@ -269,7 +271,7 @@ def test_requests_with_something_else_under_our_key_run_as_any_other(engine):
 
 
 def test_nothing_with_a_name_is_left_behind(engine, temporary):
-    """Captures by either transport make no file, no shared memory with a name, and leave no file open."""
+    """Captures by any transport make no file, no shared memory with a name, and leave no file open."""
     engine.capture(prompts(), HIDDEN)  # connects, and makes what stays as long as the engine
     left = [left_by_captures(engine, temporary) for _ in range(3)]
     # Other programs make names in /dev/shm as well; one that captures leave behind is there every time.
@@ -277,9 +279,9 @@ def test_nothing_with_a_name_is_left_behind(engine, temporary):
 
 
 def left_by_captures(engine: Engine, temporary: Path) -> set[str]:
-    """Capture by either transport; return the names that were not there before."""
+    """Capture by every transport; return the names that were not there before."""
     before = named(engine, temporary)
-    for transport in ("segment", "inline"):
+    for transport in TRANSPORTS:
         engine.capture(prompts(), HIDDEN, transport=transport)
     return named(engine, temporary) - before
 
@@ -332,7 +334,7 @@ def core_and_worker(engine: Engine) -> dict[str, int]:
 @pytest.mark.timeout(120, func_only=True)
 @pytest.mark.parametrize("victim", VICTIMS or ["core"])
 def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(engine, known, victim):
-    """Tensors can be read after a kill -9, and the next capture raises at once, by either transport.
+    """Tensors can be read after a kill -9, and the next capture raises at once, by every transport.
 
     Nothing stays in this process for it: no memory once the tensors are gone, and no thread that waits.
     """
@@ -340,7 +342,7 @@ def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(engine, known
     pid = core_and_worker(engine)[victim]
     os.kill(pid, signal.SIGKILL)
     begin = time.monotonic()
-    for transport in ("segment", "inline"):
+    for transport in TRANSPORTS:
         with pytest.raises(EngineDiedError, match="new LLM"):
             engine.capture(prompts(), HIDDEN, transport=transport)
     assert time.monotonic() - begin < DEATH_S

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from engine.engines import Engine, greedy, prompts, surroundings
+from engine.engines import Engine, greedy, prompts
 from vllm_tap import Recording, Spec
 from vllm_tap.client.connection import Connection, connect
 from vllm_tap.errors import TransportError
@@ -22,8 +22,7 @@ SPEC = Spec(hidden_states="all", final_hidden_states=True)
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """Llama, eager, with a worker that listens on loopback."""
-    with surroundings({"VLLM_TAP_LISTEN": "127.0.0.1:0"}):
-        engine = Engine(tiny_model("llama"), enforce_eager=True)
+    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
     yield engine
     engine.close()
 

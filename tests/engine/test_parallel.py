@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from engine.engines import Engine, References, compare, prompts, sequence, surroundings
+from engine.engines import TRANSPORTS, Engine, References, compare, prompts, sequence, surroundings
 from engine.test_experts import check_record
 from vllm_tap import Spec
 from vllm_tap.errors import EngineDiedError
@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def engine(case: Case, tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """An eager engine of two ranks."""
     with surroundings({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}):
-        engine = Engine(tiny_model(case.family), enforce_eager=True, **{f"{case.axis}_parallel_size": 2})
+        engine = Engine(tiny_model(case.family), enforce_eager=True, listens=True, **{f"{case.axis}_parallel_size": 2})
     yield engine
     engine.close()
 
@@ -72,8 +72,8 @@ def known(case: Case, references: Callable[[str], References]) -> References:
 
 
 def test_every_row_is_that_of_hugging_face(case, engine, known):
-    """Rows of all layers are joined from the ranks that hold them, by either transport."""
-    for transport in ("segment", "inline"):
+    """Rows of all layers are joined from the ranks that hold them, by every transport."""
+    for transport in TRANSPORTS:
         result = engine.capture(prompts(), case.spec, transport=transport)
         compare(result, known)
         assert {layer for layers in result.layers.values() for layer in layers} == {0, 1, 2, 3}

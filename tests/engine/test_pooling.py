@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 import vllm_tap
-from engine.engines import PROMPT_LENGTHS, TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
+from engine.engines import (
+    PROMPT_LENGTHS,
+    TOLERANCE,
+    TRANSPORTS,
+    Engine,
+    References,
+    error,
+    expected_rows,
+    prompts,
+    rows_of,
+)
 from vllm_tap import Positions, Spec
 from vllm_tap.errors import SpecError
 
@@ -23,12 +33,12 @@ EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """An engine for embeddings."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True, runner="pooling", convert="embed")
+    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True, runner="pooling", convert="embed")
     yield engine
     engine.close()
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_row_is_that_of_hugging_face(engine, references: Callable[[str], References], transport):
     """All tokens of all prompts have their rows, also of prompts cut into chunks; nothing is generated."""
     result = vllm_tap.capture(engine.llm, prompts(), EVERYTHING, transport=transport, progress=False)

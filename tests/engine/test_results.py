@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import vllm_tap
-from engine.engines import DEADLINE_S, Engine, References, Shelf, compare, greedy, prompts
+from engine.engines import DEADLINE_S, TRANSPORTS, Engine, References, Shelf, compare, greedy, prompts
 from vllm_tap import EngineDiedError, PositionError, Recording, RowsMissingError, Spec, SpecError
 
 pytestmark = pytest.mark.engine
@@ -27,7 +27,7 @@ HIDDEN = Spec(hidden_states="all")
 @pytest.fixture(scope="module")
 def shelf(tiny_model: Callable[..., Path]) -> Iterator[Shelf]:
     """The engine of this module."""
-    shelf = Shelf(lambda: Engine(tiny_model("llama"), enforce_eager=True))
+    shelf = Shelf(lambda: Engine(tiny_model("llama"), enforce_eager=True, listens=True))
     yield shelf
     shelf.close()
 
@@ -53,7 +53,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_rows_can_be_written_and_stay_here(engine, known, transport):
     """Centred in place, one step's rows are the user's own: captures before and after in the same memory are right."""
     spec = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
@@ -133,7 +133,7 @@ def test_a_completion_that_stops_at_once_leaves_the_others(engine, known):
     assert engine.status()[0]["captures"] == []
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_copies_of_results_and_samples_travel(engine, known, transport):
     """Pickled and copied deeply with the outputs, they are right when the original, and its memory, are gone."""
     result = engine.capture(prompts(), Spec(hidden_states="all", embeddings=True), transport=transport)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.engines import Engine, References, compare, prompts
+from engine.engines import TRANSPORTS, Engine, References, compare, prompts
 from vllm_tap import Positions, Spec, Tap
 
 pytestmark = [pytest.mark.engine, pytest.mark.gpu]
@@ -27,6 +27,7 @@ def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     engine = Engine(
         tiny_model("llama"),
         enforce_eager=True,
+        listens=True,
         disable_log_stats=False,
         block_size=32,
         num_gpu_blocks_override=20,
@@ -58,7 +59,7 @@ def count(engine: Engine, name: str) -> int:
     return next(metric.value for metric in engine.llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_rows_of_rejected_drafts_are_not_kept(engine, known, transport):
     """A position whose draft was rejected has the row of the token that came to stand there."""
     names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
@@ -70,7 +71,7 @@ def test_rows_of_rejected_drafts_are_not_kept(engine, known, transport):
     assert drafted > accepted > 0
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_rows_of_preempted_requests_are_complete(engine, known, transport):
     """Requests that lost their cache and were computed again have each row once, and right."""
     before = count(engine, "num_preemptions")

@@ -82,7 +82,7 @@ def running(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> 
             plain_tokens = plain.generate(prompts())
             plain.close()
     plain_graphs = compiled_graphs()
-    engine = Engine(folder, enforce_eager=eager)
+    engine = Engine(folder, enforce_eager=eager, listens=True)
     yield Running(case, engine, plain_tokens, plain_graphs)
     engine.close()
 
@@ -118,17 +118,18 @@ def test_a_sample_reads_as_hugging_face_returns_it(engine, known):
     assert given.router_logits is None
 
 
-def test_both_transports_give_the_same_bits(engine):
-    """Rows that cross in shared memory equal rows that cross in calls, bit by bit.
+def test_all_transports_give_the_same_bits(engine):
+    """Rows that cross in shared memory equal rows that cross in calls and over a network, bit by bit.
 
     One prompt of several chunks: which of several requests meet in a step depends on when each of them arrives.
     """
     shared = engine.capture(prompts([150]), EVERYTHING, transport="segment")
-    inline = engine.capture(prompts([150]), EVERYTHING, transport="inline")
-    for one, other in zip(shared, inline, strict=True):
-        for stream in EVERYTHING.streams:
-            for layer in shared.layers[stream]:
-                assert rows_of(one, stream, layer).equal(rows_of(other, stream, layer))
+    for transport in ("inline", "tcp"):
+        others = engine.capture(prompts([150]), EVERYTHING, transport=transport)
+        for one, other in zip(shared, others, strict=True):
+            for stream in EVERYTHING.streams:
+                for layer in shared.layers[stream]:
+                    assert rows_of(one, stream, layer).equal(rows_of(other, stream, layer))
 
 
 def test_tokens_stay_the_same(running, engine, known):

@@ -18,6 +18,7 @@ import torch
 from engine.engines import (
     PROMPT_LENGTHS,
     TOLERANCE,
+    TRANSPORTS,
     Engine,
     References,
     error,
@@ -47,7 +48,7 @@ EACH = [spec for spec, _ in zip(itertools.cycle(SPECS), PROMPT_LENGTHS, strict=F
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """Llama, eager."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
     yield engine
     engine.close()
 
@@ -95,7 +96,7 @@ def compare_sample(sample: Any, spec: Spec, known: References) -> None:
             _ = sample.hidden_states
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_each_sample_has_what_its_own_spec_asks_for(engine, known, transport):
     """Requests with five Specs in the same steps, some in chunks, two completions each."""
     params = greedy(n=2, temperature=1.0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vllm_tap
-from engine.engines import TOLERANCE, Engine, References, error, expected_rows, prompts, rows_of
+from engine.engines import TOLERANCE, TRANSPORTS, Engine, References, error, expected_rows, prompts, rows_of
 from vllm_tap import Positions, Spec, Tap
 from vllm_tap.errors import BudgetError, SpecError
 
@@ -27,7 +27,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": Tru
 @pytest.fixture(scope="module")
 def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     """An engine that generates."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
     yield engine
     engine.close()
 
@@ -38,7 +38,7 @@ def assert_is_free(engine: Engine) -> None:
     assert len(vllm_tap.capture(engine.llm, prompts((5,)), EVERYTHING, progress=False, **GREEDY)[0]) == 12
 
 
-@pytest.mark.parametrize("transport", ["segment", "inline"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_samples_that_come_while_others_run_are_those_of_hugging_face(
     engine: Engine, references: Callable[[str], References], transport: str
 ) -> None:

@@ -392,6 +392,7 @@ class Connection:
         Raises:
             SpecError: Not a transport.
             TransportError: "segment" or "tcp" was asked for and cannot be had.
+            EngineDiedError: A worker that was reached before is gone.
         """
         if transport not in ("auto", SEGMENT, NETWORK, "inline"):
             raise SpecError(f'transport is "auto", "segment", "tcp" or "inline", got {transport!r}')
@@ -399,6 +400,7 @@ class Connection:
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == "inline":
             return ""
+        self._require_alive()  # before a way is tried on which nobody answers any more
         try:
             self.readers(transport)
         except TransportError:

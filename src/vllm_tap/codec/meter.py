@@ -20,6 +20,9 @@ PROBE_SECONDS: Final = 0.05
 STALE_SECONDS: Final = 30.0
 """Seconds after which the link is measured anew."""
 
+TRIAL_SECONDS: Final = 0.5
+"""Seconds of rows by one codec that tell whether they come as fast as without."""
+
 
 class Meter:
     """Measures transfers of rows and says which codec the next one takes.
@@ -38,12 +41,15 @@ class Meter:
         self._rates = {name: RATES[name] for name in usable}
         self._probed_at = float("-inf")
         self._begin, self._nbytes = 0.0, 0
+        self._slow_at: dict[str, float] = {}
+        self._name, self._trial_begin, self._trial_nbytes = "", 0.0, 0
         self.link_bytes_per_second = 0.0
 
     def begin(self) -> None:
         """Note that bytes are about to be asked for, after a pause."""
         with self._lock:
             self._begin, self._nbytes = time.monotonic(), 0
+            self._name = ""
 
     @property
     def is_probing(self) -> bool:
@@ -55,7 +61,12 @@ class Meter:
         with self._lock:
             if self.is_probing:
                 return "raw"
-            return best(self.link_bytes_per_second, self._rates, self._num_lanes)
+            now = time.monotonic()
+            usable = {name: rates for name, rates in self._rates.items() if self._is_usable(name, now)}
+            return best(self.link_bytes_per_second, usable, self._num_lanes)
+
+    def _is_usable(self, name: str, now: float) -> bool:
+        return now - self._slow_at.get(name, float("-inf")) > STALE_SECONDS
 
     def refuse(self, name: str) -> None:
         """Leave out a codec that the other end does not have."""
@@ -70,6 +81,21 @@ class Meter:
                 found = Rates(nbytes / encoded_bytes, nbytes / encode_s / 1e9, nbytes / decode_s / 1e9)
                 before = self._rates[name]
                 self._rates[name] = Rates(*((old + new) / 2 for old, new in zip(before, found, strict=True)))
+            self._note_trial(name, nbytes)
+
+    def _note_trial(self, name: str, nbytes: int) -> None:
+        """Leave a codec out for a while if rows would have come sooner without: cores may be busy otherwise."""
+        now = time.monotonic()
+        if name != self._name:
+            self._name, self._trial_begin, self._trial_nbytes = name, now, 0
+            return
+        self._trial_nbytes += nbytes
+        seconds = now - self._trial_begin
+        if name == "raw" or name not in self._rates or seconds < TRIAL_SECONDS:
+            return
+        if self._trial_nbytes / seconds < self.link_bytes_per_second:
+            self._slow_at[name] = now
+        self._trial_begin, self._trial_nbytes = now, 0
 
     def _note_link(self, nbytes: int, is_raw: bool) -> None:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the client sends through the model when the workers ask for rows. Without an engine."""
+"""The client's line to workers: what it sends when they ask for rows, and what it says when they are gone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.connection import Connection
+from vllm_tap.client.connection import SEGMENT, Connection
+from vllm_tap.errors import EngineDiedError
 from vllm_tap.vllm import frontend
 
 
@@ -33,3 +34,14 @@ def test_prompts_have_as_many_tokens_as_are_wanted(
     assert all(params.skip_reading_prefix_cache for params in given)
     assert [len(prompt["prompt_token_ids"]) for prompt in sent] == lengths
     assert {token for prompt in sent for token in prompt["prompt_token_ids"]} <= set(range(1, 17))
+
+
+@pytest.mark.parametrize("transport", ["auto", "segment", "tcp"])
+def test_a_worker_that_is_gone_is_said_to_be_by_every_way(transport: str) -> None:
+    """Also by one on which it was never reached, where nothing answers now."""
+    connection = object.__new__(Connection)
+    connection._prepare(None)
+    connection._readers[0, SEGMENT] = SimpleNamespace(alive=False)  # type: ignore[assignment]
+    connection.hellos = [SimpleNamespace(rank=SimpleNamespace(rank=0), host="", network="tcp://127.0.0.1:1")]
+    with pytest.raises(EngineDiedError, match="new LLM"):
+        connection.choose_transport(transport)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import random
@@ -15,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from proxy import NEVER, Proxy
 from vllm_tap.codec.choose import RATES, best
 from vllm_tap.errors import DescriptorError, SpecError, TransportError
 from vllm_tap.transport.calls import CallServer
@@ -90,39 +90,18 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     worker.close()
 
 
-class Proxy:
-    """Passes connections on; breaks each after so many bytes of the worker, or stops passing anything on."""
+@pytest.fixture
+def proxied(worker: Worker) -> Iterator[Callable[..., Proxy]]:
+    """A function that puts a proxy before the worker."""
+    made: list[Proxy] = []
 
-    def __init__(self, target: str, break_after: int = 1 << 60, first_whole: int = 0) -> None:
-        self._target, self._break_after, self._first_whole = parse(target), break_after, first_whole
-        self.num_broken, self.stalled = 0, threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = str(Address(*self._listener.getsockname()))
-        threading.Thread(target=self._accept, daemon=True).start()
+    def make(*arguments: object, **options: object) -> Proxy:
+        made.append(Proxy(worker.server.address, *arguments, **options))
+        return made[-1]
 
-    def _accept(self) -> None:
-        for number in itertools.count():
-            client, _ = self._listener.accept()
-            worker = socket.create_connection(self._target)
-            limit = 1 << 60 if number < self._first_whole else self._break_after
-            for source, sink, most in ((client, worker, 1 << 60), (worker, client, limit)):
-                threading.Thread(target=self._pass, args=(source, sink, most), daemon=True).start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket, most: int) -> None:
-        try:
-            while data := source.recv(min(65536, most)):
-                while self.stalled.is_set():
-                    time.sleep(0.05)
-                sink.sendall(data)
-                most -= len(data)
-                if not most:
-                    self.num_broken += 1
-                    break
-        except OSError:
-            pass
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # which wakes the thread of the other direction
+    yield make
+    for proxy in made:
+        proxy.close()
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd", "bytesplit", "auto"])
@@ -216,14 +195,14 @@ def test_a_call_may_take_longer_than_silence_is_allowed(worker):
     given.close()
 
 
-def test_a_link_that_stalls_ends_calls_and_rows(worker):
+def test_a_link_that_stalls_ends_calls_and_rows(worker, proxied):
     """Nothing hangs: both fail when the worker has been silent for as long as is allowed."""
-    proxy = Proxy(worker.server.address)
+    proxy = proxied()
     terms = worker.access._replace(timeout_s=1.0)
     given, reader = caller(proxy.address, terms), worker.reader(proxy.address, timeout_s=1.0)
     blocks, contents = worker.put(reader, 1000, 3 * MIB)
     kept = reader.hold(blocks[:1])
-    proxy.stalled.set()
+    proxy.stall()
     begin = time.monotonic()
     with pytest.raises(TransportError, match="gone"):
         given.receive(given.send(b"abc"))
@@ -232,18 +211,66 @@ def test_a_link_that_stalls_ends_calls_and_rows(worker):
     assert time.monotonic() - begin < DEADLINE_S
     assert kept.lease(0).array.tobytes() == contents[0]
     assert not reader.alive
-    proxy.stalled.clear()
 
 
-def test_connections_that_break_are_made_anew(worker):
-    """Resets in the middle of rows: every block arrives once and whole."""
-    proxy = Proxy(worker.server.address, break_after=5 * MIB, first_whole=1)
+def test_a_link_that_stalls_for_a_while_goes_on(worker, proxied):
+    """Calls and rows that were under way arrive, over the same session."""
+    proxy = proxied()
+    terms = worker.access._replace(timeout_s=10.0)
+    given, reader = caller(proxy.address, terms), worker.reader(proxy.address, timeout_s=10.0)
+    blocks, contents = worker.put(reader, *SIZES)
+    number = given.send(b"abc")
+    proxy.stall(0.5)
+    assert given.receive(number) == b"cba"
+    proxy.stall(0.5)
+    held = reader.hold(blocks)
+    assert [held.lease(index).array.tobytes() for index in range(len(blocks))] == contents
+    assert reader.alive
+    reader.close()
+
+
+@pytest.mark.parametrize("resets", [True, False], ids=["reset", "end"])
+def test_connections_that_break_are_made_anew(worker, proxied, resets):
+    """In the middle of rows, by RST or an orderly end: every block arrives once and whole."""
+    proxy = proxied(lambda number: 5 * MIB if number else NEVER, resets=resets)
     reader = worker.reader(proxy.address)
     for _ in range(3):
         blocks, contents = worker.put(reader, *SIZES)
         held = reader.hold(blocks)
         assert [held.lease(index).array.tobytes() for index in range(len(blocks))] == contents
     assert proxy.num_broken
+    reader.close()
+
+
+def test_a_session_that_is_reset_ends_at_both_ends(worker, proxied):
+    """What is here stays, what is not raises at once, and the worker frees it and hears of the end."""
+    gone: list[int] = []
+    worker.server.on_disconnect = gone.append
+    proxy = proxied()
+    given, reader = caller(proxy.address, worker.access), worker.reader(proxy.address)
+    blocks, contents = worker.put(reader, 1000, 3 * MIB)
+    kept = reader.hold(blocks[:1])
+    number = given.send(b"wait")
+    proxy.reset()
+    with pytest.raises(TransportError, match="gone"):
+        given.receive(number)
+    wait_until(lambda: not reader.alive and gone == [reader.client])
+    with pytest.raises(TransportError, match="gone"):
+        reader.hold(blocks[1:])
+    assert kept.lease(0).array.tobytes() == contents[0]
+    assert not worker.pools[reader.client].stats().num_blocks
+
+
+def test_rows_come_at_the_rate_of_the_link_and_no_codec_changes_them(worker, proxied, monkeypatch):
+    """A slow link to another host: the meter finds its rate, and takes what makes rows smaller."""
+    monkeypatch.setattr(address, "host_id", lambda: bytes(16))
+    proxy = proxied(bytes_per_second=20e6)
+    reader = worker.reader(proxy.address)
+    for _ in range(2):
+        blocks, contents = worker.put(reader, 4 * MIB)
+        assert reader.lease(blocks[0]).array.tobytes() == contents[0]
+    assert 1e6 < reader.meter.link_bytes_per_second < 40e6
+    assert reader.meter.choose() != "raw"
     reader.close()
 
 

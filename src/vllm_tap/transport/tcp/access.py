@@ -241,7 +241,7 @@ class Gate(NamedTuple):
         transcript = preface + answer + _fingerprint(self.certificate)
         proof = stream.recv_exactly(PROOF_BYTES)
         if not hmac.compare_digest(proof, _proof(self.secret + token, b"client", transcript)):
-            raise DescriptorError("a client does not know the secret")
+            raise DescriptorError("a client does not know the secret, or the session that it belongs to has ended")
         stream.sendall(_proof(self.secret + token, b"worker", transcript))
 
 

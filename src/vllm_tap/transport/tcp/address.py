@@ -5,7 +5,9 @@ Used by both processes.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -16,6 +18,7 @@ from vllm_tap.errors import SpecError
 SCHEME: Final = "tcp://"
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_NAMESPACE: Final = "/proc/self/ns/net"
 
 
 class Address(NamedTuple):
@@ -78,8 +81,12 @@ def reachable_host(bound: str) -> str:
 
 
 def host_id() -> bytes:
-    """Return 16 bytes that tell this host, as long as it runs, from all others."""
+    """Return 16 bytes that tell processes which shared memory reaches from all others, as long as this host runs.
+
+    The sockets that hand memory over belong to a network namespace: each container of a host is one of its own here.
+    """
     try:
-        return bytes.fromhex(_BOOT_ID.read_text().strip().replace("-", ""))[:16]
-    except (OSError, ValueError):
-        return socket.gethostname().encode()[:16].ljust(16, b"\0")
+        boot, namespace = _BOOT_ID.read_text().strip(), os.readlink(_NAMESPACE)
+    except OSError:
+        boot, namespace = socket.gethostname(), ""
+    return hashlib.sha256(f"{boot} {namespace}".encode()).digest()[:16]

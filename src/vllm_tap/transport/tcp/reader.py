@@ -49,6 +49,15 @@ def _codec(terms: Access, same_host: bool) -> tuple[Callable[[], str], Meter | N
     return meter.choose, meter
 
 
+def _memory(block: Block) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    try:
+        return np.empty(block.nbytes, np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more than an array can have
+        raise DescriptorError(
+            f"there is no memory here for the {block.nbytes} bytes of block {block.block_id}", block_id=block.block_id
+        ) from error
+
+
 class Fetched:
     """Blocks that were fetched together."""
 
@@ -158,7 +167,7 @@ class NetworkReader:
             for block in blocks:
                 check_block(block)
             check_distinct(blocks)
-            leases = [Lease(block, np.empty(block.nbytes, np.uint8)) for block in blocks]
+            leases = [Lease(block, _memory(block)) for block in blocks]
             self.fetch(Piece(lease.block.block_id, 0, lease.array.data) for lease in leases)
         finally:
             self.release(sorted(usable_ids(blocks)))

@@ -1,0 +1,51 @@
+"""Transports of blocks by name, for tests that all of them pass: a server over a pool, and readers of it."""
+
+from __future__ import annotations
+
+import itertools
+
+from vllm_tap.transport.calls import CallServer
+from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.transport.segment.reader import SegmentReader
+from vllm_tap.transport.segment.server import SegmentServer
+from vllm_tap.transport.tcp.access import Access
+from vllm_tap.transport.tcp.address import is_network
+from vllm_tap.transport.tcp.reader import NetworkReader
+from vllm_tap.transport.tcp.server import NetworkServer
+from vllm_tap.transport.tcp.settings import Settings
+
+NAMES = ["segment", "tcp"]
+SECRET = b"a secret of the tests"
+
+Server = SegmentServer | NetworkServer
+Reader = SegmentReader | NetworkReader
+
+
+def serve(name: str, pool: SegmentPool) -> Server:
+    """Return a server of blocks of a pool, to all its clients."""
+    if name == "segment":
+        return SegmentServer(lambda _: pool)
+    return _Network(pool)
+
+
+class _Network(NetworkServer):
+    def __init__(self, pool: SegmentPool) -> None:
+        self._own_calls = CallServer(lambda data: data)
+        given = Settings("127.0.0.1", 0, SECRET, is_random=False, tls=False)
+        super().__init__(given, lambda _: pool, self._own_calls, itertools.count(1))
+
+    def close(self) -> None:
+        super().close()
+        self._own_calls.close()
+
+
+def connect(address: str, timeout_s: float = 5.0) -> Reader:
+    """Return a reader of what is served at an address."""
+    if is_network(address):
+        return NetworkReader(address, Access(SECRET, tls=False, timeout_s=timeout_s))
+    return SegmentReader(address, timeout_s=timeout_s)
+
+
+def keeps(reader: Reader) -> bool:
+    """Tell whether a block is taken in the worker as long as an array over it lives; else it is free when read."""
+    return isinstance(reader, SegmentReader)
