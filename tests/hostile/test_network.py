@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -333,6 +334,21 @@ def test_connections_for_rows_are_a_clients_own(served):
     for token in (b"", b"t" * 32):
         with pytest.raises(TransportError, match="ended the connection"):
             access.connect(parse(server.address), ACCESS, access.ROWS, Credential(reader.client, token))
+
+
+@pytest.mark.parametrize("role", [access.SESSION, access.CALLS, access.ROWS])
+def test_a_client_without_the_secret_is_sent_a_nonce_and_nothing_else(served, role):
+    """In every role: what it asks for behind a wrong proof is not answered, and the block stays its owner's."""
+    reader, server, pool = served
+    block, content = put(reader, server, pool, 1000)
+    with socket.create_connection(parse(server.address)) as connection:
+        connection.sendall(struct.pack("<4sHHI32s", b"vtpn", 1, role, reader.client, secrets.token_bytes(32)))
+        assert connection.recv(40, socket.MSG_WAITALL)[:8] == b"vtpn\x01\x00\x00\x00"
+        fetch = struct.pack("<HHIQQQ", 0, 1, 0, block.block_id, 0, block.nbytes)
+        connection.sendall(secrets.token_bytes(32) + fetch)
+        with contextlib.suppress(ConnectionResetError):
+            assert not connection.recv(1)
+    assert reader.lease(block).array.tobytes() == content
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(served):

@@ -40,6 +40,11 @@ SEGMENT, NETWORK = "segment", "tcp"
 """Ways to a worker: memory of this host, and a network."""
 
 GONE = "the engine is gone: a worker closed its connection. Start a new LLM."
+SILENT = (
+    "a worker on a network sends nothing: it stands still, or its host cannot be reached. Capture later, or start "
+    "a new LLM."
+)
+LOST = "the connection to a worker over a network has ended. Capture again, or start a new LLM if the engine has ended."
 
 HandedOver = list[tuple[messages.Descriptor, RankMemory]]
 
@@ -132,16 +137,13 @@ class Connection:
         """Network addresses of workers that were started with VLLM_TAP_LISTEN; for `at`, with their secret."""
         return [hello.network for hello in self.hellos if hello.network]
 
-    def _terms(self) -> Access:
-        """Return the terms of workers on a network.
+    def _terms(self, made_there: str = "") -> Access:
+        """Return the terms of a worker on a network, which may have told the engine object the secret that it made.
 
         Raises:
             SpecError: Nobody knows the secret here.
         """
-        if self._access is None:
-            made_there = next((hello.secret for hello in self.hellos if hello.secret), None)
-            self._access = Access(read_secret(made_there))
-        return self._access
+        return self._access or Access(read_secret(made_there or None))
 
     def _pass_rows(self, llm: Any, num_tokens: int) -> None:
         """Send prompts of so many tokens through the model."""
@@ -250,7 +252,7 @@ class Connection:
         self._require_alive()
         keys = [(rank, self._way(rank, way)) for rank in self._ranks()]
         if any(key not in self._callers for key in keys):  # the connection over a network was lost before
-            raise EngineDiedError(GONE)
+            raise EngineDiedError(LOST)
         return _exchange([self._callers[key] for key in keys], data)
 
     def hand_over(self, call: messages.Finish | messages.Take, way: str) -> Callable[[], HandedOver]:
@@ -290,7 +292,12 @@ class Connection:
         """Stop captures that nobody can end any more: they would hold memory for ever."""
         for capture_id, (recording, way) in list(self._under_way.items()):
             if recording() is None:
-                self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
+                try:
+                    self.choose_transport(way or "inline")  # which connects again where that was lost
+                    self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
+                except (EngineDiedError, TransportError):
+                    if not self.goes_over_network(way):
+                        raise  # else it has ended with the session, as the worker was lost or is silent
                 self.ended(capture_id)
 
     def status(self, capture_id: str = "") -> list[dict[str, Any]]:
@@ -315,16 +322,25 @@ class Connection:
 
     def _require_alive(self) -> Any:
         """Return the engine object, None in a process that has none."""
+        lost = self._let_go_of_lost()
+        if lost:
+            raise EngineDiedError(LOST if lost == {NETWORK} else GONE)
+        return self._engine()
+
+    def _engine(self) -> Any:
         llm = self._llm() if self._llm is not None else None
-        is_gone = self._llm is not None and llm is None
-        lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
-        for key in lost:
-            if key[1] == NETWORK:  # the connection alone may have ended: the next capture makes another
-                self._readers.pop(key).close()
-                self._callers.pop(key).close()
-        if is_gone or lost:
+        if llm is None and self._llm is not None:
             raise EngineDiedError(GONE)
         return llm
+
+    def _let_go_of_lost(self) -> set[str]:
+        """Return the ways on which a worker was lost; over a network the connection alone may have ended."""
+        lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
+        for key in lost:
+            if key[1] == NETWORK:  # the next capture makes another
+                self._readers.pop(key).close()
+                self._callers.pop(key).close()
+        return {way for _, way in lost}
 
     def _ranks(self) -> list[int]:
         return [hello.rank.rank for hello in self.hellos]
@@ -359,7 +375,7 @@ class Connection:
         where = self._network.get(hello.rank.rank) or hello.network
         if not where:
             raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
-        terms = self._terms()
+        terms = self._terms(hello.secret)
         return NetworkReader(where, terms), lambda: caller(where, terms)
 
     def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], way: str) -> RankMemory:
@@ -400,10 +416,15 @@ class Connection:
             raise TransportError('transport="inline" goes through the engine object, which this process does not have.')
         if transport == "inline":
             return ""
-        self._require_alive()  # before a way is tried on which nobody answers any more
+        self._engine()
+        lost = self._let_go_of_lost()  # before a way is tried on which nobody answers any more
+        if SEGMENT in lost:
+            raise EngineDiedError(GONE)
         try:
             self.readers(transport)
-        except TransportError:
+        except TransportError as error:
+            if lost:
+                raise EngineDiedError(GONE) from error
             if transport != "auto" or self._llm is None:
                 raise
             return ""
@@ -451,7 +472,13 @@ def _engine_is_gone() -> Iterator[None]:
     try:
         yield
     except TransportError as error:
-        raise EngineDiedError(GONE) from error
+        raise EngineDiedError(_what_ended(error)) from error
+
+
+def _what_ended(error: TransportError) -> str:
+    if isinstance(error.__cause__, TimeoutError):
+        return SILENT
+    return LOST if is_network(str(error.identity.get("path", ""))) else GONE
 
 
 def expect(kind: type[T], replies: list[messages.Reply], name: str) -> list[T]:

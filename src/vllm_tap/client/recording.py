@@ -25,7 +25,7 @@ from vllm_tap.client.reduced import made_of, with_one_row_each
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.client.wishes import Wishes
-from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError
+from vllm_tap.errors import EngineDiedError, EngineUnsupportedError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
@@ -368,6 +368,8 @@ class Recording:
             if self._finishing is not None:
                 self._finished()  # and let go of it
                 return
+            if isinstance(current, EngineDiedError):
+                return  # a silent worker would be waited for again; where it lives after all, `stop_lost` ends it
             stop = messages.Stop(capture_id=self._start.capture_id)
             self._connection.ask(messages.Stopped, stop, self._way)()
             self._ended()

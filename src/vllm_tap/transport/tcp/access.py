@@ -142,6 +142,13 @@ def _introduce(
         transcript = preface + answer + _fingerprint(certificate)
         stream.sendall(_proof(access.secret + credential.token, b"client", transcript))
         proof = stream.recv_exactly(PROOF_BYTES)
+    except TimeoutError as error:
+        stream.close()
+        raise TransportError(
+            f"what listens at {address} sends nothing for {access.timeout_s:g} s: the worker stands still, or it is "
+            "another program.",
+            path=str(address),
+        ) from error
     except (OSError, EOFError) as error:
         stream.close()
         raise TransportError(
