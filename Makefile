@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -210,6 +210,11 @@ bench-codecs: $(MODEL)/config.json  ## codecs, on hidden states of the demo's mo
 	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 \
 	    --enforce-eager --save build/states.safetensors --force
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
+	$(MAKE) bench-render
+
+# Needs iperf3, and root for the link of 1 Gbit/s; the states are those of bench-codecs.
+bench-tcp: $(VENV)/.dev  ## rows over TCP, on loopback and over 1 Gbit/s
+	$(BIN)/python bench/tcp.py --input build/states.safetensors --out bench/results/tcp-cpu.json
 	$(MAKE) bench-render
 
 bench-seed: $(VENV)/.dev  ## against the former implementation

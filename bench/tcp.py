@@ -5,6 +5,7 @@
 
 A worker and a client in two processes, without an engine. The link is between two network namespaces with a token
 bucket (`tc`), which takes root; there is none without. Nothing is encrypted: what is measured is links and codecs.
+`--alone` has the scheduler serve this session before all others, for a machine that others use (root; under `setsid`).
 """
 
 from __future__ import annotations
@@ -124,7 +125,10 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256, help="of rows in a transfer; repeated if the file is shorter")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--alone", action="store_true", help="before all other sessions on the cores")
     options = parser.parse_args()
+    if options.alone:
+        Path("/proc/self/autogroup").write_text("-20")
     states = np.frombuffer(b"".join(tensor.data for tensor in read_tensors(options.input)[0]), np.uint8)
     content = np.resize(states, options.mib << 20)
     load = os.getloadavg()[0]
@@ -134,12 +138,15 @@ def main() -> None:
             enter(f"/run/netns/{first[-1]}")
             host = HOSTS[second[-1]]
             results["1 Gbit/s"] = measure(host, second, content, ["raw", "auto"], options.rounds)
+    command = f"python bench/tcp.py --input {options.input.name} --mib {options.mib} --rounds {options.rounds}"
     report = {
         "benchmark": "tcp",
-        "command": f"python bench/tcp.py --input {options.input.name} --mib {options.mib} --rounds {options.rounds}",
+        "command": command + " --alone" * options.alone,
         "load_average_1_min": round(load, 2),
         "commit": describe_commit(),
         "machine": describe_machine(),
+        "mib": options.mib,
+        "rounds": options.rounds,
         "bytes_per_second": results,
     }
     print(json.dumps(report, indent=2))

@@ -120,7 +120,7 @@ def run(family: str) -> None:
         node = subprocess.Popen(command, env=environment(HOSTS["vllm-tap-b"], 1))
         try:
             command = [*first, sys.executable, __file__, "--head", folder]
-            subprocess.run(command, env=environment(HOSTS["vllm-tap-a"], 0), check=True, timeout=230)
+            subprocess.run(command, env=environment(HOSTS["vllm-tap-a"], 0), check=True, timeout=600)
             print(f"{family}: {time.monotonic() - begin:.0f} s", flush=True)
         finally:
             node.terminate()

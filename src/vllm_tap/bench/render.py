@@ -32,6 +32,7 @@ RENDERERS: dict[str, Callable[[Path], str]] = {
     "host": gpu_checks.host,
     "mechanisms": gpu_checks.mechanisms,
     "memory": gpu_checks.memory,
+    "network": cpu_tables.network,
     "seed": cpu_tables.seed,
     "store": cpu_tables.store,
 }

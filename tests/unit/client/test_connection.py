@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_tap.client import connection as connection_module
 from vllm_tap.client.connection import SEGMENT, Connection
 from vllm_tap.errors import EngineDiedError
 from vllm_tap.vllm import frontend
@@ -45,3 +46,21 @@ def test_a_worker_that_is_gone_is_said_to_be_by_every_way(transport: str) -> Non
     connection.hellos = [SimpleNamespace(rank=SimpleNamespace(rank=0), host="", network="tcp://127.0.0.1:1")]
     with pytest.raises(EngineDiedError, match="new LLM"):
         connection.choose_transport(transport)
+
+
+def test_each_worker_is_reached_with_the_secret_that_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VLLM_TAP_SECRET every rank makes one of its own, and tells it to who has the engine object."""
+    monkeypatch.delenv("VLLM_TAP_SECRET", raising=False)
+    used: dict[str, bytes] = {}
+    monkeypatch.setattr(connection_module, "NetworkReader", lambda where, terms: used.setdefault(where, terms.secret))
+    monkeypatch.setattr(connection_module, "caller", lambda where, terms: used[where] == terms.secret)
+    connection = object.__new__(Connection)
+    connection._prepare(None)
+    secrets = {f"tcp://127.0.0.1:{rank}": f"a secret of rank {rank}" for rank in range(2)}
+    connection.hellos = [
+        SimpleNamespace(rank=SimpleNamespace(rank=rank), host="", network=where, secret=secret)
+        for rank, (where, secret) in enumerate(secrets.items())
+    ]
+    connection.readers("tcp")
+    assert used == {where: secret.encode() for where, secret in secrets.items()}
+    assert all(connection._callers.values())
