@@ -109,14 +109,16 @@ def network(results_dir: Path) -> str:
     rows = [["link", "`iperf3`", "rows without a codec", 'rows with codec="auto"']]
     for name, rates in results["bytes_per_second"].items():
         raw, auto = rates["raw"], rates.get("auto")
-        chosen = f"{_rate(auto)} by `{rates['auto took']}` ({_times(auto / raw)})" if auto else "none within a host"
-        rows.append([name, _rate(rates["iperf3"]), f"{_rate(raw)} ({_times(raw / rates['iperf3'])})", chosen])
+        chosen = (
+            f"{_megabytes(auto)} by `{rates['auto took']}` ({_times(auto / raw)})" if auto else "none within a host"
+        )
+        rows.append([name, _megabytes(rates["iperf3"]), f"{_megabytes(raw)} ({_times(raw / rates['iperf3'])})", chosen])
     words = f"{results['mib']} MiB of bfloat16 hidden states at a time, medians of {results['rounds']}, no TLS."
     machine = cpu_machine(results, "numpy")
     return "\n\n".join([table(rows), words, origin((results, source, machine))])
 
 
-def _rate(bytes_per_second: float) -> str:
+def _megabytes(bytes_per_second: float) -> str:
     return f"{three_digits(bytes_per_second / 1e6)} MB/s"
 
 
