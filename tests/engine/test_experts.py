@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,19 +168,26 @@ def test_replay_records_are_the_choices_of_hugging_face(engine, choice, known, t
         tokens = sequence(second.outputs[0])
         assert ids.shape[:2] == (len(tokens), 4)
         assert records[1].num_tokens == len(tokens) + 1
-        choices = known.choices_of(tokens)
-        for layer in range(4):
-            if layer not in choices:
-                assert not ids[:, layer].any()
-                assert not weights[:, layer].any()
-                continue
-            scale = second.routing[layer].output_scale
-            found = in_order(torch.from_numpy(ids[:, layer]), torch.from_numpy(weights[:, layer]) * scale)
-            same = (found[0] == choices[layer][0]).all(-1)
-            # As in `check_choice`: logits agree to 1e-5.
-            assert (~same).sum() <= 1
-            torch.testing.assert_close(found[1][same], choices[layer][1][same], rtol=0, atol=TOLERANCE)
+        check_record(ids, weights, known.choices_of(tokens), second.routing)
+        for layer in second.routing:
             assert records[1].weights[:, layer].tobytes() == sample.expert_weights[layer][start:].numpy().tobytes()
+
+
+def check_record(
+    ids: np.ndarray, weights: np.ndarray, choices: dict[int, tuple[torch.Tensor, torch.Tensor]], routings: Any
+) -> None:
+    """Check ids and weights [T, L, K] against what the routers of Hugging Face's model return."""
+    for layer in range(ids.shape[1]):
+        if layer not in choices:
+            assert not ids[:, layer].any()
+            assert not weights[:, layer].any()
+            continue
+        scaled = torch.from_numpy(weights[:, layer]) * routings[layer].output_scale
+        found_ids, found_weights = in_order(torch.from_numpy(ids[:, layer]), scaled)
+        same = (found_ids == choices[layer][0]).all(-1)
+        # As in `check_choice`: logits agree to 1e-5.
+        assert (~same).sum() <= 1
+        torch.testing.assert_close(found_weights[same], choices[layer][1][same], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.usefixtures("choice")

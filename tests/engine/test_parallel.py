@@ -10,13 +10,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from engine.engines import DENSE, TRANSPORTS, Engine, References, compare, prompts, surroundings
+from engine.engines import DENSE, TRANSPORTS, Engine, References, compare, prompts, sequence, surroundings
+from engine.test_experts import check_record
 from vllm_tap import Spec
 from vllm_tap.errors import EngineDiedError
+from vllm_tap.interchange import replay
 
 pytestmark = pytest.mark.engine
 
@@ -36,7 +38,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("llama", "tensor", Spec(**DENSE)),
-    Case("llama", "pipeline", Spec(**DENSE)),
+    Case("glm4_moe", "pipeline", Spec(**DENSE, router_logits="all")),
     Case("qwen3_moe", "tensor", Spec(**DENSE, router_logits="all")),
 ]
 
@@ -68,6 +70,16 @@ def test_every_row_is_that_of_hugging_face(case, engine, known):
         result = engine.capture(prompts(), case.spec, transport=transport)
         compare(result, known)
         assert {layer for layers in result.layers.values() for layer in layers} == {0, 1, 2, 3}
+    if case.spec.router_logits:
+        check_records(engine.capture(prompts(), Spec(routed_experts="all")), known)
+
+
+def check_records(result: Any, known: References) -> None:
+    """Check that records have the experts of all decoder layers, whichever stage chose them."""
+    for sample, output in zip(result, result.outputs, strict=True):
+        record = replay(sample)
+        assert record.ids.shape[1] == 4
+        check_record(record.ids, record.weights, known.choices_of(sequence(output)), result.routing)
 
 
 def test_ranks_share_the_layers(case, engine):
