@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from host_engine import INFOS, VOCABULARY, HostClient, HostEngine, Prompt
+from host_engine import VOCABULARY, HostClient, HostEngine, Prompt
 from shadow import wanted
-from unit.test_positions import TREE, built, expected
+from unit.test_positions import BOUND, TREE, built, expected
 from vllm_tap import Recording, Spec
 from vllm_tap.client.collector import Collector
 from vllm_tap.spec import DTYPES, NAMED_POSITIONS, REDUCTIONS
@@ -36,6 +36,8 @@ class Wish:
         self.spec = Spec(**fields, positions=positions, missing="skip")
         layers = {None: [], "all": [0, 1, 2], (1,): [1], (-1, 0): [0, 2]}[self.spec.hidden_states]
         self.places = [("hidden_states", layer) for layer in layers] + [("embeddings", 0)] * self.spec.embeddings
+        if self.spec.dtype == "fp8":
+            self.places = [(name, n) for name in ("hidden_states_fp8", "hidden_states_scale") for n in layers]
         self.places += [("expert_ids", 1), ("expert_weights", 1)] if self.spec.routed_experts else []
 
     def at(self, token_ids: list[int], prompt_len: int) -> list[int]:
@@ -44,15 +46,24 @@ class Wish:
             return wanted(self.spec.positions, prompt_len, token_ids)
         return sorted(expected(self._tree, token_ids, prompt_len))
 
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return what it makes of the rows at its positions."""
-        how, dtype = self.spec.reduce, getattr(torch, self.spec.dtype or str(rows.dtype).removeprefix("torch."))
+    def of(self, whole: Any, at: list[int], stream: str, layer: int) -> torch.Tensor:
+        """Return what it makes of the rows of a sample at its positions."""
+        how, is_fp8 = self.spec.reduce, self.spec.dtype == "fp8"
+        rows = rows_of(whole, "hidden_states" if is_fp8 else stream, layer)[at]
+        dtype = getattr(torch, self.spec.dtype or str(rows.dtype).removeprefix("torch."), None)
         if how == "last":
             rows = rows[-1:]
         elif how is not None and len(rows):
             exact = rows.float()
             rows = {"mean": exact.mean, "sum": exact.sum, "max": exact.amax}[how](0, keepdim=True)
+        if is_fp8:
+            scale = rows.float().abs().amax(1, keepdim=True) / 448
+            return scale if stream == "hidden_states_scale" else (rows.float() / scale).to(torch.float8_e4m3fn)
         return rows.to(dtype) if rows.is_floating_point() else rows
+
+
+GENERATED = st.tuples(st.just("generated"), BOUND, BOUND, st.integers(2, 4))
+"""What an engine that drafts cannot choose from."""
 
 
 @st.composite
@@ -65,10 +76,12 @@ def wishes(draw: st.DrawFn) -> Wish:
         "dtype": draw(st.sampled_from([None, *DTYPES])),
     }
     fields["routed_experts"] = draw(st.sampled_from([None, "all"])) if fields["reduce"] in (None, "last") else None
+    if fields["dtype"] == "fp8":
+        fields |= {"hidden_states": fields["hidden_states"] or "all", "embeddings": False, "routed_experts": None}
     if not any(fields[name] for name in ("hidden_states", "embeddings", "routed_experts")):
         fields["embeddings"] = True
     named = st.sampled_from(NAMED_POSITIONS) | st.lists(st.integers(-9, 9), min_size=1).map(tuple)
-    return Wish(fields, draw(st.none() | TREE), draw(named))
+    return Wish(fields, draw(st.one_of(st.none(), TREE, GENERATED)), draw(named))
 
 
 def prompts_of(draw: random.Random, count: int) -> list[Prompt]:
@@ -82,8 +95,8 @@ def prompts_of(draw: random.Random, count: int) -> list[Prompt]:
 
 def places(sample: Any) -> Iterator[tuple[str, int]]:
     """Yield the streams and layers that a sample has."""
-    for info in INFOS:
-        yield from ((info.name, layer) for layer in sample._capture.layers.get(info.name, ()))
+    for name, layers in sample._capture.layers.items():
+        yield from ((name, layer) for layer in layers)
 
 
 def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
@@ -91,16 +104,22 @@ def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
     return sample._layers(stream)[layer]
 
 
+def bits(rows: torch.Tensor) -> bytes:
+    """Return the bytes of a tensor."""
+    return rows.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def check(parts: list[Any], wish: Wish, whole: Any) -> None:
     """Compare a sample, perhaps in parts, with what its Spec makes of all rows of its sequence."""
     tokens = whole.token_ids.tolist()
     at = wish.at(tokens, len(whole.output.prompt_token_ids))
     for part in parts:
-        assert list(places(part)) == wish.places
+        assert sorted(places(part)) == sorted(wish.places)
     for place in wish.places:
-        right, found = wish.of(rows_of(whole, *place)[at]), torch.cat([rows_of(part, *place) for part in parts])
+        right, found = wish.of(whole, at, *place), torch.cat([rows_of(part, *place) for part in parts])
         assert found.dtype == right.dtype
-        assert found.equal(right)
+        assert found.shape == right.shape
+        assert bits(found) == bits(right)
     kept = at if wish.spec.reduce is None else at[-1:]
     assert torch.cat([part.positions for part in parts]).tolist() == kept
     assert torch.cat([part.token_ids for part in parts]).tolist() == [tokens[position] for position in kept]
@@ -180,7 +199,7 @@ def check_memory(client: Client, foreign: list[Any]) -> None:
 
 @settings(max_examples=50)
 @given(
-    st.lists(wishes(), min_size=1, max_size=4),
+    st.lists(wishes(), min_size=3, max_size=5),
     st.sampled_from(["at the end", "samples", "rows"]),
     st.booleans(),
     st.integers(0, 2**32),

@@ -24,7 +24,7 @@ from vllm_tap.spec import Spec
 ROUTE: Final = "/v1/tap/rows"
 
 MAX_ROWS: Final = 1 << 24
-DTYPES: Final = {"bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
+DTYPES: Final = {"float8_e4m3fn", "bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
 
 
 class HttpTap:

@@ -17,6 +17,7 @@ from fastapi import HTTPException  # vLLM answers to this one as to its own erro
 from vllm_tap.client import missing
 from vllm_tap.client.live import Lives
 from vllm_tap.client.recording import resolve
+from vllm_tap.client.reduced import streams_made
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError
 from vllm_tap.frame import body
@@ -226,6 +227,11 @@ class Captures:
                 "others ask for.",
             )
 
+    def _streams(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """Return the layers of the streams that rows of a Spec have."""
+        layers = resolve(self._lives.connection, spec)
+        return {name: layers[stream] for name, stream in streams_made(spec, layers).items()}
+
     def _open(self, call: Call, request_id: str, spec: Spec) -> Reply:
         # vLLM puts the number of the prompt behind the id of a reply with completions.
         name = request_id.rpartition("-")[0] if request_id.startswith("cmpl-") else request_id
@@ -236,7 +242,7 @@ class Captures:
             raise self._refused(HTTPStatus.TOO_MANY_REQUESTS, str(error)) from None
         except ValueError as error:
             raise self._refused(HTTPStatus.CONFLICT, str(error)) from None
-        return Reply(self._results, result, resolve(self._lives.connection, spec))
+        return Reply(self._results, result, self._streams(spec))
 
     async def _captured(
         self,
