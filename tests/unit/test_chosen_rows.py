@@ -106,7 +106,7 @@ def rows_of(sample: Any, stream: str, layer: int) -> torch.Tensor:
 
 def bits(rows: torch.Tensor) -> bytes:
     """Return the bytes of a tensor."""
-    return rows.contiguous().view(torch.uint8).numpy().tobytes()
+    return rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check(parts: list[Any], wish: Wish, whole: Any) -> None:
@@ -184,6 +184,7 @@ class Client:
             if (sample, 0) not in self.found:
                 alone = self._collector.result(sample, prompt.output())
                 self.found |= {(sample, c): [alone.sample(0, c)] for c in self._completions(sample)}
+            self._collector.drop(sample)  # what came of it behind its end
         assert not self._collector.held_bytes
 
     def _completions(self, sample: int) -> range:
