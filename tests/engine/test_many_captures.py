@@ -285,10 +285,10 @@ def test_a_client_that_is_killed_takes_its_capture_along_and_no_other(engine, kn
 
 
 def rows_at(sample: Any, first: int) -> list[bytes]:
-    """Return the bytes of each row of a sample from a position on."""
+    """Return the bytes of each row of a sample from a position on; not of embeddings, equal for equal tokens."""
     found = []
     for stream, layers in sample._capture.layers.items():
-        for layer in layers:
+        for layer in layers if stream != "embeddings" else ():
             rows = sample._layers(stream)[layer]
             found += [row.numpy().tobytes() for row, at in zip(rows, sample.positions, strict=True) if at >= first]
     return found
@@ -380,7 +380,7 @@ FREE_AGAIN_S = 5.0
 
 def test_a_streaming_client_that_is_killed_leaves_neither_memory_nor_files(engine, known, tmp_path):
     """Killed with rows that it has taken, others that it has not, in memory and in files; its requests go on."""
-    before = engine.status()[0]["capacity_bytes"]
+    (before,) = engine.status()
     client = Client(tmp_path, connect(engine.llm).addresses, STREAMING_CLIENT)
     try:
         for _ in range(2):
@@ -389,7 +389,7 @@ def test_a_streaming_client_that_is_killed_leaves_neither_memory_nor_files(engin
             client.said("taken")
         run(engine, [client.mark(n) for n in range(8)], seed=33)
         (state,) = engine.status()
-        assert state["used_bytes"] > 0
+        assert state["used_bytes"] > before["used_bytes"]
         assert state["spilled_bytes"] > 1 << 18
     finally:
         client.process.kill()
@@ -397,8 +397,8 @@ def test_a_streaming_client_that_is_killed_leaves_neither_memory_nor_files(engin
 
     def is_free() -> bool:
         (state,) = engine.status()
-        held = state["used_bytes"], state["spilled_bytes"], max(state["capacity_bytes"] - before, 0)
-        return held == (0, 0, 0) and not state["captures"]
+        names = "used_bytes", "spilled_bytes", "capacity_bytes"
+        return all(state[name] <= before[name] for name in names) and not state["captures"]
 
     wait_until(is_free, "the end of what a killed client held", FREE_AGAIN_S)
     compare(engine.capture(prompts(), Spec(hidden_states="all")), known)

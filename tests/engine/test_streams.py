@@ -153,7 +153,8 @@ def test_a_prompt_that_runs_on_beside_many_holds_little(engine: Engine) -> None:
     """Parts that were handed over with its rows stay until it ends, and take no more than their rows."""
     long, others = prompts((3,)), prompts((9,) * 60, seed=1)
     params = [greedy(max_tokens=120), *(greedy(max_tokens=2) for _ in others)]
-    recording = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=BUDGET)
+    # Rows of 1.5 MB. A reservation is a sixteenth of the budget, so 60 that stay whole would not fit.
+    recording = Recording(engine.llm, Spec(hidden_states="all"), budget_bytes=4 << 20)
     outputs: list[Any] = [None] * len(params)
     collector = Collector(recording)
     for number, prompt in enumerate([*long, *others]):
@@ -211,14 +212,16 @@ def test_files_that_are_full_or_cannot_be_end_a_capture(engine: Engine, tmp_path
 
 
 def test_a_stream_that_may_not_wait_fails_when_the_budget_is_full(engine: Engine) -> None:
-    """And gives the engine back."""
+    """And gives the engine back, also while somebody holds the error."""
     with (
-        pytest.raises(BudgetError),
+        pytest.raises(BudgetError) as caught,
         Tap(engine.llm).stream(
             prompts((100,) * 40), Spec(hidden_states="all"), budget_bytes=1 << 20, on_full="fail", **GREEDY
         ) as samples,
     ):
         list(samples)
+    wait_until(lambda: not engine.used_bytes(), "the end of the memory")
+    assert caught.value.budget_bytes == 1 << 20
     assert_is_free(engine)
 
 

@@ -208,6 +208,10 @@ class Collector:
         for rank in self._ranks.values():
             rank.drop(sample)
 
+    def close(self) -> None:
+        """Let go of all rows. An error that ended the capture may keep this object, and with it the memory."""
+        self._ranks.clear()
+
 
 def _owned(rank: Rank, sample: int, sequences: Sequences, places: Collection[Place]) -> OwnedRows:
     """Return the wanted rows of one rank in some streams and layers, copied together."""

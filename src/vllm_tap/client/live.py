@@ -202,7 +202,10 @@ class Live:
         """End the capture."""
         with contextlib.suppress(TapError):
             await asyncio.shield(self._starting)
-            await self.locked(lambda collector: self.recording.stop())
+            try:
+                await self.locked(lambda collector: self.recording.stop())
+            finally:
+                await self.locked(Collector.close)
 
 
 class Tasks:

@@ -340,6 +340,7 @@ class _Run:
         """Abort what still runs, where the stream was not read to its end."""
         stepping.abort(self._llm, [name for running in self._running.values() for name in running.added.inside])
         self._running.clear()
+        self._collector.close()
         if not self._recording.has_ended:
             self._recording.stop()
 
