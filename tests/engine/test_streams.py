@@ -205,7 +205,7 @@ def test_files_that_are_full_or_cannot_be_end_a_capture(engine: Engine, tmp_path
         engine.capture(many, spec, on_full=Spill(tmp_path, 0))
     with pytest.raises(SpecError, match="needs shared memory"):
         engine.capture(many, spec, on_full="spill", transport="inline")
-    with pytest.raises(SpecError, match=r"on_full='wait' .* Tap\(llm\).stream"):
+    with pytest.raises(SpecError, match=r"on_full='wait' .*Tap\(llm\).stream"):
         engine.capture(many, spec, on_full="wait")
     assert_is_free(engine)
     assert engine.status()[0]["spilled_bytes"] == 0
