@@ -57,6 +57,16 @@ class SampleStreams(Generic[Layers]):
         return self._layers("hidden_states")
 
     @property
+    def hidden_states_fp8(self) -> Layers:
+        """The same in e4m3, of dtype="fp8"; to be multiplied by `hidden_states_scale`: {layer: Tensor [R, D]}."""
+        return self._layers("hidden_states_fp8")
+
+    @property
+    def hidden_states_scale(self) -> Layers:
+        """A scale for each row of `hidden_states_fp8`: {layer: Tensor float32 [R, 1]}."""
+        return self._layers("hidden_states_scale")
+
+    @property
     def attention_output(self) -> Layers:
         """Rows that attention, or a block in its place, adds to the residual stream: {layer: Tensor [R, D]}."""
         return self._layers("attention_output")

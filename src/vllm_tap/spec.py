@@ -45,7 +45,7 @@ LATER: Final = ("attention_output", "mlp_output", "reduce", "dtype")
 
 REDUCTIONS: Final = ("last", "mean", "max", "sum")
 
-DTYPES: Final = ("float32", "float16")
+DTYPES: Final = ("float32", "float16", "fp8")
 """Dtypes that rows may be asked for in, beside their own."""
 
 
@@ -81,7 +81,8 @@ class Spec:
             position. Computed in float32. Its label is that of the last position that went into it. Of
             `routed_experts` there is `"last"` alone.
         dtype: `"float32"` or `"float16"`; by default the model's, also of what was computed in float32. Expert ids are
-            integers in any case.
+            integers in any case. `"fp8"`, for hidden states alone: a sample then has `hidden_states_fp8` (e4m3) and
+            `hidden_states_scale` (a float32 for each row and layer) in their place.
 
     Cost:
         Rows of positions that are not asked for are never written, with these exceptions: for `"last_generated"`, for
@@ -145,6 +146,9 @@ class Spec:
             raise SpecError(
                 f'Spec(reduce={reduce!r}) of expert ids means nothing: leave out routed_experts, or "last".'
             )
+        others = [name for name in self.streams if name != "hidden_states"]
+        if dtype == "fp8" and others:
+            raise SpecError(f'Spec(dtype="fp8") is for hidden_states alone: leave out {", ".join(others)}.')
         if not self.streams:
             raise SpecError('This Spec captures nothing: choose a stream, for example Spec(hidden_states="all").')
 

@@ -97,6 +97,9 @@ BLOCK_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.part == "bloc
 ROUTER_STREAMS: Final = tuple(kind.name for kind in STREAMS if kind.part == "router")
 """Streams of a router: what it chooses by, and what it chose."""
 
+IN_FP8: Final = {"hidden_states": ("hidden_states_fp8", "hidden_states_scale")}
+"""Streams that results have in place of another where a `Spec` says dtype="fp8": elements and scales."""
+
 
 def streams_of(field: str) -> tuple[str, ...]:
     """Return the streams that a field of a `Spec` stands for."""
@@ -104,7 +107,8 @@ def streams_of(field: str) -> tuple[str, ...]:
 
 
 def field_of(stream: str) -> str:
-    """Return the field of a `Spec` that asks for a stream."""
+    """Return the field of a `Spec` that asks for a stream, also in another form."""
+    stream = next((whole for whole, parts in IN_FP8.items() if stream in parts), stream)
     return STREAMS[NUMBERS[stream]].field
 
 

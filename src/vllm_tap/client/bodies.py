@@ -27,7 +27,7 @@ LABEL_BYTES: Final = 4
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
-DTYPES: Final = {"bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
+DTYPES: Final = {"float8_e4m3fn", "bfloat16", "float16", "float32", "float64", "uint8", "int16", "int32", "int64"}
 
 
 class _Choices:

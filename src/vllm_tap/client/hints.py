@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import nearest
-from vllm_tap.streams import ROUTER_STREAMS, SINGLE_STREAMS, STREAMS, field_of
+from vllm_tap.streams import IN_FP8, ROUTER_STREAMS, SINGLE_STREAMS, STREAMS, field_of
 
 
 class Captured(Protocol):
@@ -22,7 +22,9 @@ class Captured(Protocol):
     has_final_norm: bool
 
 
-CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kind.field}=True" for kind in STREAMS}
+CHOICES: Final = {kind.name: f'{kind.field}="all"' if kind.per_layer else f"{kind.field}=True" for kind in STREAMS} | {
+    name: f'{stream}="all", dtype="fp8"' for stream, names in IN_FP8.items() for name in names
+}
 """Argument by which `Spec` asks for each stream of a result."""
 
 NO_EXPERTS: Final = "No layer of this model has experts."

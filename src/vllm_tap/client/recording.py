@@ -23,7 +23,7 @@ from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import Place, RowSource, SomeRows
 from vllm_tap.client.progress import Progress
 from vllm_tap.client.rank_rows import RankRows, RowMatcher
-from vllm_tap.client.reduced import made_of, with_one_row_each
+from vllm_tap.client.reduced import NOTES, made_of, streams_made, with_one_row_each
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.client.wishes import Wishes
@@ -369,14 +369,15 @@ class Recording:
         for name in ROUTER_STREAMS:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"
+        made = streams_made(spec, layers)
         return Capture(
             spec,
             outputs,
             sequences,
             ranks,
-            {name: conventions[name] for name, numbers in layers.items() if numbers},
+            {name: conventions[stream] + NOTES.get(name, "") for name, stream in made.items() if layers[stream]},
             routing,
-            list(layers),
+            list(made),
             self._connection.num_layers,
             bool(self._connection.available("final_hidden_states")),
         )

@@ -59,10 +59,11 @@ def numpy_rows(source: Any, stream: str, layer: int, start: int, stop: int) -> n
 
 
 def to_numpy(rows: torch.Tensor) -> npt.NDArray[Any]:
-    """Return a tensor as an array; bfloat16 comes as float32, without loss."""
+    """Return a tensor as an array; bfloat16 and e4m3 come as float32, without loss."""
     import torch
 
-    array: npt.NDArray[Any] = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+    widened = torch.bfloat16, torch.float8_e4m3fn
+    array: npt.NDArray[Any] = (rows.float() if rows.dtype in widened else rows).numpy()
     return array
 
 

@@ -15,6 +15,7 @@ from fastapi import HTTPException  # vLLM answers to this one as to its own erro
 from vllm_tap.client import missing
 from vllm_tap.client.live import Lives
 from vllm_tap.client.recording import resolve
+from vllm_tap.client.reduced import streams_made
 from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError
 from vllm_tap.labels import KEY
 from vllm_tap.serve.files import FileReply
@@ -128,6 +129,11 @@ class Captures:
                 "others ask for.",
             )
 
+    def _streams(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """Return the layers of the streams that rows of a Spec have."""
+        layers = resolve(self._lives.connection, spec)
+        return {name: layers[stream] for name, stream in streams_made(spec, layers).items()}
+
     def _open(self, call: Call, request_id: str, spec: Spec, params: Any) -> Replies:
         if self._settings.hidden_states_folder and KEY not in (params.extra_args or {}):
             return FileReply(Path(self._settings.hidden_states_folder), self._settings.ttl_s)
@@ -141,7 +147,7 @@ class Captures:
             raise self._refused(HTTPStatus.CONFLICT, str(error)) from None
         # Streams of tokens do not carry the reply's handle.
         inline_bytes = 0 if asynchronous.is_delta(params) else self._settings.inline_bytes
-        return Reply(self._results, result, resolve(self._lives.connection, spec), inline_bytes)
+        return Reply(self._results, result, self._streams(spec), inline_bytes)
 
     async def _captured(
         self, running: Running, spec: Spec, params: Any, start: Callable[[Any], AsyncGenerator[Any, None]]

@@ -73,7 +73,7 @@ def read(additional_config: Any) -> Settings:
 def _with_folder(settings: Settings, spec: Spec | None) -> Settings:
     """Check that a default Spec can go into files, and make their folder."""
     fits = spec is not None and spec.hidden_states is not None and FILED.issuperset(spec.streams)
-    if spec is None or not fits or spec.reduce or spec.positions not in ("prompt", "all"):
+    if spec is None or not fits or spec.reduce or spec.dtype == "fp8" or spec.positions not in ("prompt", "all"):
         raise SpecError(
             f"additional_config[{KEY!r}]: hidden_states_folder takes a spec of hidden_states, with embeddings or "
             f'without, of positions "prompt" or "all", got {settings.spec}.'

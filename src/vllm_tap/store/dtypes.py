@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Dtype(NamedTuple):
 
 
 DTYPES: Final = {
+    "float8_e4m3fn": Dtype("F8_E4M3", 1, "|u1"),
     "bfloat16": Dtype("BF16", 2, "<u2"),
     "float16": Dtype("F16", 2, "<f2"),
     "float32": Dtype("F32", 4, "<f4"),
@@ -30,7 +32,10 @@ DTYPES: Final = {
     "int32": Dtype("I32", 4, "<i4"),
     "int64": Dtype("I64", 8, "<i8"),
 }
-"""numpy has no bfloat16: its bits come as `uint16`, see `to_numpy`."""
+"""numpy has neither bfloat16 nor e4m3: their bits come as integers, see `to_numpy`."""
+
+WIDENED: Final = ("bfloat16", "float8_e4m3fn")
+"""Those that become float32 in numpy, without loss."""
 
 
 def dtype_of(name: str) -> Dtype:
@@ -46,11 +51,21 @@ def dtype_of(name: str) -> Dtype:
 
 
 def to_numpy(data: Bytes, name: str, width: int) -> npt.NDArray[Any]:
-    """Return bytes as an array [R, width]: a view, but for bfloat16, which is widened to float32 without loss."""
+    """Return bytes as an array [R, width]: a view, but bfloat16 and e4m3 become float32, without loss."""
     array: npt.NDArray[Any] = data.view(DTYPES[name].numpy).reshape(-1, width)
     if name == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
-    return array
+    return _e4m3_values()[array] if name == "float8_e4m3fn" else array
+
+
+@functools.cache
+def _e4m3_values() -> npt.NDArray[np.float32]:
+    """Return what the 256 numbers of e4m3 are: a sign, four bits of exponent from -6 on, three bits; 0x7f is NaN."""
+    code = np.arange(256)
+    exponent, bits = code >> 3 & 15, code & 7
+    sizes = np.where(exponent > 0, np.ldexp(1 + bits / 8, exponent - 7), np.ldexp(bits / 8, -6))
+    sizes[code & 127 == 127] = np.nan
+    return np.where(code < 128, sizes, -sizes).astype(np.float32)
 
 
 def to_torch(data: Bytes, name: str, width: int) -> Any:

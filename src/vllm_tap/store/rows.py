@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tap.store.dtypes import DTYPES, Bytes, to_numpy, to_torch
+from vllm_tap.store.dtypes import DTYPES, WIDENED, Bytes, to_numpy, to_torch
 from vllm_tap.store.facts import StreamFacts
 from vllm_tap.store.part import Part
 
@@ -145,7 +145,7 @@ class Rows:
         pieces = [to_numpy(data, self.dtype, self.shape[1]) for data in self._pieces(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
-        kind = np.dtype(np.float32 if self.dtype == "bfloat16" else DTYPES[self.dtype].numpy)
+        kind = np.dtype(np.float32 if self.dtype in WIDENED else DTYPES[self.dtype].numpy)
         return np.concatenate(pieces) if pieces else np.empty((0, self.shape[1]), kind)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
