@@ -1,18 +1,23 @@
-"""Captures over a network, on loopback, from an engine that was told to listen; another engine listens nowhere else."""
+"""Captures over a network, on loopback, from an engine that was told to listen; one that was not listens nowhere."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from engine.engines import Engine, greedy, prompts
+from engine.engines import Engine, greedy, prompts, wait_until
 from vllm_tap import Recording, Spec
 from vllm_tap.client.connection import Connection, connect
-from vllm_tap.errors import TransportError
+from vllm_tap.errors import EngineDiedError, TransportError
+from vllm_tap.transport.tcp.access import SILENCE_SECONDS
 
 pytestmark = pytest.mark.engine
 
@@ -59,14 +64,78 @@ def test_a_client_elsewhere_captures_with_the_secret_alone(engine):
     assert [state["captures"] for state in engine.status()] == [[]]
 
 
+def test_a_connection_that_was_lost_is_made_anew(engine):
+    """A capture under way ends with an error that says to capture again; the next one is as if nothing had been."""
+    given, own = prompts([5, 40]), connect(engine.llm)
+    expected = engine.capture(given, SPEC, transport="tcp")
+    recording = Recording(engine.llm, SPEC, transport="tcp")
+    for _ in range(2):  # the second time without a capture under way
+        for stream in own.readers("tcp").values():
+            stream._session.shutdown()
+        if recording is not None:
+            with pytest.raises(EngineDiedError, match="Capture again"):
+                recording.finish([])
+        recording = None
+        found = engine.capture(given, SPEC, transport="tcp")
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.final_hidden_states, other.final_hidden_states)
+    wait_until(lambda: not engine.status()[0]["captures"], "the end of captures")
+
+
+def test_a_worker_that_stands_still_is_an_error_in_bounded_time(engine):
+    """SIGSTOP: rows that wait in it, a client that connects, and a capture that begins each raise; none hangs."""
+    own = connect(engine.llm)
+    (hello,) = own.hellos
+    elsewhere = Connection.at(own.network_addresses, secret=hello.secret)
+    given, remote = prompts([5, 40]), Recording(elsewhere, SPEC)
+    outputs = engine.llm.generate(given, remote.mark_all([greedy()] * 2), use_tqdm=False)
+    attempts = [
+        lambda: remote.finish(outputs),
+        lambda: Connection.at(own.network_addresses, secret=hello.secret),
+        lambda: engine.capture(given, SPEC, transport="tcp"),
+    ]
+    own.readers("tcp")  # connected before, as it is from then on
+    (worker,) = {state["pid"] for state in engine.status()}
+    begin = time.monotonic()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor() as threads:
+            raised = [future.exception() for future in [threads.submit(attempt) for attempt in attempts]]
+        took = time.monotonic() - begin
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert [type(error) for error in raised] == [EngineDiedError, TransportError, EngineDiedError]
+    assert all("sends nothing" in str(error) for error in raised), raised
+    assert took < 2 * SILENCE_SECONDS  # once for each, not once more to clean up
+    elsewhere.readers("tcp")[0].close()  # which ends its capture
+
+
 def test_a_capturing_engine_listens_on_loopback_alone(engine):
     """What vLLM itself listens on is not ours; the worker's own address is of loopback."""
     (address,) = connect(engine.llm).network_addresses
-    listening = {
-        (at.laddr.ip, at.laddr.port)
-        for process in engine.processes
-        for at in psutil.Process(process.pid).net_connections("tcp")
-        if at.status == psutil.CONN_LISTEN
-    }
+    listening = listeners(engine)
     assert ("127.0.0.1", int(address.rpartition(":")[2])) in listening
     assert {host for host, _ in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_an_engine_that_was_not_told_to_listens_nowhere(tiny_model: Callable[..., Path]):
+    """A capture opens no socket of a network: those that listen are vLLM's, and of loopback."""
+    engine = Engine(tiny_model("llama"), enforce_eager=True)
+    before = listeners(engine)
+    with Recording(engine.llm, SPEC) as recording:
+        engine.llm.generate(prompts([5]), recording.mark_all([greedy()]), use_tqdm=False)
+        assert engine.used_bytes()
+        assert listeners(engine) == before
+    assert {host for host, _ in before} <= {"127.0.0.1", "::1"}
+    assert not connect(engine.llm).network_addresses
+    engine.close()
+
+
+def listeners(engine: Engine) -> set[tuple[str, int]]:
+    """Return addresses on which processes of an engine, and this one, listen."""
+    return {
+        (at.laddr.ip, at.laddr.port)
+        for pid in [os.getpid(), *(process.pid for process in engine.processes)]
+        for at in psutil.Process(pid).net_connections("inet")
+        if at.status == psutil.CONN_LISTEN
+    }
