@@ -45,7 +45,8 @@ class Arm:
         """Time a capture, until its rows are in this process's hands."""
         prompts, max_tokens = self._prompts(workload, seed)
         seconds, result = capture(self.setting, self.llm, prompts, max_tokens, self.setting.spec(spec))
-        return {"seconds": seconds, "bytes": result.num_bytes, "parts": dict(result.seconds)}
+        cached = sum(output.num_cached_tokens or 0 for output in result.outputs)
+        return {"seconds": seconds, "bytes": result.num_bytes, "parts": dict(result.seconds), "cached": cached}
 
     def host(self, workload: str, seed: int, spec: str) -> dict[str, Any]:
         """Return the microseconds of the host that a step of a capture takes, and what a worker holds."""
@@ -61,7 +62,9 @@ class Arm:
         self.setting.random = random.Random(seed)
         size = self.setting.workload(workload)
         prompts = self.setting.prompts(size)
-        if size[2] == 1:
+        if workload.startswith("cached"):
+            generate(self.llm, prompts, 1)
+        elif size[2] == 1:
             generate(self.llm, prompts[: len(prompts) // WARM_PART], 1)
         return prompts, size[2]
 

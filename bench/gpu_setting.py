@@ -26,16 +26,22 @@ WORKLOADS = {
     "decode 8 x (64 + 128)": (8, 64, 128),
     "decode 64 x (64 + 128)": (64, 64, 128),
     "decode 256 x (64 + 128)": (256, 64, 128),
+    "cached 64 x (1000 + 128)": (64, 1000, 128),
     "brief 8 x (64 + 4)": (8, 64, 4),
     "brief 64 x (64 + 4)": (64, 64, 4),
 }
-SPECS: dict[str, dict[str, Any]] = {
+Fields = dict[str, Any] | list[dict[str, Any]]
+SPECS: dict[str, Fields] = {
     "all layers": {"hidden_states": "all"},
     "3 layers": {"hidden_states": [0, 15, -1]},
     "last position, all layers": {"hidden_states": "all", "positions": "last"},
     "last position, embeddings": {"embeddings": True, "positions": "last"},
     "router logits and experts": {"router_logits": "all", "routed_experts": "all"},
+    "three streams, all layers": {"hidden_states": "all", "attention_output": "all", "mlp_output": "all"},
+    "four captures of 8 layers": [{"hidden_states": list(range(8 * n, 8 * n + 8))} for n in range(4)],
 }
+"""Fields of what is captured; of several captures at once, each of as many prompts as the next."""
+
 FAMILIES = {"llama-8b": "llama", "qwen3-30b-a3b": "qwen3_moe", "qwen3-vl-30b-a3b": "qwen3_moe"}
 """The tiny model of tests/support/models.py that stands in for a shape with --smoke."""
 
@@ -80,9 +86,12 @@ class Setting:
         num_prompts, length, max_tokens = WORKLOADS[name]
         return (min(num_prompts, 6), max(length // 50, 4), min(max_tokens, 5)) if self.smoke else WORKLOADS[name]
 
-    def spec(self, name: str) -> dict[str, Any]:
-        """Return the fields of a specification."""
-        return SPECS[name] | ({"hidden_states": [0, 2, -1]} if self.smoke and name == "3 layers" else {})
+    def spec(self, name: str) -> Fields:
+        """Return the fields of a specification, or of several."""
+        found = SPECS[name]
+        if isinstance(found, list):
+            return [{"hidden_states": [n]} for n in range(len(found))] if self.smoke else found
+        return found | ({"hidden_states": [0, 2, -1]} if self.smoke and name == "3 layers" else {})
 
     def rounds(self, rounds: int) -> int:
         """Return how often to measure."""
@@ -191,14 +200,18 @@ def pacing() -> Any:
 
 
 def capture(
-    setting: Setting, llm: Any, prompts: list[Any], max_tokens: int, spec: dict[str, Any], **options: Any
+    setting: Setting, llm: Any, prompts: list[Any], max_tokens: int, spec: Fields, **options: Any
 ) -> tuple[float, Any]:
-    """Time a capture, until its rows are in this process's hands."""
+    """Time a capture, or several at once, until the rows are in this process's hands."""
     import vllm_tap
 
+    if isinstance(spec, dict):
+        asked: Any = vllm_tap.Spec(**spec)
+    else:
+        asked = [vllm_tap.Spec(**spec[n * len(spec) // len(prompts)]) for n in range(len(prompts))]
     options = {"budget_bytes": setting.budget_bytes, "progress": False, **sampling(max_tokens), **options}
     begin = time.perf_counter()
-    result = vllm_tap.capture(llm, prompts, vllm_tap.Spec(**spec), **options)
+    result = vllm_tap.capture(llm, prompts, asked, **options)
     return time.perf_counter() - begin, result
 
 

@@ -3,6 +3,7 @@
 
     bash bench/gpu.sh python3 bench/gpu_table.py --out table.json
     ... --tree before=build/before --tree after=.     # a change: both trees take turns within every round
+    ... --more                                        # several streams, several captures, a warm prefix cache
     python bench/gpu_table.py --smoke                 # on CPU engines with tiny models, two minutes
 
 Every engine is a process of its own: one without the plugin, and one for each tree. A round runs every arm once, in
@@ -56,7 +57,8 @@ class Group(NamedTuple):
     lines: tuple[Line, ...]
 
 
-ALL, ROUTER = "all layers", "router logits and experts"
+ALL, ROUTER, LAST = "all layers", "router logits and experts", "last position, all layers"
+THREE, FOUR = "three streams, all layers", "four captures of 8 layers"
 GROUPS = (
     Group(
         "llama-8b",
@@ -77,6 +79,25 @@ GROUPS = (
         (Line("decode 8 x (64 + 128)", (IDLE, ROUTER), 25, 1.0),),
     ),
 )
+MORE = (
+    Group(
+        "llama-8b",
+        10 * GIB,
+        {"enable_prefix_caching": True},
+        1.0,
+        (
+            Line("decode 8 x (64 + 128)", (ALL, THREE), 25, 0.3),
+            Line("decode 256 x (64 + 128)", (THREE, FOUR), 9, 0.3),
+            Line("prefill 64 x 1000", (THREE,), 7, 0.2),
+            Line("cached 64 x (1000 + 128)", (LAST,), 9, 0.2),
+        ),
+    ),
+)
+"""Several streams, several captures, and a warm prefix cache: --more."""
+
+SINCE_STREAMS = (THREE, FOUR, LAST)
+"""Of several trees, the last alone is asked for these."""
+
 FEWEST_ROUNDS = 3
 HOST_SECONDS = 20
 """Kept back for the host's part of a step, which is asked for last."""
@@ -148,7 +169,12 @@ def measure(group: Group, engines: list[Engine], deadline: float, smoke: bool) -
         shares -= line.share
         times: dict[str, list[float]] = {}
         sizes: dict[str, int] = {}
-        arms = [(engine, spec) for engine in engines for spec in (line.specs if engine.tapped else ("plain",))]
+        arms = [
+            (engine, spec)
+            for engine in engines
+            for spec in (line.specs if engine.tapped else ("plain",))
+            if engine is engines[-1] or spec not in SINCE_STREAMS
+        ]
         for number in range(-1, 1 if smoke else line.rounds):
             if number >= FEWEST_ROUNDS and time.monotonic() > end:
                 break
@@ -171,7 +197,7 @@ def row_of(group: Group, workload: str, name: str, times: dict[str, list[float]]
     quarter = len(paired) // 4
     more, error = beyond(mine, plain)
     return {
-        "shape": group.shape + ("" if not group.engine else " (16 layers)"),
+        "shape": group.shape + (" (16 layers)" if "hf_overrides" in group.engine else ""),
         "workload": workload,
         "arm": name,
         "rounds": len(mine),
@@ -204,8 +230,9 @@ def run_group(group: Group, args: argparse.Namespace, sites: dict[str, Path | No
             result["rows"].append(row)
             show([row])
         for engine in engines[1:]:
-            line = group.lines[0]
-            result["host"][engine.name] = engine.ask("host", workload=line.workload, seed=0, spec=line.specs[-1])
+            workload, specs = group.lines[0].workload, group.lines[0].specs
+            spec = next(spec for spec in specs if spec in (ALL, ROUTER))
+            result["host"][engine.name] = engine.ask("host", workload=workload, seed=0, spec=spec)
     except RuntimeError as error:
         result["failed"] = str(error)
         print(f"# FAILED {group.shape}: {error}", flush=True)
@@ -265,6 +292,7 @@ def main() -> None:
         "--tree", action="append", default=[], metavar="NAME=FOLDER", help="with src/ and pyproject.toml"
     )
     parser.add_argument("--shapes", nargs="+", default=[group.shape for group in GROUPS])
+    parser.add_argument("--more", action="store_true", help="several streams, several captures, a warm prefix cache")
     parser.add_argument("--seconds", type=float, default=500, help="for all of it")
     parser.add_argument("--start-seconds", type=float, default=170, help="for the start of the engines of a model")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, one round")
@@ -275,7 +303,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` sends it: engines end, too
     begin, machine, sites = time.monotonic(), machine_of(args.smoke), sites_of(args.tree)
     results: list[dict[str, Any]] = []
-    groups = [group for group in GROUPS if group.shape in args.shapes]
+    groups = [group for group in (MORE if args.more else GROUPS) if group.shape in args.shapes]
     shares = sum(group.share for group in groups)
     for group in groups:
         left = begin + args.seconds - time.monotonic()

@@ -164,7 +164,8 @@ def test_rows_of_a_running_sequence_are_those_of_a_capture(
                 rows = torch.cat([block.hidden_states[layer] for block in found[index]])
                 expected = sample.hidden_states[layer].clone()  # a view would hold the memory
                 assert error(rows, expected, expected.square().mean().sqrt()) < TOLERANCE
-        assert positions != "all" or reduce or all(len(blocks) > 3 for blocks in found.values())
+        fewest = 1 if device.ON_CUDA else 3  # a GPU makes eight tokens of a tiny model in a few milliseconds
+        assert positions != "all" or reduce or all(len(blocks) > fewest for blocks in found.values())
         del whole, sample
         await until_free(engine)
 

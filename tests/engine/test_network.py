@@ -72,7 +72,7 @@ def test_a_connection_that_was_lost_is_made_anew(engine):
     expected = engine.capture(given, SPEC, transport="tcp")
     recording = Recording(engine.llm, SPEC, transport="tcp")
     for _ in range(2):  # the second time without a capture under way
-        for stream in own.readers("tcp").values():
+        for stream in own.ways.readers("tcp").values():
             stream._session.shutdown()
         if recording is not None:
             with pytest.raises(EngineDiedError, match="Capture again"):
@@ -96,7 +96,7 @@ def test_a_worker_that_stands_still_is_an_error_in_bounded_time(engine):
         lambda: Connection.at(own.network_addresses, secret=hello.secret),
         lambda: engine.capture(given, SPEC, transport="tcp"),
     ]
-    own.readers("tcp")  # connected before, as it is from then on
+    own.ways.readers("tcp")  # connected before, as it is from then on
     (worker,) = {state["pid"] for state in engine.status()}
     begin = time.monotonic()
     os.kill(worker, signal.SIGSTOP)
@@ -109,7 +109,7 @@ def test_a_worker_that_stands_still_is_an_error_in_bounded_time(engine):
     assert [type(error) for error in raised] == [EngineDiedError, TransportError, EngineDiedError]
     assert all("sends nothing" in str(error) for error in raised), raised
     assert took < 2 * SILENCE_SECONDS  # once for each, not once more to clean up
-    elsewhere.readers("tcp")[0].close()  # which ends its capture
+    elsewhere.ways.readers("tcp")[0].close()  # which ends its capture
 
 
 def test_a_capturing_engine_listens_on_loopback_alone(engine):

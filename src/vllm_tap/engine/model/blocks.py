@@ -57,7 +57,7 @@ class Sum(NamedTuple):
 
     @property
     def num_norms(self) -> int:
-        """Number of its rows that come from norms behind blocks."""
+        """The number of its places that are norms behind blocks."""
         return sum(one.block.is_norm for pick in self.picks for one in pick)
 
 
