@@ -14,6 +14,7 @@ import torch
 
 NAME = os.environ.get("VLLM_TAP_TEST_DEVICE", "cpu")
 ON_CUDA = NAME == "cuda"
+GRAPHS = ON_CUDA and os.environ.get("VLLM_TAP_TEST_GRAPHS") == "1"
 
 # Both sides compute in float32 (eps 1.2e-7) and add up a few hundred products per element in different orders, layer
 # after layer; 1e-6 of the stream's scale was the most seen over all families on CPUs. Ten times that is allowed; on a
@@ -33,7 +34,7 @@ def engine_arguments(**arguments: Any) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`, with those that this device and the chosen modes ask for."""
     if not ON_CUDA:
         return arguments
-    if os.environ.get("VLLM_TAP_TEST_GRAPHS") == "1":
+    if GRAPHS:
         arguments.pop("enforce_eager", None)
     cache = os.environ.get("VLLM_TAP_TEST_PREFIX_CACHE")
     # The size of the cache is given: engines of several test processes start on one device, and none may measure how
