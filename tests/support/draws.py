@@ -90,15 +90,16 @@ class Draws:
 
     def spec(self, reduces: bool = True) -> Spec:
         """Return a choice of some streams, layers and positions; perhaps one row of them, or another dtype."""
-        streams = {name: self.layers() for name in LAYERED if self.chance(0.5)}
+        dtype = self.one(*DTYPES) if self.chance(0.25) else None
+        streams = {name: self.layers() for name in LAYERED if self.chance(0.5)} or {self.one(*LAYERED): "all"}
         return Spec(
-            **(streams or {self.one(*LAYERED): "all"}),
-            embeddings=self.chance(0.3),
-            final_hidden_states=self.chance(0.3),
+            **({"hidden_states": self.layers()} if dtype == "fp8" else streams),
+            embeddings=dtype != "fp8" and self.chance(0.3),
+            final_hidden_states=dtype != "fp8" and self.chance(0.3),
             positions=self.positions(),
             missing="skip",
             reduce=self.one(*REDUCTIONS) if reduces and self.chance(0.25) else None,
-            dtype=self.one(*DTYPES) if self.chance(0.25) else None,
+            dtype=dtype,
         )
 
     def layers(self) -> Any:

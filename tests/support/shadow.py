@@ -32,8 +32,14 @@ REDUCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "sum": lambda rows: rows.sum(0, keepdim=True),
 }
 
-ROUNDING = {None: 0.0, "float32": 0.0, "float16": 2.0**-11}
+ROUNDING = {None: 0.0, "float32": 0.0, "float16": 2.0**-11, "fp8": 2.0**-4}
 """Relative error of a dtype that rows are asked for in."""
+
+IN_FLOAT = {None: "float32", "fp8": "float32"}
+"""Dtype that rows are compared in, where it is not the one that was asked for."""
+
+SMALLEST = 2.0**-10 / 448
+"""Error of e4m3 near 0, of the largest number of a row."""
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that the reference runs at once."""
@@ -164,11 +170,13 @@ def compare(rows: Any, completion: Completion, reference: Reference) -> Verdict:
     errors = torch.zeros(len(at))
     for actual, whole in _pairs(spec, rows, reference):
         expected = REDUCTIONS[spec.reduce](whole[chosen].double())
-        if actual.shape != expected.shape or str(actual.dtype) != f"torch.{spec.dtype or 'float32'}":
+        if actual.shape != expected.shape or str(actual.dtype) != f"torch.{IN_FLOAT.get(spec.dtype, spec.dtype)}":
             return Verdict(len(at), max(len(at), len(actual)), 0.0)
         # The scale is that of the whole sequence: a single row may be small. A sum is as far off as all its rows are.
         scale = whole.square().mean().sqrt() * (len(chosen) if spec.reduce == "sum" else 1)
         off = (actual.double() - expected).abs() - ROUNDING[spec.dtype] * expected.abs()
+        if spec.dtype == "fp8":
+            off -= SMALLEST * expected.abs().amax(1, keepdim=True)
         errors = torch.maximum(errors, off.amax(1).nan_to_num(torch.inf).float() / scale)  # NaN is above all tolerances
     good = errors <= TOLERANCE
     return Verdict(len(at), int((~good).sum()), float(errors[good].max()) if good.any() else 0.0)
@@ -180,11 +188,17 @@ def _pairs(spec: Any, rows: Any, reference: Reference) -> Iterator[tuple[Tensor,
     for stream in ("hidden_states", "attention_output", "mlp_output"):
         chosen = getattr(spec, stream) or ()
         for layer in range(num_layers) if chosen == "all" else {layer % num_layers for layer in chosen}:
-            yield getattr(rows, stream)[layer], getattr(reference, stream)[layer]
+            given = _from_fp8(rows, layer) if spec.dtype == "fp8" else getattr(rows, stream)[layer]
+            yield given, getattr(reference, stream)[layer]
     if spec.embeddings:
         yield rows.embeddings, reference.embedding
     if spec.final_hidden_states:
         yield rows.final_hidden_states, reference.final_normed
+
+
+def _from_fp8(rows: Any, layer: int) -> Tensor:
+    elements, scale = rows.hidden_states_fp8[layer], rows.hidden_states_scale[layer]
+    return elements.float() * scale if elements.dtype == torch.float8_e4m3fn else elements
 
 
 def _batches(every: Sequence[tuple[Completion, Any]]) -> Iterator[list[tuple[Completion, Any]]]:

@@ -271,7 +271,7 @@ def test_a_copy_that_does_not_wait_for_the_forward_pass_is_noticed(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy that may read before the taps have written."""
-    monkeypatch.setattr(cuda_calls.Event, "hold", lambda *_: None)
+    monkeypatch.setattr(cuda_calls.Event, "wait", lambda *_: None)
     assert any("from the device" in c and "kernel _tap" in c for c in broken_capture(cuda, [DECODE]))
 
 
