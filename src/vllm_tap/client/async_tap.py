@@ -246,7 +246,10 @@ class AsyncTap:
             for _ in workers:
                 while (item := await ready.get()) is not None:
                     if isinstance(item, BaseException):
-                        raise item
+                        try:
+                            raise item
+                        finally:
+                            del item  # which has this frame in its traceback
                     if isinstance(item, Request):  # all that came of it has been read
                         await item.left()
                     else:

@@ -68,16 +68,20 @@ def check_result(
     """
     slots = list(sequences.slots)
     lacking = [] if spec.missing == "skip" else [n for n in lacking_rows(spec, sequences) if has_spec(slots[n][0])]
-    if not lacking:
-        return
-    sample, completion = slots[lacking[0]]
+    if lacking:
+        raise _error_with(result, spec, sequences, lacking)
+
+
+def _error_with(result: Capture, spec: Spec, sequences: Sequences, lacking: list[int]) -> PositionError:
+    # Made here: in the frame that raises it, a variable would make a circle that keeps the rows until it is collected.
+    sample, completion = list(sequences.slots)[lacking[0]]
     if spec.positions in GENERATED:
         error = _not_generated(spec, sample, completion, "it stopped at its first")
     else:
         error = _too_short(spec, sample, int(sequences.prompt_lens[lacking[0]]))
     error.identity.update(completion=completion, result=result)
     error.args = (f"{error} {len(lacking)} of {len(sequences.slots)} sequences lack rows; `result` has the others.",)
-    raise error
+    return error
 
 
 def check_sample(spec: Spec, sample: int, output: Any, result: Capture) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,3 +84,21 @@ def test_a_result_that_lacks_nothing_passes():
     """Positions that all prompts have, and generated rows of all completions."""
     for positions in ([2, -3], "generated", "last_generated", "last", "all", "prompt"):
         missing.check_result(spec(positions), Sequences([output(3, 2), output(9, 5, 3)], positions), None)  # type: ignore[arg-type]
+
+
+def test_an_error_that_is_over_keeps_no_rows() -> None:
+    """The result that it has goes with it, without a collection of garbage."""
+
+    class Result:
+        pass
+
+    result: Any = Result()
+    kept = weakref.ref(result)
+    gc.disable()
+    try:
+        with contextlib.suppress(PositionError):
+            missing.check_result(spec([3]), Sequences([output(2, 1)], [3]), result)
+        del result
+        assert kept() is None
+    finally:
+        gc.enable()
