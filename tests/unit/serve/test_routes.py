@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -91,7 +92,8 @@ class Process:
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[Process]]:
     """Two API processes of one server."""
-    processes = [Process(["worker"]), Process(["worker"])]
+    worker = f"worker of {os.getpid()}"  # processes of a server find each other by it
+    processes = [Process([worker]), Process([worker])]
     yield processes
     for process in processes:
         process.close()
