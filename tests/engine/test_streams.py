@@ -29,7 +29,9 @@ from engine.engines import (
     wait_until,
 )
 from vllm_tap import Positions, Recording, Spec, Spill, Tap
+from vllm_tap.client import connection
 from vllm_tap.client.collector import Collector
+from vllm_tap.client.connection import connect
 from vllm_tap.errors import BudgetError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
@@ -47,6 +49,15 @@ def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
     engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def no_memory(engine: Engine) -> None:
+    """The memory that earlier captures left to this client for the next one is given back, by a new connection."""
+    for reader in connect(engine.llm).ways.readers().values():
+        reader.close()
+    del connection._connections[engine.llm]
+    wait_until(lambda: not engine.status()[0]["capacity_bytes"], "the end of the memory")
 
 
 def assert_is_free(engine: Engine) -> None:
@@ -121,6 +132,7 @@ def test_the_row_of_a_token_comes_before_eight_more_are_generated(engine: Engine
     assert len(late) > 8
 
 
+@pytest.mark.usefixtures("no_memory")
 @pytest.mark.parametrize("on_full", ["wait", "spill"])
 def test_twenty_times_the_budget_goes_through_a_stream(
     engine: Engine, references: Callable[[str], References], tmp_path: Path, on_full: str
@@ -170,6 +182,7 @@ def test_a_prompt_that_runs_on_beside_many_holds_little(engine: Engine) -> None:
     recording.stop()
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_a_capture_larger_than_its_budget_lies_in_files(
     engine: Engine, references: Callable[[str], References], tmp_path: Path
 ) -> None:
@@ -195,6 +208,7 @@ def test_a_capture_larger_than_its_budget_lies_in_files(
     assert_is_free(engine)
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_files_that_are_full_or_cannot_be_end_a_capture(engine: Engine, tmp_path: Path) -> None:
     """With what to do; the engine goes on."""
     many, spec = prompts((100,) * 8), Spec(hidden_states="all")
