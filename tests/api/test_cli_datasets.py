@@ -11,7 +11,7 @@ import pytest
 from synthetic_rows import MODEL, SyntheticCapture, prompts_of
 from vllm_tap import open_dataset
 from vllm_tap.cli import main, record
-from vllm_tap.client.progress import Bar
+from vllm_tap.client.progress import Bar, Progress
 from vllm_tap.store.recording import Run, record_with
 
 
@@ -69,7 +69,7 @@ def test_record_refuses_before_an_engine_starts(folder: Path, capsys: pytest.Cap
 
 def test_a_part_is_told_on_a_line_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Though the bar of the next part is shown by then, and goes on below it."""
-    bar = Bar(lambda: (3, 100), lambda: 9)
+    bar = Bar(lambda: Progress(3, 100, 0.0), lambda: 9)
     bar.make()
     for part in open_dataset(folder).parts:
         record._say(part.manifest)
