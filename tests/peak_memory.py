@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import vllm_tap
 from engine.engines import Engine, prompts
