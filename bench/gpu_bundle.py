@@ -13,6 +13,7 @@ The target must have CPython 3.12, torch 2.11.0 (CUDA 13), torchvision 0.26, tri
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import struct
 import subprocess
@@ -80,7 +81,9 @@ def run(*command: str | Path) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=Path(".gpu"), help="folder for the archive")
+    out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tree = Path(scratch) / "tree"
