@@ -136,7 +136,7 @@ class Soak:
         prompt = len(sample.output.prompt_token_ids)
         expected_positions = {
             "all": range(len(tokens)), "last": [prompt - 1], "generated": range(prompt, len(tokens)),
-            "prompt": range(prompt), (0, -1): [0, prompt - 1],
+            "prompt": range(prompt), (-1, 0): [0, prompt - 1],
         }[spec.positions]  # type: ignore[index]  # fmt: skip
         positions = list(expected_positions)
         faults = []
@@ -169,7 +169,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = ensure_model(Path(folder), "llama", "float32")
-        server = Server(model, Path(folder) / "log", {"ttl_s": 5}, max_num_seqs=64, max_num_batched_tokens=512)
+        server = Server(model, Path(folder) / "log", {"ttl_s": 60}, max_num_seqs=64, max_num_batched_tokens=512)
         soak = Soak(server, References(model), options.seed)
         try:
             asyncio.run(soak.run(options.seconds, options.at_a_time))

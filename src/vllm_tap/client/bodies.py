@@ -13,6 +13,7 @@ import torch
 
 from vllm_tap import codec as codecs
 from vllm_tap.client.owned import OwnedRows, Place
+from vllm_tap.client.reduced import with_one_row_each
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.client.tap import RowBlock
@@ -100,6 +101,8 @@ class Samples(_Choices):
         one = SimpleNamespace(index=completion, token_ids=ids)
         output = SimpleNamespace(request_id=head["request_id"], prompt_token_ids=prompt_ids, outputs=[one])
         sequences = Sequences([output], self.facts["spec"].positions)
+        if self.facts["spec"].reduce is not None:
+            sequences = with_one_row_each(sequences)
         blocks = self._rows.pop((prompt, completion), [])
         _, positions = sequences.position_of(sequences.wanted)
         come = np.concatenate([np.empty(0, np.int32), *(block.positions for block in blocks)])
