@@ -261,7 +261,7 @@ class Connection:
         for capture_id, (recording, way) in list(self._under_way.items()):
             if recording() is None:
                 try:
-                    self.choose_transport(way or "inline")  # which connects again where that was lost
+                    self.choose_transport(way or INLINE)  # which connects again where that was lost
                     self.ask(messages.Stopped, messages.Stop(capture_id=capture_id), way)()
                 except (EngineDiedError, TransportError):
                     if not self.ways.goes_over_network(way):
