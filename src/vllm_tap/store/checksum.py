@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-try:
-    from isal import isal_zlib as implementation
-except ImportError:
-    import zlib as implementation
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+
+
+def _fastest() -> Callable[[bytes | memoryview, int], int]:
+    """Return isal's function where isal is installed, and zlib's elsewhere."""
+    function: Callable[[bytes | memoryview, int], int] = zlib.crc32
+    with suppress(ImportError):
+        from isal import isal_zlib
+
+        function = isal_zlib.crc32
+    return function
+
+
+_CRC32 = _fastest()
 
 
 def crc32(data: bytes | memoryview, before: int = 0) -> int:
     """Return the CRC-32 of bytes that follow those of another one."""
-    checksum: int = implementation.crc32(data, before)
-    return checksum
+    return _CRC32(data, before)
