@@ -22,7 +22,7 @@ import pyarrow.parquet  # noqa: F401 (once, not in each fork)
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from synthetic_rows import MODEL, SyntheticCapture, check_dataset, prompts_of
-from vllm_tap.store import part, writer
+from vllm_tap.store import files, part
 from vllm_tap.store.dataset import Dataset, open_dataset
 from vllm_tap.store.places import place_of
 from vllm_tap.store.recording import Run, record_with
@@ -36,7 +36,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"
 
 def record(folder: Path) -> Dataset:
     """Record what is left into a folder, in chunks of a few rows."""
-    writer.CHUNK_BYTES = 256
+    files.CHUNK_BYTES = 256
     return record_with(SyntheticCapture, prompts_of(NUM_PROMPTS), folder, RUN, resume=True, batch=BATCH)
 
 
