@@ -117,12 +117,19 @@ class ServedEngine:
         drafts: Whether it drafts.
         listens: Whether workers listen on loopback.
         write_root: Folder below which they write for clients that come from there.
+        engine: Its kind.
     """
 
     def __init__(
-        self, draw: Any, num_ranks: int = 1, drafts: bool = False, listens: bool = False, write_root: str = ""
+        self,
+        draw: Any,
+        num_ranks: int = 1,
+        drafts: bool = False,
+        listens: bool = False,
+        write_root: str = "",
+        engine: type[HostEngine] = HostEngine,
     ) -> None:
-        self._engine = HostEngine(draw, drafts)
+        self._engine = engine(draw, drafts)
         self.workers = [HostWorker(drafts, rank, num_ranks, listens, write_root) for rank in range(num_ranks)]
         self._served: list[Any] = [Served(worker) for worker in self.workers]
         self._engine.clients.extend(self._served)
@@ -139,12 +146,26 @@ class ServedEngine:
 
     def run(self, recordings: Sequence[Recording], prompts: Sequence[Prompt]) -> None:
         """Generate from prompts, all of which each of the recordings captures."""
-        for sample, prompt in enumerate(prompts):
-            for recording in recordings:
+        for recording in recordings:
+            for sample, prompt in enumerate(prompts):
                 params = recording.mark(SimpleNamespace(**PARAMS, n=len(prompt.requests)), sample)
-                for request in prompt.requests:
-                    request.params.extend((served, params) for served in self._served)
-        for _ in self._engine.run([request for prompt in prompts for request in prompt.requests]):
+                self._add(prompt, params)
+        self._run(prompts)
+
+    def send(self, prompts: Sequence[Prompt], params: Sequence[Any]) -> None:
+        """Generate from prompts with marked parameters."""
+        for prompt, given in zip(prompts, params, strict=True):
+            self._add(prompt, given)
+        self._run(prompts)
+
+    def _add(self, prompt: Prompt, params: Any) -> None:
+        for request in prompt.requests:
+            request.params.extend((served, params) for served in self._served)
+
+    def _run(self, prompts: Sequence[Prompt]) -> None:
+        requests = [request for prompt in prompts for request in prompt.requests]
+        self._engine.requests = {request.name: request for request in requests}
+        for _ in self._engine.run(requests):
             pass
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ class Writers:
             raise SpecError(f"writers={writers!r} is not known.{nearest(str(writers), WRITERS)}")
         self._llm, self._path, self._transport, self._writers = llm, path, transport, writers
         self._place = place_of(path)
+        self._way: tuple[Connection, str] | None = None
         self._are_workers: bool | None = False if writers == CLIENT else None
         made = [f"{name}={value!r}" for name in ("reduce", "dtype") if (value := getattr(spec, name)) is not None]
         if made:
@@ -61,13 +62,14 @@ class Writers:
         return self._are_workers
 
     def _found_out(self) -> bool:
-        connection, way = self._way()
+        connection = connect(self._llm)
+        way = connection.choose_transport(self._transport)
+        self._way = connection, way
         if not way:
             self._refuse("no socket reaches the workers from here")
             return False
-        crosses_network = connection.ways.goes_over_network(way)
-        if self._writers == AUTO and not crosses_network:
-            return False  # see docs/benchmarks.md
+        if self._writers == AUTO and not connection.ways.goes_over_network(way):
+            return False
         try:
             self._try(connection, way)
         except EngineDiedError:
@@ -77,10 +79,6 @@ class Writers:
                 raise
             return False
         return True
-
-    def _way(self) -> tuple[Connection, str]:
-        connection = connect(self._llm)
-        return connection, connection.choose_transport(self._transport)
 
     def _try(self, connection: Connection, way: str) -> None:
         """Have all workers write nothing into a draft."""
@@ -95,4 +93,5 @@ class Writers:
 
     def leave(self, capture: Capture) -> None:
         """Have a capture whose rows were left in the workers written by these."""
-        capture.shard_writer = RankShards(*self._way(), capture)
+        assert self._way is not None
+        capture.shard_writer = RankShards(*self._way, capture)
