@@ -93,7 +93,7 @@ def capture(
         llm,
         prompts,
         spec,
-        lambda recording: None,
+        None,
         transport=transport,
         budget_bytes=budget_bytes,
         staging=staging,
@@ -109,7 +109,7 @@ def captured(
     llm: Any,
     prompts: Any,
     spec: Spec | Sequence[Spec],
-    prepare: Callable[[Recording], None],
+    prepare: Callable[[Recording], None] | None,
     *,
     progress: bool | None,
     lora_request: Any,
@@ -145,7 +145,8 @@ def captured(
         wait=False,
     )
     try:
-        prepare(recording)
+        if prepare is not None:
+            prepare(recording)
         for wish in wishes:
             missing.check_prompts(wish, prompts, wishes.has(wish))
         marked = recording.mark_all(params, owned=sampling_params is None)

@@ -93,11 +93,9 @@ def record(
 
     who = Writers(llm, path, spec, transport, writers)
 
-    def prepare(recording: Recording) -> None:
-        if who.are_workers:
-            recording.leave_rows()
-
     def capture(piece: list[Any]) -> Any:
+        # Before a capture begins, whose first call is not awaited: another call would take its place.
+        prepare = Recording.leave_rows if who.are_workers else None
         result = captured(
             llm,
             piece,
