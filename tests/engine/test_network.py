@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from engine.engines import Engine, greedy, prompts, wait_until
+from engine.engines import HAS_NIXL, Engine, greedy, prompts, wait_until
 from vllm_tap import Recording, Spec
 from vllm_tap.cli import verify
 from vllm_tap.client.connection import Connection, connect
@@ -45,6 +45,21 @@ def test_a_capture_over_tcp_has_the_rows_of_one_in_segments(engine):
         assert torch.equal(one.final_hidden_states, other.final_hidden_states)
         for layer in segment.layers["hidden_states"]:
             assert torch.equal(one.hidden_states[layer], other.hidden_states[layer])
+
+
+@pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed: make test-nixl")
+def test_a_capture_over_nixl_has_the_rows_of_one_in_segments(engine):
+    """Bit for bit; and again, over the connection that is there."""
+    given = prompts()
+    segment = engine.capture(given, SPEC, transport="segment")
+    for _ in range(2):
+        read = engine.capture(given, SPEC, transport="nixl")
+        for one, other in zip(segment, read, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert torch.equal(one.final_hidden_states, other.final_hidden_states)
+            for layer in segment.layers["hidden_states"]:
+                assert torch.equal(one.hidden_states[layer], other.hidden_states[layer])
+    wait_until(lambda: not engine.used_bytes(), "the end of all blocks")
 
 
 def test_a_client_elsewhere_captures_with_the_secret_alone(engine):

@@ -445,8 +445,9 @@ def mapped_segments(process: int | str) -> int:
 
 
 def named_shared_memory(process: int | str) -> list[str]:
-    """Return what a process maps of the file system for shared memory."""
-    return [line.split(maxsplit=5)[5] for line in Path(f"/proc/{process}/maps").open() if "/dev/shm" in line]
+    """Return what a process maps of the file system for shared memory, but for what UCX has there of its own."""
+    lines = [line for line in Path(f"/proc/{process}/maps").read_text().splitlines() if "/dev/shm" in line]
+    return [line.split(maxsplit=5)[5] for line in lines if "/ucx_shm_" not in line]
 
 
 def run_worker(transport: str) -> None:
