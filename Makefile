@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-serve bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -213,6 +213,11 @@ bench-codecs: $(MODEL)/config.json  ## codecs, on hidden states of the demo's mo
 	$(BIN)/vllm-tap capture $(MODEL) --prompts examples/texts.txt --max-tokens 1 \
 	    --enforce-eager --save build/states.safetensors --force
 	$(BIN)/python -m vllm_tap.bench.codecs --input build/states.safetensors --out bench/results/codecs-cpu.json
+	$(MAKE) bench-render
+
+# vLLM's own `vllm bench serve` against a plain server and ours: LOAD="--rounds 7 --requests 64".
+bench-serve: $(MODEL)/config.json  ## a server under load, captured and not
+	$(BIN)/python bench/serve_load.py --model $(MODEL) $(LOAD) --out bench/results/serve-cpu.json
 	$(MAKE) bench-render
 
 bench-seed: $(VENV)/.dev  ## against the former implementation

@@ -1,4 +1,4 @@
-"""Tables of the benchmarks that run on processors: the hand-over, the payloads that it replaces, and codecs."""
+"""Tables of the benchmarks that run on processors: hand-over, the payloads that it replaces, codecs, the server."""
 
 from __future__ import annotations
 
@@ -63,6 +63,27 @@ def codecs(results_dir: Path) -> str:
     size = f"{given['bytes'] / 1e6:.1f} MB of {' and '.join(given['dtypes'])} hidden states"
     words = f"{size} of {Path(given['metadata']['model']).name}, medians of {results['repeats']}, one core."
     machine = cpu_machine(results, "lz4", "zstandard")
+    return "\n\n".join([table(rows), words, origin((results, source, machine))])
+
+
+def serve(results_dir: Path) -> str:
+    """Return the table of a server under load, a row for what is captured of how many requests."""
+    results, source = _read(results_dir, "serve")
+    rows = [["captured", "requests/s", "ratio", "between tokens", "ratio", "99 % of them within"]]
+    rows += [
+        [
+            row["arm"],
+            three_digits(row["requests_per_s"]),
+            f"{row['requests_ratio']:.3f}",
+            duration(row["itl_ms"]),
+            f"{row['itl_ratio']:.3f}",
+            duration(row["p99_itl_ms"]),
+        ]
+        for row in results["rows"]
+    ]
+    load = f"{results['requests']} requests, {results['at_a_time']} at a time, of {results['input']} tokens"
+    words = f"{results['model']}. {load}, {results['output']} generated for each; {results['rounds']} rounds."
+    machine = cpu_machine(results, "torch", "vllm")
     return "\n\n".join([table(rows), words, origin((results, source, machine))])
 
 

@@ -33,6 +33,7 @@ RENDERERS: dict[str, Callable[[Path], str]] = {
     "mechanisms": gpu_checks.mechanisms,
     "memory": gpu_checks.memory,
     "seed": cpu_tables.seed,
+    "serve": cpu_tables.serve,
 }
 """Marker name to the function that renders it from the folder of results."""
 
