@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 
 from engine.engines import ARGUMENTS
+from vllm_tap.vllm import launch
 
 httpx = pytest.importorskip("httpx")
 
 KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
 START_S = 540.0
+PLAIN = {"VLLM_TAP": "0", "VLLM_PLUGINS": ""}
+"""Variables of a server without this package."""
+
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -31,10 +35,13 @@ class Server:
         folder: Of the model.
         log: File for what it says.
         settings: Of ours.
+        is_plain: Whether it is `vllm serve` without this package.
         **options: Arguments of `vllm serve`, over those that are here: True for a flag, None to leave one out.
     """
 
-    def __init__(self, folder: Path, log: Path, settings: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, log: Path, settings: dict[str, Any] | None = None, *, is_plain: bool = False, **options: Any
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -44,16 +51,18 @@ class Server:
         given = {
             **ARGUMENTS, "enforce_eager": True, "api_server_count": 2, "port": port, "host": "127.0.0.1",
             "api_key": KEY, "served_model_name": "tiny", "chat_template": template, "generation_config": "vllm",
-            "additional_config": json.dumps({"vllm_tap_serve": settings or {}}), **options,
+            "additional_config": None if is_plain else json.dumps({"vllm_tap_serve": settings or {}}), **options,
         }  # fmt: skip
         arguments: list[str] = []
         for name, value in given.items():
             if value is not None:
                 arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        command = [sys.executable, "-c", COMMAND, "serve", str(folder), *arguments]
+        program = ["-m", launch.COMMAND] if is_plain else ["-c", COMMAND]
+        command = [sys.executable, *program, "serve", str(folder), *arguments]
+        variables = {**os.environ, **(PLAIN if is_plain else {})}
         self._log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
         self._wait()
 
     def _wait(self) -> None:
