@@ -24,7 +24,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from models import ensure_model
-from servers import KEY, Server
+from servers import IDLE_S, KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.client.bodies import Blocks, Samples
 from vllm_tap.errors import TapError
@@ -102,7 +102,8 @@ class Fuzz:
     async def run(self, count: int) -> None:
         """Send so many requests."""
         left = iter(range(count))
-        async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=32)) as client:
+        limits = httpx.Limits(max_connections=2 * AT_A_TIME, keepalive_expiry=IDLE_S)
+        async with httpx.AsyncClient(timeout=120, trust_env=False, limits=limits) as client:
 
             async def send() -> None:
                 for number in left:

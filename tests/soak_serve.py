@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from engine.engines import TOLERANCE, References, error, expected_rows
 from models import ensure_model
-from servers import KEY, Server
+from servers import IDLE_S, KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
 from vllm_tap.errors import CaptureError, TransportError
 
@@ -62,7 +62,7 @@ class Soak:
     async def run(self, seconds: float, at_a_time: int) -> None:
         """Send requests for some time."""
         end = time.monotonic() + seconds
-        limits = httpx.Limits(max_connections=2 * at_a_time)
+        limits = httpx.Limits(max_connections=2 * at_a_time, keepalive_expiry=IDLE_S)
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits, headers=headers) as client:
 

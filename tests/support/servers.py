@@ -22,6 +22,10 @@ httpx = pytest.importorskip("httpx")
 KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
 START_S = 540.0
+IDLE_S = 2.0
+"""Seconds for which a client of many requests keeps an idle connection. vLLM's server closes them after 5: a request
+that goes out at that moment is lost (`ReadError` of httpx, whose own time is 5 s as well)."""
+
 PLAIN = {"VLLM_TAP": "0", "VLLM_PLUGINS": ""}
 """Variables of a server without this package."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Final
 
@@ -21,7 +22,8 @@ ROUTE: Final = "/v1/tap/rows"
 class HttpTap:
     """Captures from a server that `vllm-tap serve` has started.
 
-    Requests go through any client; this one says what they are to contain, and reads the rows.
+    Requests go through any client; this one says what they are to contain, and reads the rows. Each read and each
+    deletion has a connection of its own: one that is kept may be closed by the server while a call goes out on it.
 
     Args:
         base_url: Of the server, with or without `/v1`.
@@ -44,7 +46,12 @@ class HttpTap:
         headers = {"Accept-Encoding": "identity" if codec == "raw" else f"vtr-{codec}"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout_s}
+        self._given: dict[str, Any] = {"headers": headers, "timeout": timeout_s}
+
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        """Arguments of an httpx client. Each would read the certificates anew: 40 ms, in which an event loop waits."""
+        return {**self._given, "verify": _httpx().create_ssl_context()}
 
     @staticmethod
     def extra_body(spec: Spec) -> dict[str, Any]:

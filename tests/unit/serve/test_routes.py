@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -191,6 +192,26 @@ def test_a_range_of_a_body_is_cut_out_of_it(processes: list[Process], reader: in
         assert reply.status_code == 200
         processes[0].do(lambda: results.end(open_one))
         assert reply.read() == body.encode("begin") + body.encode("end")
+
+
+def test_calls_share_certificates_and_no_connection(
+    processes: list[Process], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reading certificates holds up an event loop; a kept connection may close while a call goes out on it."""
+    loads: list[object] = []
+    load = ssl.SSLContext.load_verify_locations
+    monkeypatch.setattr(
+        ssl.SSLContext, "load_verify_locations", lambda self, *args, **kw: [loads.append(self), load(self, *args, **kw)]
+    )
+    fill(processes[0], "mine", "certified")
+    tap = processes[0].tap("mine")
+    with caplog.at_level("DEBUG", "httpcore.connection"):
+        tap.samples("certified")
+        asyncio.run(tap.samples_async("certified"))
+        list(tap.stream_rows("certified"))
+        tap.delete("certified")
+    assert len(loads) == 1
+    assert caplog.text.count("connect_tcp.started") == 4
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "bytesplit"])
