@@ -21,6 +21,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,9 +45,10 @@ SHARES = {"10 %": 10, "all": 1}
 """Of requests that are captured: every so many-th."""
 
 SERVER: dict[str, Any] = {
-    "dtype": "auto", "max_model_len": None, "max_num_batched_tokens": 2048, "max_num_seqs": 256, "api_server_count": 1,
-    "chat_template": None, "no_enable_prefix_caching": True, "served_model_name": "model",
+    "dtype": "float32", "max_model_len": None, "max_num_batched_tokens": 2048, "max_num_seqs": 256,
+    "api_server_count": 1, "chat_template": None, "no_enable_prefix_caching": True, "served_model_name": "model",
 }  # fmt: skip
+"""In float32: processors without instructions for bfloat16 take six times as long for it."""
 
 
 class Arm(NamedTuple):
@@ -74,18 +76,20 @@ class Load:
         os.environ["OPENAI_API_KEY"] = KEY
 
     def run(self, arm: Arm, seed: int) -> dict[str, float]:
-        """Send all requests of an arm; return what vLLM's benchmark measured, and the bytes of rows that came."""
+        """Send all requests of an arm; return what vLLM's benchmark measured, and what it cost the server."""
         num_bytes = [0]
         ASYNC_REQUEST_FUNCS["vllm-tap"] = _captured(arm, num_bytes)
+        server = self._servers[arm.is_plain]
         options, parser = self._options, FlexibleArgumentParser()
         vllm_bench.add_cli_args(parser)
         given = {
-            "backend": "vllm-tap", "base_url": self._servers[arm.is_plain].url.removesuffix("/v1"),
+            "backend": "vllm-tap", "base_url": server.url.removesuffix("/v1"),
             "model": options.model, "served_model_name": "model", "dataset_name": "random", "seed": seed,
             "random_input_len": options.input, "random_output_len": options.output, "num_prompts": options.requests,
             "max_concurrency": options.at_a_time, "temperature": 0, "ready_check_timeout_sec": 0,
         }  # fmt: skip
         arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        begin_s = server.cpu_seconds()
         with contextlib.redirect_stdout(io.StringIO()) as told:
             found = asyncio.run(
                 vllm_bench.main_async(parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"]))
@@ -96,6 +100,7 @@ class Load:
             "requests_per_s": found["request_throughput"],
             "itl_ms": found["mean_itl_ms"],
             "p99_itl_ms": found["p99_itl_ms"],
+            "cpu_ms": (server.cpu_seconds() - begin_s) * 1e3 / options.requests,
             "row_bytes": num_bytes[0],
         }
 
@@ -131,13 +136,23 @@ def arms(num_layers: int) -> list[Arm]:
     return found
 
 
-def measure(load: Load, given: list[Arm], rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each arm: medians of rounds, and of the ratios to the plain server within a round."""
+def measure(load: Load, given: list[Arm], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Return a row for each arm: medians of rounds, and of the ratios to the plain server within a round.
+
+    Args:
+        load: Sends the requests.
+        given: The arms.
+        rounds: Most of them.
+        seconds: No round begins after so many.
+    """
+    end = time.monotonic() + seconds
     draw = random.Random(0)
     for arm in given:
         load.run(arm, 0)
     found: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in given}
     for number in range(1, rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
         for arm in draw.sample(given, len(given)):
             found[arm.name].append(load.run(arm, number))
     return [_row(name, of_arm, found[PLAIN]) for name, of_arm in found.items()]
@@ -153,6 +168,7 @@ def _row(name: str, mine: list[dict[str, float]], plain: list[dict[str, float]])
         **medians,
         "requests_ratio": ratio("requests_per_s", 1),
         "itl_ratio": ratio("itl_ms", -1),
+        "cpu_ratio": ratio("cpu_ms", -1),
         "all_requests_per_s": [one["requests_per_s"] for one in mine],
     }
 
@@ -161,8 +177,9 @@ def main() -> None:
     """Run the benchmark, print its results and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a model")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=64, help="in a round, of each arm")
+    parser.add_argument("--rounds", type=int, default=20, help="at most")
+    parser.add_argument("--seconds", type=float, default=600, help="no round begins after so many")
+    parser.add_argument("--requests", type=int, default=32, help="in a round, of each arm")
     parser.add_argument("--at-a-time", type=int, default=16)
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens to generate for it")
@@ -178,14 +195,15 @@ def main() -> None:
 
         with ThreadPoolExecutor() as pool:
             servers = dict(zip((True, False), pool.map(start, (True, False)), strict=True))
-        rows = measure(Load(options, servers), arms(num_layers), options.rounds)
+        rows = measure(Load(options, servers), arms(num_layers), options.rounds, options.seconds)
     results = {
         "benchmark": "serve",
         "command": shlex.join(["python", "bench/serve_load.py", *sys.argv[1:]]),
         "commit": describe_commit(),
         "machine": {**describe_machine(), "vllm": vllm.__version__},
         "model": Path(options.model).name,
-        **{name: getattr(options, name) for name in ("rounds", "requests", "at_a_time", "input", "output")},
+        "rounds": len(rows[0]["all_requests_per_s"]),
+        **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output")},
         "rows": rows,
     }
     print(json.dumps(results, indent=2))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine.engines import ARGUMENTS
@@ -71,12 +72,13 @@ class Server:
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url.replace("/v1", "/health"), timeout=1).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
+        with httpx.Client(timeout=1) as client:  # each would read all certificates
+            while time.monotonic() < deadline and self.process.poll() is None:
+                try:
+                    if client.get(self.url.replace("/v1", "/health")).status_code == 200:
+                        return
+                except httpx.HTTPError:
+                    time.sleep(0.2)
         self.close()
         raise AssertionError(self._log.read_text()[-4000:])
 
@@ -95,6 +97,11 @@ class Server:
         lines = httpx.get(self.url.replace("/v1", "/metrics")).text.splitlines()
         found = (line.split() for line in lines if line.startswith("vllm_tap_") and "_total" in line)
         return {name.removeprefix("vllm_tap_").partition("_total")[0]: float(value) for name, value in found}
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all its processes so far."""
+        process = psutil.Process(self.process.pid)
+        return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
     def close(self) -> None:
         """End it."""

@@ -123,7 +123,8 @@ def _mb(bytes_per_second: float) -> str:
 def serve(results_dir: Path) -> str:
     """Return the table of a server under load, a row for what is captured of how many requests."""
     results, source = _read(results_dir, "serve")
-    rows = [["captured", "requests/s", "ratio", "between tokens", "ratio", "99 % of them within"]]
+    head = ["requests/s", "ratio", "between tokens", "ratio", "99 % of them within", "processor time", "ratio"]
+    rows = [["captured", *head]]
     rows += [
         [
             row["arm"],
@@ -132,6 +133,8 @@ def serve(results_dir: Path) -> str:
             duration(row["itl_ms"]),
             f"{row['itl_ratio']:.3f}",
             duration(row["p99_itl_ms"]),
+            duration(row["cpu_ms"]),
+            f"{row['cpu_ratio']:.3f}",
         ]
         for row in results["rows"]
     ]
