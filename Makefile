@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-nixl test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-nixl test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo soak-serve bench-serve
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -234,6 +234,11 @@ bench-codecs: $(MODEL)/config.json  ## codecs, on hidden states of the demo's mo
 # Needs iperf3, and root for the link of 1 Gbit/s; the states are those of bench-codecs.
 bench-tcp: $(VENV)/.dev  ## rows over TCP, on loopback and over 1 Gbit/s
 	$(BIN)/python bench/tcp.py --input build/states.safetensors --out bench/results/tcp-cpu.json
+	$(MAKE) bench-render
+
+# vLLM's own `vllm bench serve` against a plain server and ours: LOAD="--rounds 7 --requests 64".
+bench-serve: $(MODEL)/config.json  ## a server under load, captured and not
+	$(BIN)/python bench/serve_load.py --model $(MODEL) $(LOAD) --out bench/results/serve-cpu.json
 	$(MAKE) bench-render
 
 bench-seed: $(VENV)/.dev  ## against the former implementation

@@ -81,4 +81,5 @@ def _fork(_method: str) -> multiprocessing.context.BaseContext:
 if os.environ.get(IS_SERVER):
     for module in PRELOADED:
         importlib.import_module(module)
-    importlib.import_module("vllm.utils.system_utils").multiprocessing = SimpleNamespace(get_context=_fork)
+    utilities = importlib.import_module("vllm.utils.system_utils")
+    mock.patch.object(utilities, "multiprocessing", SimpleNamespace(get_context=_fork)).start()
