@@ -96,14 +96,17 @@ def test_recorded_rows_are_hugging_faces(shelf, references, tmp_path):
 
 
 def test_workers_write_what_the_client_would(shelf, references, tmp_path):
-    """Byte for byte, in pieces of three prompts; then they hold nothing, and a captured part is all that there is."""
-    engine, options = shelf.get(), {"batch": 3, **SAMPLING}
+    """Rows of pieces of three prompts, and bytes of pieces of one, of which each step is the same in each run."""
+    engine, options = shelf.get(), {"batch": 1, **SAMPLING}
+    pieces = vllm_tap.record(
+        engine.llm, prompts(), SPEC, tmp_path / "pieces", writers="workers", **{**options, "batch": 3}
+    )
+    check(pieces, references("qwen3_moe"))
     recorded = {}
     for writers in ("client", "workers"):
         folder = tmp_path / writers
-        dataset = vllm_tap.record(engine.llm, prompts(), SPEC, folder, writers=writers, **options)
+        dataset = vllm_tap.record(engine.llm, prompts()[2:6], SPEC, folder, writers=writers, **options)
         recorded[writers] = {one.relative_to(folder): one.read_bytes() for one in folder.glob("*/*.safetensors")}
-    check(dataset, references("qwen3_moe"))
     assert recorded["client"] == recorded["workers"]
     assert {path.name.split(".")[0] for path in recorded["workers"]} == {*dataset.layers, "labels"}
     wait_until(lambda: not engine.used_bytes(), "the end of the leases")

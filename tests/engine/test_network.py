@@ -43,8 +43,8 @@ def engine(tiny_model: Callable[..., Path], shared: Path) -> Iterator[Engine]:
 
 
 def test_a_capture_over_tcp_has_the_rows_of_one_in_segments(engine):
-    """Bit for bit, and the worker's memory is free while the result lives."""
-    given = prompts()
+    """Bit for bit, of a prompt at a time: which of several meet in a step depends on when each of them arrives."""
+    given = prompts([150])
     segment = engine.capture(given, SPEC, transport="segment")
     network = engine.capture(given, SPEC, transport="tcp")
     for one, other in zip(segment, network, strict=True):
@@ -57,7 +57,7 @@ def test_a_capture_over_tcp_has_the_rows_of_one_in_segments(engine):
 
 def test_rows_that_are_recorded_over_tcp_stay_with_the_worker(engine, shared, tmp_path, monkeypatch):
     """It writes them where it may, unasked; elsewhere the client does, and if workers are asked for, nobody."""
-    given, options = prompts([5, 40, 9]), {"batch": 2, "max_tokens": 4, "temperature": 0}
+    given, options = prompts([5, 70]), {"batch": 1, "max_tokens": 4, "temperature": 0}
     fetches, plain = [], NetworkReader.fetch
     monkeypatch.setattr(NetworkReader, "fetch", lambda *args: (fetches.append(args), plain(*args)))
     files, num_fetches = [], []
@@ -74,7 +74,7 @@ def test_rows_that_are_recorded_over_tcp_stay_with_the_worker(engine, shared, tm
 @pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed: make test-nixl")
 def test_a_capture_over_nixl_has_the_rows_of_one_in_segments(engine):
     """Bit for bit; and again, over the connection that is there."""
-    given = prompts()
+    given = prompts([150])
     segment = engine.capture(given, SPEC, transport="segment")
     for _ in range(2):
         read = engine.capture(given, SPEC, transport="nixl")
@@ -96,9 +96,9 @@ def test_a_client_elsewhere_captures_with_the_secret_alone(engine):
     elsewhere = Connection.at(own.network_addresses, secret=secret)
     assert not elsewhere.hellos[0].secret
     local, remote = Recording(engine.llm, SPEC), Recording(elsewhere, SPEC)
-    given = prompts([5, 40], seed=3)
-    mine = engine.llm.generate(given, local.mark_all([greedy()] * 2), use_tqdm=False)
-    theirs = engine.llm.generate(given, remote.mark_all([greedy()] * 2), use_tqdm=False)
+    given = prompts([70], seed=3)
+    mine = engine.llm.generate(given, local.mark_all([greedy()]), use_tqdm=False)
+    theirs = engine.llm.generate(given, remote.mark_all([greedy()]), use_tqdm=False)
     for one, other in zip(local.finish(mine), remote.finish(theirs), strict=True):
         for layer in one.hidden_states:
             assert torch.equal(one.hidden_states[layer], other.hidden_states[layer])
@@ -107,7 +107,7 @@ def test_a_client_elsewhere_captures_with_the_secret_alone(engine):
 
 def test_a_connection_that_was_lost_is_made_anew(engine):
     """A capture under way ends with an error that says to capture again; the next one is as if nothing had been."""
-    given, own = prompts([5, 40]), connect(engine.llm)
+    given, own = prompts([70]), connect(engine.llm)
     expected = engine.capture(given, SPEC, transport="tcp")
     recording = Recording(engine.llm, SPEC, transport="tcp")
     for _ in range(2):  # the second time without a capture under way
