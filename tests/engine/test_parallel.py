@@ -92,7 +92,7 @@ def test_ranks_share_the_layers(case, engine):
 
 
 def test_each_rank_writes_its_layers(case, engine, tmp_path):
-    """A dataset of the workers' is that of the client, byte for byte: one prompt at a time, as steps are the same then."""
+    """A dataset of the workers' is that of the client, byte for byte; of one prompt at a time, steps are the same."""
     files, options = [], {"batch": 1, "max_tokens": 4, "temperature": 0}
     for writers in ("client", "workers"):
         folder = tmp_path / writers
