@@ -241,7 +241,11 @@ def test_what_the_disk_refuses(serve: Any, tmp_path: Path, monkeypatch: pytest.M
             for layer in range(3):
                 (draft / f"hidden_states.{layer:04d}.safetensors").touch()
 
-    expected = {"full": r"No space left.*resume=True", "gone": "The folder is gone|is not there where the worker runs", "taken": "File exists"}
+    expected = {
+        "full": r"No space left.*resume=True",
+        "gone": "The folder is gone|is not there where the worker runs",
+        "taken": "File exists",
+    }
     with monkeypatch.context() as patched:
         patched.setattr(local.os, "posix_fallocate", refuse)
         with pytest.raises(DatasetError, match=expected[fault]):
