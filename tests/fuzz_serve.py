@@ -24,15 +24,18 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from models import ensure_model
-from servers import KEY, Server
+from servers import IDLE_S, KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.client.bodies import Blocks, Samples
 from vllm_tap.errors import TapError
 from vllm_tap.frame import body
 
 SPEC = Spec(hidden_states="all", embeddings=True)
-SETTINGS = {"ttl_s": 2, "max_bytes": 4 << 20, "max_results": 64, "max_specs": 4, "inline_bytes": 2000}
+SETTINGS = {"ttl_s": 2, "max_bytes": 12 << 20, "max_results": 192, "max_specs": 12, "inline_bytes": 2000}
+NUM_CLIENTS = 3
 AT_A_TIME = 16
+"""Of each client."""
+
 
 VALUES: list[Any] = [
     None, True, -1, 0, 3, 4, 10**12, 1.5, "", "all", "last", "generated", "prompt", "x" * 1000, [], [0], [-1, 3], [99],
@@ -102,13 +105,17 @@ class Fuzz:
     async def run(self, count: int) -> None:
         """Send so many requests."""
         left = iter(range(count))
-        async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=32)) as client:
+        limits = httpx.Limits(max_connections=2 * AT_A_TIME, keepalive_expiry=IDLE_S)
 
-            async def send() -> None:
-                for number in left:
-                    await self._send(client, number)
+        async def send(client: httpx.AsyncClient) -> None:
+            for number in left:
+                await self._send(client, number)
 
-            await asyncio.gather(*(send() for _ in range(AT_A_TIME)))
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [httpx.AsyncClient(timeout=120, trust_env=False, limits=limits) for _ in range(NUM_CLIENTS)]
+            for client in clients:
+                await stack.enter_async_context(client)
+            await asyncio.gather(*(send(client) for client in clients for _ in range(AT_A_TIME)))
 
     async def _send(self, client: httpx.AsyncClient, number: int) -> None:
         draw = self._draw

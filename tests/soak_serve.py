@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from engine.engines import TOLERANCE, References, error, expected_rows
 from models import ensure_model
-from servers import KEY, Server
+from servers import IDLE_S, KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
 from vllm_tap.errors import CaptureError, TransportError
 
@@ -41,6 +41,9 @@ SPECS = [
 ]
 NUM_TOKENS = (2, 6, 24)
 NUM_PROMPTS = 48
+ALTERED = 0.01
+"""Share of samples of which a row is altered after it was found right, to see that this is found too."""
+
 GROWTH = 1.05
 """What the last third of the samples of memory may be of the second one, after a third of warming up."""
 
@@ -62,7 +65,7 @@ class Soak:
     async def run(self, seconds: float, at_a_time: int) -> None:
         """Send requests for some time."""
         end = time.monotonic() + seconds
-        limits = httpx.Limits(max_connections=2 * at_a_time)
+        limits = httpx.Limits(max_connections=2 * at_a_time, keepalive_expiry=IDLE_S)
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits, headers=headers) as client:
 
@@ -128,6 +131,16 @@ class Soak:
         if sample.output.prompt_token_ids != self._prompts[number]:
             self.faults.append(f"{spec}: rows of another prompt")
         self.faults += self._wrong(sample, spec)
+        if self._draw.random() < ALTERED:
+            self._alter(sample, spec)
+
+    def _alter(self, sample: Sample, spec: Spec) -> None:
+        """Alter a row, and look whether that is found."""
+        self.counts["altered"] += 1
+        _, _, rows = _planes(sample, spec)[-1]
+        rows[-1] *= -1
+        if not self._wrong(sample, spec):
+            self.faults.append(f"{spec}: an altered row was taken for a right one")
 
     def _wrong(self, sample: Sample, spec: Spec) -> list[str]:
         """Return what is wrong with the rows of a sample."""
@@ -142,16 +155,20 @@ class Soak:
         faults = []
         if not spec.reduce and sample.positions.tolist() != positions:
             faults.append(f"{spec}: positions {sample.positions.tolist()} for {positions}")
-        planes = [("hidden_states", layer, rows) for layer, rows in getattr(sample, "hidden_states", {}).items()] if (
-            spec.hidden_states
-        ) else [("embeddings", 0, sample.embeddings)]  # fmt: skip
-        for stream, layer, rows in planes:
+        for stream, layer, rows in _planes(sample, spec):
             expected = expected_rows(whole, stream, layer)
             scale = expected.square().mean().sqrt()
             chosen = expected.mean(0, keepdim=True) if spec.reduce else expected[positions]
             if rows.shape != chosen.shape or not error(rows, chosen, scale) < TOLERANCE:
                 faults.append(f"{spec}: layer {layer} is wrong")
         return faults
+
+
+def _planes(sample: Sample, spec: Spec) -> list[tuple[str, int, Any]]:
+    """Return the rows of a sample, with their streams and layers."""
+    if spec.hidden_states is None:
+        return [("embeddings", 0, sample.embeddings)]
+    return [("hidden_states", layer, rows) for layer, rows in sample.hidden_states.items()]
 
 
 def grown(memory: list[int]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from vllm_tap.cli.arguments import join_negative, size
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.save import check_target, save
 from vllm_tap.cli.table import columns, layer_text, rate_text, size_text, summary
-from vllm_tap.errors import SpecError
+from vllm_tap.errors import EngineUnsupportedError, SpecError
 from vllm_tap.vllm import facts, hub, launch
 
 Run = Callable[..., tuple[int, str, str]]
@@ -262,6 +262,27 @@ def test_a_model_that_cannot_be_had_is_told_at_once(
     assert asked == ["nosuch/model"]
 
 
+def test_a_model_that_the_hub_is_not_asked_for_is_told_with_what_forbids_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HF_HUB_OFFLINE nobody is asked; a folder, either cache, and what is no name of the hub are left to vLLM."""
+    cache, beside = tmp_path / "cache", tmp_path / "beside"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("asked"))
+    hub.require_found.cache_clear()
+    with pytest.raises(EngineUnsupportedError, match=f"nor in {cache}, and HF_HUB_OFFLINE keeps .* or unset"):
+        launch.start("nosuch/model")
+    with pytest.raises(EngineUnsupportedError, match=f"nor in {cache} or {beside}, and"):
+        launch.start("nosuch/model", download_dir=str(beside))
+    (cache / "models--its--here").mkdir(parents=True)
+    (beside / "models--its--beside").mkdir(parents=True)
+    for found, folder in [(str(cache), None), ("its/here", None), ("its/beside", str(beside)), ("s3://a/b", None)]:
+        hub.require_found(found, None, folder)
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    hub.require_found("nosuch/other")
+
+
 # -------------------------------------------------------------------------------------------------------- prompt files
 
 
@@ -336,10 +357,13 @@ def test_a_bad_prompt_file_is_one_line(run: Run, tmp_path: Path, name: str, cont
 
 
 def test_a_missing_prompt_file_is_one_line(run: Run, tmp_path: Path) -> None:
-    """A file that is not there, or is a folder, is said to be unreadable, with the system's reason."""
+    """A file that is not there, or is a folder, is said to be unreadable, with the system's reason and what to do."""
     (tmp_path / "folder.txt").mkdir()
-    assert "No such file" in one_line(run("capture", "m", "--prompts", str(tmp_path / "no.txt"))[2])
-    assert "Is a directory" in one_line(run("capture", "m", "--prompts", str(tmp_path / "folder.txt"))[2])
+    for command in (["capture", "m"], ["record", "m", str(tmp_path / "out")]):
+        for name, reason in [("no.txt", "No such file"), ("folder.txt", "Is a directory")]:
+            said = one_line(run(*command, "--prompts", str(tmp_path / name))[2])
+            assert reason in said
+            assert "name a file with --prompts, .txt with a prompt a line or .jsonl." in said
 
 
 # -------------------------------------------------------------------------------------------------------- saved files

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import device
 from engine.engines import (
@@ -28,12 +29,21 @@ from engine.engines import (
     rows_of,
     sequence,
 )
+from quick_start import quick_start
 from vllm_tap import AsyncTap, Positions, Spec, Spill
 from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
 
 pytestmark = pytest.mark.engine
 
 EVERYTHING = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ voice | default('assistant') }}: {% endif %}"
+)
+CHATS = [
+    [{"role": "user", "content": "bees?"}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "And the sea?"}],
+]
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 
 
@@ -49,7 +59,8 @@ class Running:
         start = AsyncLLM.from_engine_args
 
         async def started() -> Any:
-            return start(AsyncEngineArgs(model=str(folder), **arguments))
+            with quick_start():
+                return start(AsyncEngineArgs(model=str(folder), **arguments))
 
         self.llm: Any = self.run(started())
 
@@ -271,6 +282,33 @@ def test_a_stalled_reader_that_may_not_wait_fails(engine: Running) -> None:
     engine.run(run())
 
 
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"voice": "bee"}}])
+def test_conversations_go_through_a_chat_template(
+    engine: Running, tap: AsyncTap, references: Callable[[str], References], options: dict[str, Any]
+) -> None:
+    """Prompts are those of transformers, in all three ways; they stand beside other prompts in a stream."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(engine.llm.vllm_config.model_config.tokenizer)
+    for_template = {"add_generation_prompt": True, **options, **options.get("chat_template_kwargs", {})}
+    expected = [
+        tokenizer.apply_chat_template(
+            chat, chat_template=TEMPLATE, tokenize=True, return_dict=False, **for_template
+        ) for chat in CHATS
+    ]  # fmt: skip
+    given: dict[str, Any] = {"spec": EVERYTHING, "chat_template": TEMPLATE, **options, **GREEDY}
+
+    async def run() -> None:
+        result = await tap.capture(CHATS, **given)
+        assert [output.prompt_token_ids for output in result.outputs] == expected
+        compare(result, references("llama"))
+        found = {sample.index: sample.output.prompt_token_ids async for sample in tap.stream(CHATS, **given)}
+        assert [found[number] for number in range(len(CHATS))] == expected
+        first = [block.output.prompt_token_ids async for block in tap.stream_rows(CHATS[0], **given)]
+        assert first[0] == expected[0]
+        del result
+
+    engine.run(run())
+
+
 def test_a_capture_that_cannot_be_leaves_the_others_alone(engine: Running, tap: AsyncTap) -> None:
     """Each failure says what it says of an offline engine."""
 
@@ -290,7 +328,9 @@ def test_a_capture_that_cannot_be_leaves_the_others_alone(engine: Running, tap: 
         await refused(PositionError, "no position 50", spec=Spec(hidden_states=[0], positions=[50]))
         await refused(SpecError, "has no field 'maxtokens'", maxtokens=3)
         hello = [5, 9]
-        await refused(SpecError, "prompt 1 is a conversation", prompts=[hello, [{"role": "user", "content": "hello"}]])
+        # The one refuses two kinds in a call; the other reads prompt by prompt, and this model has no chat template.
+        await refused(SpecError, "prompt 1 is a conv|vLLM refuses prompt 1.*template", prompts=[hello, CHATS[0]])
+        await refused(SpecError, "tools: for conversations alone, and prompt 0 is none", prompts=[hello], tools=[])
         await refused(SpecError, r"vLLM refuses prompt 1, .*\b300\b", prompts=[hello, [5] * 300])
         await refused(SpecError, r"vLLM refuses prompt 1, .*256", prompts=["bees", "the sea " * 100])
         typed = {"input_ids": hello, "token_type_ids": [0, 1]}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from engine.engines import Engine, greedy, prompts, surroundings, wait_until
+from engine.engines import HAS_NIXL, Engine, greedy, prompts, surroundings, wait_until
 from vllm_tap import Recording, Spec, record
 from vllm_tap.cli import verify
 from vllm_tap.client.connection import Connection, connect
@@ -69,6 +69,21 @@ def test_rows_that_are_recorded_over_tcp_stay_with_the_worker(engine, shared, tm
     assert num_fetches == [0, 0, 2]
     with pytest.raises(DatasetError, match="is not below"):
         record(engine.llm, given, SPEC, tmp_path / "run", transport="tcp", writers="workers", **options)
+
+
+@pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed: make test-nixl")
+def test_a_capture_over_nixl_has_the_rows_of_one_in_segments(engine):
+    """Bit for bit; and again, over the connection that is there."""
+    given = prompts()
+    segment = engine.capture(given, SPEC, transport="segment")
+    for _ in range(2):
+        read = engine.capture(given, SPEC, transport="nixl")
+        for one, other in zip(segment, read, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert torch.equal(one.final_hidden_states, other.final_hidden_states)
+            for layer in segment.layers["hidden_states"]:
+                assert torch.equal(one.hidden_states[layer], other.hidden_states[layer])
+    wait_until(lambda: not engine.used_bytes(), "the end of all blocks")
 
 
 def test_a_client_elsewhere_captures_with_the_secret_alone(engine):

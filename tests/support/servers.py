@@ -12,15 +12,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from engine.engines import ARGUMENTS
+from vllm_tap.vllm import launch
 
 httpx = pytest.importorskip("httpx")
 
 KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
 START_S = 540.0
+IDLE_S = 2.0
+"""Seconds for which a client of many requests keeps an idle connection. vLLM's server closes them after 5: a request
+that goes out at that moment is lost (`ReadError` of httpx, whose own time is 5 s as well)."""
+
+PLAIN = {"VLLM_TAP": "0", "VLLM_PLUGINS": ""}
+"""Variables of a server without this package."""
+
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -31,10 +40,13 @@ class Server:
         folder: Of the model.
         log: File for what it says.
         settings: Of ours.
+        is_plain: Whether it is `vllm serve` without this package.
         **options: Arguments of `vllm serve`, over those that are here: True for a flag, None to leave one out.
     """
 
-    def __init__(self, folder: Path, log: Path, settings: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, log: Path, settings: dict[str, Any] | None = None, *, is_plain: bool = False, **options: Any
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -44,26 +56,29 @@ class Server:
         given = {
             **ARGUMENTS, "enforce_eager": True, "api_server_count": 2, "port": port, "host": "127.0.0.1",
             "api_key": KEY, "served_model_name": "tiny", "chat_template": template, "generation_config": "vllm",
-            "additional_config": json.dumps({"vllm_tap_serve": settings or {}}), **options,
+            "additional_config": None if is_plain else json.dumps({"vllm_tap_serve": settings or {}}), **options,
         }  # fmt: skip
         arguments: list[str] = []
         for name, value in given.items():
             if value is not None:
                 arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-        command = [sys.executable, "-c", COMMAND, "serve", str(folder), *arguments]
+        program = ["-m", launch.COMMAND] if is_plain else ["-c", COMMAND]
+        command = [sys.executable, *program, "serve", str(folder), *arguments]
+        variables = {**os.environ, **(PLAIN if is_plain else {})}
         self._log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
         self._wait()
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url.replace("/v1", "/health"), timeout=1).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
+        with httpx.Client(timeout=1) as client:  # each would read all certificates
+            while time.monotonic() < deadline and self.process.poll() is None:
+                try:
+                    if client.get(self.url.replace("/v1", "/health")).status_code == 200:
+                        return
+                except httpx.HTTPError:
+                    time.sleep(0.2)
         self.close()
         raise AssertionError(self._log.read_text()[-4000:])
 
@@ -82,6 +97,11 @@ class Server:
         lines = httpx.get(self.url.replace("/v1", "/metrics")).text.splitlines()
         found = (line.split() for line in lines if line.startswith("vllm_tap_") and "_total" in line)
         return {name.removeprefix("vllm_tap_").partition("_total")[0]: float(value) for name, value in found}
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all its processes so far."""
+        process = psutil.Process(self.process.pid)
+        return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
     def close(self) -> None:
         """End it."""

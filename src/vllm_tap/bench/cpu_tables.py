@@ -1,4 +1,4 @@
-"""Tables of the benchmarks that run on processors: the hand-over, the payloads that it replaces, and codecs."""
+"""Tables of the benchmarks that run on processors: hand-over, the payloads that it replaces, codecs, the server."""
 
 from __future__ import annotations
 
@@ -118,6 +118,30 @@ def network(results_dir: Path) -> str:
 
 def _mb(bytes_per_second: float) -> str:
     return f"{three_digits(bytes_per_second / 1e6)} MB/s"
+
+
+def serve(results_dir: Path) -> str:
+    """Return the table of a server under load, a row for what is captured of how many requests."""
+    results, source = _read(results_dir, "serve")
+    head = ["requests/s", "ratio", "between tokens", "ratio", "99 % of them within", "processor time", "ratio"]
+    rows = [["captured", *head]]
+    rows += [
+        [
+            row["arm"],
+            three_digits(row["requests_per_s"]),
+            f"{row['requests_ratio']:.3f}",
+            duration(row["itl_ms"]),
+            f"{row['itl_ratio']:.3f}",
+            duration(row["p99_itl_ms"]),
+            duration(row["cpu_ms"]),
+            f"{row['cpu_ratio']:.3f}",
+        ]
+        for row in results["rows"]
+    ]
+    load = f"{results['requests']} requests, {results['at_a_time']} at a time, of {results['input']} tokens"
+    words = f"{results['model']}. {load}, {results['output']} generated for each; {results['rounds']} rounds."
+    machine = cpu_machine(results, "torch", "vllm")
+    return "\n\n".join([table(rows), words, origin((results, source, machine))])
 
 
 def _read(results_dir: Path, name: str) -> tuple[dict[str, Any], Path]:

@@ -34,6 +34,7 @@ RENDERERS: dict[str, Callable[[Path], str]] = {
     "memory": gpu_checks.memory,
     "network": cpu_tables.network,
     "seed": cpu_tables.seed,
+    "serve": cpu_tables.serve,
     "store": cpu_tables.store,
 }
 """Marker name to the function that renders it from the folder of results."""

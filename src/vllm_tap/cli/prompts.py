@@ -52,7 +52,11 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror or error}.", path=str(path)) from error
+        raise SpecError(
+            f"{path} cannot be read ({error.strerror or error}): name a file with --prompts, .txt with a prompt a line "
+            "or .jsonl.",
+            path=str(path),
+        ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise SpecError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8.", path=str(path)) from error

@@ -14,7 +14,7 @@ from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError
 from vllm_tap.store.source import AUTO, WRITERS
-from vllm_tap.transport import NETWORK
+from vllm_tap.transport import NETWORKS
 
 INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
 
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     _require_free(options.dataset, options.resume)
     capture.require_plugin()
     capture.check_layers(spec, options)
-    listens = options.transport == NETWORK
+    listens = options.transport in NETWORKS
     with Interrupts(keeps=False, says=INTERRUPTED) as interrupts, engine(options, interrupts, listens=listens) as llm:
         dataset = _record(llm, prompts, spec, options)
     print_facts(dataset, options.json)

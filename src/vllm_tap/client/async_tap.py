@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, TypeVar
 
 from vllm_tap.client import missing
 from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full
+from vllm_tap.client.capture import take_chat_options
 from vllm_tap.client.live import Lives, Request, connect_async
-from vllm_tap.client.prompts import each_prompt, is_conversation
+from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.tap import RowBlock
 from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec
-from vllm_tap.vllm import asynchronous
+from vllm_tap.vllm import asynchronous, conversations
 from vllm_tap.vllm.refused import told
 from vllm_tap.vllm.token_types import with_types
 
@@ -67,17 +68,18 @@ class AsyncTap:
         Cancelled, it aborts its requests and gives the memory back.
 
         Args:
-            prompts: As `vllm_tap.capture` takes them, but for conversations.
+            prompts: As `vllm_tap.capture` takes them.
             spec: What to capture.
             lora_request: A `vllm.lora.request.LoRARequest` for all prompts.
             sampling_params: A `vllm.SamplingParams` for all prompts.
-            **sampling: Its fields.
+            **sampling: Its fields, and of conversations what `LLM.chat` takes, as for `vllm_tap.capture`.
 
         Raises:
             TapError: As for `vllm_tap.capture`.
         """
-        items = _checked(prompts)
+        given, chat = read_prompts(prompts).items, take_chat_options(sampling)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
+        items = [await self._taken(number, prompt, chat) for number, prompt in enumerate(given)]
         missing.check_prompts(spec, items)
         connection = (await self._connected()).connection
         options = {**self._options, "on_full": at_the_end(self._options["on_full"])}
@@ -96,6 +98,14 @@ class AsyncTap:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
+
+    async def _taken(self, number: int, prompt: Any, chat: dict[str, Any]) -> Any:
+        """Return a prompt as `AsyncLLM` takes it, which knows no conversations."""
+        options = chat_of(prompt, chat, number)
+        if options is None:
+            return prompt
+        with told(number):
+            return await conversations.prompt_of(self._llm, prompt, options)
 
     async def _final(self, number: int, prompt: Any, params: Any, lora_request: Any) -> Any:
         """Return the output of a prompt."""
@@ -141,6 +151,7 @@ class AsyncTap:
         Raises:
             TapError: As for `capture`.
         """
+        chat = take_chat_options(sampling)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
 
         async def samples(number: int, prompt: Any, request: Request) -> AsyncGenerator[Sample, None]:
@@ -151,7 +162,7 @@ class AsyncTap:
             for sample, completion in result.sequences.slots:
                 yield result.sample(sample, completion)
 
-        async with contextlib.aclosing(self._merged(prompts, spec, params, samples, most_running)) as items:
+        async with contextlib.aclosing(self._merged(prompts, chat, spec, params, samples, most_running)) as items:
             async for item in items:
                 yield item
 
@@ -185,6 +196,7 @@ class AsyncTap:
         Cost:
             A call to each worker for every step, which requests of the same Spec share.
         """
+        chat = take_chat_options(sampling)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "DELTA")
         if (params.n or 1) > 1:
             raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
@@ -203,13 +215,14 @@ class AsyncTap:
                         if tokens.finished:
                             missing.check_sample(spec, number, tokens, result)
 
-        async with contextlib.aclosing(self._merged(prompts, spec, params, blocks, most_running)) as items:
+        async with contextlib.aclosing(self._merged(prompts, chat, spec, params, blocks, most_running)) as items:
             async for item in items:
                 yield item
 
     async def _merged(
         self,
         prompts: Any,
+        chat: dict[str, Any],
         spec: Spec,
         params: Any,
         run: Callable[[int, Any, Request], AsyncGenerator[T, None]],
@@ -217,12 +230,13 @@ class AsyncTap:
     ) -> AsyncGenerator[T, None]:
         """Yield what the prompts' generators yield, in the order in which it comes."""
         lives = await self._connected()
-        numbered = enumerate(_each(prompts))
+        numbered = enumerate(each_prompt(prompts))
         ready: asyncio.Queue[T | Request | BaseException | None] = asyncio.Queue(MOST_WAITING)
 
         async def work() -> None:
             try:
-                for number, prompt in numbered:
+                for number, given in numbered:
+                    prompt = await self._taken(number, given, chat)
                     with counted_from(number):
                         missing.check_prompts(spec, [prompt])
                     async with (
@@ -281,27 +295,3 @@ async def _stop(starting: asyncio.Task[Recording]) -> None:
 
     with contextlib.suppress(Exception):
         await asyncio.shield(asyncio.create_task(stop()))
-
-
-def _checked(prompts: Any) -> list[Any]:
-    """Return prompts as vLLM takes them.
-
-    Raises:
-        SpecError: There are none, or conversations.
-    """
-    items = list(_each(prompts))
-    if not items:
-        raise SpecError("prompts is empty: there is nothing to capture.")
-    return items
-
-
-def _each(prompts: Any) -> Iterator[Any]:
-    """Yield prompts one by one as vLLM takes them; they are read as they are asked for."""
-    for number, prompt in enumerate(each_prompt(prompts)):
-        if is_conversation(prompt):
-            raise SpecError(
-                f"prompt {number} is a conversation, and AsyncLLM takes none: render it with the tokenizer's "
-                "apply_chat_template, and pass the token ids.",
-                sample=number,
-            )
-        yield prompt

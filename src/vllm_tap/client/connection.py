@@ -27,7 +27,7 @@ from vllm_tap.errors import (
 from vllm_tap.frame import messages
 from vllm_tap.frame.blocks import Bytes
 from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
-from vllm_tap.transport import AUTO, INLINE, NETWORK, OTHER_NAMES, SEGMENT, TRANSPORTS
+from vllm_tap.transport import AUTO, INLINE, NETWORKS, OTHER_NAMES, SEGMENT, TRANSPORTS
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.tcp.access import Access, read_secret
 from vllm_tap.transport.tcp.address import is_network
@@ -305,7 +305,7 @@ class Connection:
         """Return the engine object, None in a process that has none."""
         lost = self.ways.let_go_of_lost()
         if lost:
-            raise EngineDiedError(LOST if lost == {NETWORK} else GONE)
+            raise EngineDiedError(LOST if lost <= NETWORKS else GONE)
         return self._engine()
 
     def _engine(self) -> Any:
@@ -345,7 +345,7 @@ class Connection:
 
         Raises:
             SpecError: Not a transport.
-            TransportError: "segment" or "tcp" was asked for and cannot be had.
+            TransportError: "segment", "tcp" or "nixl" was asked for and cannot be had.
             EngineDiedError: A worker that was reached before is gone.
         """
         transport = OTHER_NAMES.get(str(transport), transport)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import urllib.parse
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any, Final
 
@@ -17,11 +19,14 @@ from vllm_tap.spec import Spec
 
 ROUTE: Final = "/v1/tap/rows"
 
+OF_STREAM: Final = "Of a stream of tokens, pass the id that its chunks have."
+
 
 class HttpTap:
     """Captures from a server that `vllm-tap serve` has started.
 
-    Requests go through any client; this one says what they are to contain, and reads the rows.
+    Requests go through any client; this one says what they are to contain, and reads the rows. Each read and each
+    deletion has a connection of its own: one that is kept may be closed by the server while a call goes out on it.
 
     Args:
         base_url: Of the server, with or without `/v1`.
@@ -30,12 +35,14 @@ class HttpTap:
         codec: In which rows travel, such as "bytesplit" to a distant host; "raw" for none.
 
     Raises:
-        SpecError: There is no such codec, or its package is not installed.
+        SpecError: That is no URL; or there is no such codec, or its package is not installed.
     """
 
     def __init__(
         self, base_url: str, *, api_key: str | None = None, timeout_s: float = 60.0, codec: str = "raw"
     ) -> None:
+        if not str(base_url).startswith(("http://", "https://")):
+            raise SpecError(f"base_url is a server's, such as http://localhost:8000, got {base_url!r}.")
         self._base = base_url.rstrip("/").removesuffix("/v1")
         codecs.get(codec)
         if not codecs.installed(codec):
@@ -44,11 +51,22 @@ class HttpTap:
         headers = {"Accept-Encoding": "identity" if codec == "raw" else f"vtr-{codec}"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._options: dict[str, Any] = {"headers": headers, "timeout": timeout_s}
+        self._given: dict[str, Any] = {"headers": headers, "timeout": timeout_s}
+
+    @functools.cached_property
+    def _options(self) -> dict[str, Any]:
+        """Arguments of an httpx client. Each would read the certificates anew: 40 ms, in which an event loop waits."""
+        return {**self._given, "verify": _httpx().create_ssl_context()}
 
     @staticmethod
     def extra_body(spec: Spec) -> dict[str, Any]:
-        """Return what a request has beside the fields of OpenAI: `create(..., extra_body=tap.extra_body(spec))`."""
+        """Return what a request has beside the fields of OpenAI: `create(..., extra_body=tap.extra_body(spec))`.
+
+        Raises:
+            SpecError: Something else.
+        """
+        if not isinstance(spec, Spec):
+            raise SpecError(f"extra_body takes a vllm_tap.Spec, got {type(spec).__name__}.")
         return {"vllm_xargs": {KEY: spec.to_json()}}
 
     def samples(self, response: Any) -> list[Sample]:
@@ -63,6 +81,7 @@ class HttpTap:
 
         Raises:
             CaptureError: The server could not capture; or the reply has no rows.
+            SpecError: That is no reply.
             TransportError: It cannot be reached, or refuses.
         """
         reader = Samples()
@@ -118,7 +137,7 @@ class HttpTap:
             _check(client.delete(self._url(_name_of(response))))
 
     def _url(self, name: str) -> str:
-        return f"{self._base}{ROUTE}/{name}"
+        return f"{self._base}{ROUTE}/{urllib.parse.quote(name, safe='')}"
 
     def _frames(self, name: str, **params: Any) -> Generator[body.Frame, None, None]:
         httpx, reader = _httpx(), body.Reader()
@@ -181,17 +200,21 @@ def _check(reply: Any) -> None:
         message = told["message"] if isinstance(told, dict) else told
     except (ValueError, KeyError, TypeError):
         message = reply.text[:500]
+    if reply.status_code == 401:
+        message = f"{message}: pass the api_key that the server was started with."
     raise TransportError(f"the server answers {reply.status_code}: {message}", status=reply.status_code)
 
 
 def _handle_of(response: Any) -> Mapping[str, Any]:
     """Return what a reply says of its rows."""
+    if not isinstance(response, Mapping) and not hasattr(response, "model_dump"):
+        raise SpecError(f"expected a reply or an id of its rows, got {type(response).__name__}. {OF_STREAM}")
     fields = response if isinstance(response, Mapping) else response.model_dump()
     handle = (fields.get("kv_transfer_params") or {}).get(KEY)
     if handle is None:
         raise CaptureError(
             "this reply has no rows: pass extra_body=tap.extra_body(spec) with the request, and start the server with "
-            "vllm-tap serve."
+            f"vllm-tap serve. {OF_STREAM}"
         )
     if "error" in handle:
         raise CaptureError(f"the server could not capture: {handle['error']}")

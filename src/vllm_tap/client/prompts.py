@@ -70,6 +70,19 @@ def read_prompts(given: Any) -> Prompts:
     return Prompts(items, all(chats))
 
 
+def chat_of(prompt: Any, options: dict[str, Any], number: int) -> dict[str, Any] | None:
+    """Return what `LLM.chat` takes beside a prompt that is a conversation; None of another one.
+
+    Raises:
+        SpecError: There is something, and the prompt is no conversation.
+    """
+    if is_conversation(prompt):
+        return options
+    if options:
+        raise SpecError(f"{', '.join(options)}: for conversations alone, and prompt {number} is none.", sample=number)
+    return None
+
+
 def each_prompt(given: Any) -> Iterator[Any]:
     """Yield prompts as vLLM takes them, one by one; an iterable is read as it goes.
 

@@ -10,7 +10,7 @@ from vllm_tap.client import missing
 from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full, room_of
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
-from vllm_tap.client.prompts import each_prompt, is_conversation
+from vllm_tap.client.prompts import chat_of, each_prompt
 from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.room import PART_OF_BUDGET
@@ -325,7 +325,7 @@ class _Run:
             with counted_from(number):
                 missing.check_prompts(self._recording.wishes.of(number), [prompt])
             params = self._recording.mark(self._plan.params, number)
-            chat = self._plan.chat if is_conversation(prompt) else None
+            chat = chat_of(prompt, self._plan.chat, number)
             with told(number):
                 added = stepping.add(self._llm, prompt, params, self._plan.lora_request, chat)
             most_rows = len(added.inside) * (added.prompt_len + (params.max_tokens or self._longest()))

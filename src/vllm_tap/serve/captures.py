@@ -30,6 +30,8 @@ from vllm_tap.vllm import asynchronous
 BEAM: Final = re.compile(r"-[0-9a-f]+-beam-\d+$")
 """End of the ids of requests that vLLM makes for the beams of one."""
 
+TEXT: Final = """a Spec as JSON text, such as '{"hidden_states": [8, -1]}'"""
+
 NUMBER: Final = {"cmpl-": "-", "resp_": "_"}
 """Sign between the id of a reply and the number of a prompt or turn, by the beginning of the id."""
 
@@ -94,21 +96,26 @@ class Captures:
         """Return what a request asks for."""
         extra = getattr(params, "extra_args", None) or {}
         if KEY not in extra:
+            self._refuse_misspelt(extra)
             return None if self._settings.captures == "forbid" or BEAM.search(request_id) else self._default
         given = extra[KEY]
         if self._settings.captures == "forbid":
             raise self._refused(HTTPStatus.FORBIDDEN, "this server takes no captures: leave vllm_tap out.")
         # A list would be taken for the mark of a capture, perhaps of another client.
         if not isinstance(given, str):
-            raise self._refused(
-                HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is a Spec as JSON text, got a {type(given).__name__}."
-            )
+            raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is {TEXT}, got {given!r:.100}.")
         try:
             return Spec.from_json(given)
         except SpecError as error:
             raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap: {error}") from None
         except (ValueError, TypeError, RecursionError) as error:
-            raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is no JSON: {error}") from None
+            raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is {TEXT}: {error}") from None
+
+    def _refuse_misspelt(self, extra: Mapping[str, Any]) -> None:
+        """Refuse our key in another spelling, which would be dropped without a word."""
+        for name in extra:
+            if name.lower().replace("-", "").replace("_", "") == KEY.replace("_", ""):
+                raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs has {name!r}. Did you mean {KEY!r}?")
 
     def _check(self, spec: Spec, prompt: Any, params: Any) -> None:
         """Refuse what is known not to be possible before anything runs."""
@@ -140,7 +147,8 @@ class Captures:
         sign = next((sign for start, sign in NUMBER.items() if request_id.startswith(start)), None)
         name = request_id.rpartition(sign)[0] if sign else request_id
         try:
-            result = self._results.open(call.key, {call.name, name} - {""}, is_named=bool(call.name))
+            names = dict.fromkeys(filter(None, (call.name, name)))
+            result = self._results.open(call.key, names, is_named=bool(call.name))
         except BudgetError as error:
             raise self._refused(HTTPStatus.TOO_MANY_REQUESTS, str(error)) from None
         except ValueError as error:

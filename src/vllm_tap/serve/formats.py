@@ -87,14 +87,25 @@ def npy(frames: Sequence[bytes], choice: Choice) -> bytes:
         LookupError: The result has no such layer.
     """
     found = planes(frames)
-    plane = found.get((choice.prompt, choice.completion, choice.stream, choice.layer))
+    plane = next((found[place] for place in _places(frames, choice) if place in found), None)
     if plane is None:
         names = ", ".join(plane.name for plane in found.values())
-        raise LookupError(f"no {'.'.join(map(str, choice))}: name prompt, completion, stream and layer of {names}.")
+        raise LookupError(
+            "format=npy has one stream of one choice, as in ?format=npy&stream=hidden_states&layer=8&prompt=0&"
+            f"completion=0. This result has no {'.'.join(map(str, choice))}, but {names}."
+        )
     data = np.frombuffer(b"".join(plane.pieces), np.uint8)
     file = io.BytesIO()
     np.save(file, to_numpy(data, plane.dtype, plane.shape[1]))
     return file.getvalue()
+
+
+def _places(frames: Sequence[bytes], choice: Choice) -> Iterator[tuple[int, int, str, int]]:
+    """Yield where a choice may lie: labels have no layer, and negative layers count from the last one."""
+    yield choice.prompt, choice.completion, choice.stream, -1
+    (begin,) = body.Reader().feed(frames[0])
+    num_layers = begin.head.get("num_layers", 0) if choice.layer < 0 else 0
+    yield choice.prompt, choice.completion, choice.stream, choice.layer + num_layers
 
 
 NAMES: Final[dict[str, Callable[[Sequence[bytes], Choice], bytes]]] = {"safetensors": safetensors, "npy": npy}

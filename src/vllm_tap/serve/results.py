@@ -30,7 +30,7 @@ class Result:
     def __init__(self, key: str, names: Iterable[str], is_named: bool = False) -> None:
         self.key, self.is_named = key, is_named
         self.id = f"tap-{secrets.token_urlsafe(18)}"
-        self.names = set(names)
+        self.names = list(names)
         self.frames: list[bytes] = []
         self.num_bytes = 0
         self.has_ended = False

@@ -114,8 +114,8 @@ def new_router(holder: Any) -> APIRouter:
             raise _unknown(name)
         service.metrics.deletes.inc()
 
-    router.add_api_route(ROUTE + "/{name}", read, methods=["GET"], response_class=StreamingResponse)
-    router.add_api_route(ROUTE + "/{name}", delete, methods=["DELETE"], status_code=204)
+    router.add_api_route(ROUTE + "/{name:path}", read, methods=["GET"], response_class=StreamingResponse)
+    router.add_api_route(ROUTE + "/{name:path}", delete, methods=["DELETE"], status_code=204)
     return router
 
 

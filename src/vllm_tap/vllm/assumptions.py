@@ -264,6 +264,10 @@ PARTS: Final = (
                 "conversations are refused: pass their token ids",
             ),
             Assumption(
+                "vllm.renderers.base.BaseRenderer", ("render_chat_async", "default_chat_tok_params"),
+                "to capture conversations from an `AsyncLLM`", "`AsyncTap` refuses conversations: pass their token ids",
+            ),
+            Assumption(
                 "vllm.entrypoints.llm.LLM", ("get_default_sampling_params",),
                 "to sample as the model's generation_config.json says", "captures without sampling_params fail",
             ),

@@ -14,13 +14,18 @@ TIMEOUT_S: Final = 10.0
 
 
 @functools.cache
-def require_found(model: str, revision: str | None = None) -> None:
+def require_found(model: str, revision: str | None = None, download_dir: str | None = None) -> None:
     """Refuse a model that is no folder, not in the cache and not to be had from the hub.
 
-    Anything else than a name of the hub is left to vLLM, and so is everything where the hub is not to be asked.
+    Anything else than a name of the hub is left to vLLM, and so is everything where another hub is asked.
+
+    Args:
+        model: Folder or name.
+        revision: Of it, on the hub.
+        download_dir: A cache beside the usual one.
 
     Raises:
-        EngineUnsupportedError: The hub has no such model, or cannot be reached.
+        EngineUnsupportedError: The hub has no such model, cannot be reached, or is not to be asked.
 
     Cost:
         One request for a model that is to be downloaded, nothing for another.
@@ -28,9 +33,16 @@ def require_found(model: str, revision: str | None = None) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    elsewhere = constants.HF_HUB_OFFLINE or os.environ.get("VLLM_USE_MODELSCOPE", "0").lower() in ("1", "true")
-    if elsewhere or Path(model).exists() or not _is_name(model) or _is_cached(model):
+    elsewhere = os.environ.get("VLLM_USE_MODELSCOPE", "0").lower() in ("1", "true")
+    caches = [Path(folder) for folder in (constants.HF_HUB_CACHE, download_dir) if folder]
+    if elsewhere or Path(model).exists() or not _is_name(model) or any(_has(cache, model) for cache in caches):
         return
+    if constants.HF_HUB_OFFLINE:
+        raise EngineUnsupportedError(
+            f"{model} is neither a folder nor in {' or '.join(map(str, caches))}, and HF_HUB_OFFLINE keeps vLLM from "
+            "downloading it: name the folder of a model, or unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE.",
+            path=model,
+        )
     try:
         HfApi().model_info(model, revision=revision, timeout=TIMEOUT_S)
     except GatedRepoError:
@@ -61,8 +73,7 @@ def _is_name(model: str) -> bool:
     return True
 
 
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import constants
+def _has(cache: Path, model: str) -> bool:
     from huggingface_hub.file_download import repo_folder_name
 
-    return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")).is_dir()
+    return (cache / repo_folder_name(repo_id=model, repo_type="model")).is_dir()

@@ -89,7 +89,7 @@ def count_layers(model: str, **arguments: Any) -> int | None:
     Raises:
         EngineUnsupportedError: There is no such model, or it cannot be had.
     """
-    require_found(model, arguments.get("revision"))
+    require_found(model, arguments.get("revision"), arguments.get("download_dir"))
     try:
         from vllm.transformers_utils.config import get_config, get_hf_text_config
 
@@ -125,7 +125,7 @@ def start(model: str, **arguments: Any) -> Any:
         raise EngineUnsupportedError(f"vLLM is not installed in this environment: {INSTALL}.")
     if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
         raise EngineUnsupportedError(f"{model} is not a folder: name the folder of a model.", path=model)
-    require_found(model, arguments.get("revision"))
+    require_found(model, arguments.get("revision"), arguments.get("download_dir"))
     try:
         from vllm import LLM
     except ImportError as error:

@@ -294,3 +294,23 @@ def test_forward_passes_have_a_table_of_their_own(tmp_path: Path) -> None:
     text = render(MARKED, tmp_path)
     assert row in text
     assert "same steps |" not in text
+
+
+def test_a_server_under_load_has_a_row_for_each_arm(tmp_path: Path) -> None:
+    """With what it was measured on, and how."""
+    row = {"requests_per_s": 12.345, "itl_ms": 40.0, "p99_itl_ms": 1500.0, "cpu_ms": 250.0, "row_bytes": 0}
+    results = {
+        "command": "python bench/serve_load.py --model M", "commit": "abc1234", "model": "M", "rounds": 3,
+        "requests": 64, "at_a_time": 16, "input": 60, "output": 30,
+        "machine": {"cpu": "X", "cores": 2, "kernel": "L", "python": "3.11", "torch": "2.13", "vllm": "0.32"},
+        "rows": [
+            {"arm": "plain vllm serve", "requests_ratio": 1.0, "itl_ratio": 1.0, "cpu_ratio": 1.0, **row},
+            {"arm": "all of requests", "requests_ratio": 0.98765, "itl_ratio": 0.9, "cpu_ratio": 0.97, **row},
+        ],
+    }  # fmt: skip
+    (tmp_path / "serve-cpu.json").write_text(json.dumps(results))
+    text = render(MARKED.replace("gpu-tables", "serve"), tmp_path)
+    assert "| plain vllm serve | 12.3 | 1.000 | 40 ms | 1.000 | 1.5 s | 250 ms | 1.000 |" in text
+    assert "| all of requests | 12.3 | 0.988 | 40 ms | 0.900 | 1.5 s | 250 ms | 0.970 |" in text
+    assert "M. 64 requests, 16 at a time, of 60 tokens, 30 generated for each; 3 rounds." in text
+    assert "| [serve-cpu.json](bench/results/serve-cpu.json) | `abc1234` |" in text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_tap.client.prompts import each_prompt, read_prompts, unpacked
+from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts, unpacked
 from vllm_tap.errors import SpecError
 from vllm_tap.vllm.token_types import types_of, with_types
 
@@ -174,3 +174,12 @@ def test_token_types_travel_with_the_parameters(prompt: Any, architecture: str, 
     types = types_of(prompt)
     carried = {"compressed_token_type_ids": types.index(1)} if any(types) else {}
     assert second.extra_kwargs == {"mine": 1, **carried}
+
+
+def test_what_a_chat_template_is_given_is_for_conversations() -> None:
+    """For another prompt it would be dropped without a word."""
+    options = {"tools": []}
+    assert chat_of([{"role": "user", "content": "a"}], options, 0) is options
+    assert chat_of("a", {}, 0) is None
+    with pytest.raises(SpecError, match="tools: for conversations alone, and prompt 3 is none"):
+        chat_of("a", options, 3)

@@ -52,7 +52,8 @@ class Lives:
         if self._start_error:
             raise self._start_error
         self.specs.append(spec)
-        yield SimpleNamespace(params=params, rows=lambda tokens: self._rows(spec, tokens), result=None)
+        rows, is_due = lambda tokens: self._rows(spec, tokens), lambda tokens: tokens.finished
+        yield SimpleNamespace(params=params, rows=rows, is_due=is_due, result=None)
 
     async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
         if self._error:
@@ -123,6 +124,52 @@ def test_requests_are_captured_that_ask_or_by_default(
     else:
         assert fields is None
         assert server.counted() == {}
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (
+            {"vllm_tap": ["hidden_states"]},
+            "is a Spec as JSON text, such as '{\"hidden_states\": .*, got \\['hidden_states'\\]",
+        ),
+        ({"vllm_tap": 5}, "is a Spec as JSON text, .*, got 5"),
+        ({"vllm_tap": "hidden_states=[1]"}, "is a Spec as JSON text, .*: Expecting value"),
+        ({"vllm_tap": ""}, "is a Spec as JSON text, .*: Expecting value"),
+        ({"vllm_tap": '{"hiden_states": [1]}'}, "no field 'hiden_states'. Did you mean 'hidden_states'"),
+        ({"vllmtap": ASKED}, "has 'vllmtap'. Did you mean 'vllm_tap'"),
+        ({"vllm-Tap": ASKED}, "has 'vllm-Tap'. Did you mean 'vllm_tap'"),
+    ],
+)
+def test_a_wrong_wish_is_refused_with_what_is_right(monkeypatch: pytest.MonkeyPatch, extra: Any, says: str) -> None:
+    """With 400, before anything runs; arguments of others are left alone."""
+    server = Server(monkeypatch)
+    given = SimpleNamespace(extra_args=extra, n=1, output_kind=SimpleNamespace(name="CUMULATIVE"))
+
+    async def run(params: Any) -> None:
+        assert [output async for output in server.llm.generate(PROMPT, params, "cmpl-1-0")]
+
+    with pytest.raises(fastapi.HTTPException, match=says) as refused:
+        asyncio.run(run(given))
+    assert refused.value.status_code == 400
+    given.extra_args = {"tap": 1, "other": "x"}
+    asyncio.run(run(given))
+    assert server.counted() == {"refusals": 1}
+
+
+def test_rows_of_a_name_that_is_taken_are_refused_by_the_name_that_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the one that vLLM made of it."""
+    server = Server(monkeypatch)
+
+    async def run() -> None:
+        for _ in range(2):
+            captures.current.set(captures.Call("", "mine"))
+            params = SimpleNamespace(extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="DELTA"))
+            assert [output async for output in server.llm.generate(PROMPT, params, "cmpl-mine-0")]
+
+    with pytest.raises(fastapi.HTTPException, match="rows of a request 'mine' already") as refused:
+        asyncio.run(run())
+    assert refused.value.status_code == 409
 
 
 def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 from vllm_tap import HttpTap  # noqa: E402
+from vllm_tap.client.http_tap import _check  # noqa: E402
 from vllm_tap.serve.peers import Peers  # noqa: E402
 from vllm_tap.serve.reply import Reply  # noqa: E402
 from vllm_tap.serve.results import Results  # noqa: E402
@@ -154,7 +156,13 @@ def test_any_process_hands_out_what_one_has(processes: list[Process], reader: in
     assert [block.finished for block in blocks] == [False, True]
     headers = {"Authorization": "Bearer mine"}
     npy = {"format": "npy", "stream": "hidden_states", "layer": 1}
-    assert httpx.get(url + handle["href"], params=npy, headers=headers).content[1:6] == b"NUMPY"
+    first = httpx.get(url + handle["href"], params=npy, headers=headers).content
+    assert first[1:6] == b"NUMPY"
+    assert httpx.get(url + handle["href"], params={**npy, "layer": -3}, headers=headers).content == first
+    said = httpx.get(url + handle["href"], params={"format": "npy", "layer": -2}, headers=headers)
+    assert said.status_code == 404
+    assert "as in ?format=npy&stream=hidden_states&layer=8" in said.json()["detail"]
+    assert "0.0.hidden_states.3" in said.json()["detail"]
     with pytest.raises(TransportError, match="404"):
         processes[reader].tap("other").samples(handle["id"])
     with pytest.raises(TransportError, match="404"):
@@ -191,6 +199,53 @@ def test_a_range_of_a_body_is_cut_out_of_it(processes: list[Process], reader: in
         assert reply.status_code == 200
         processes[0].do(lambda: results.end(open_one))
         assert reply.read() == body.encode("begin") + body.encode("end")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b?c#d", "%2F", "\u2603"])
+@pytest.mark.parametrize("reader", [0, 1])
+def test_a_name_may_have_any_letters(processes: list[Process], reader: int, name: str) -> None:
+    """Clients choose it."""
+    fill(processes[0], "mine", name)
+    tap = processes[reader].tap("mine")
+    assert len(tap.samples(name)[0]) == 6
+    tap.delete(name)
+
+
+def test_what_a_tap_cannot_use_is_told() -> None:
+    """With what it takes."""
+    tap = HttpTap("http://127.0.0.1:9")
+    for url in ("localhost:8000", "", 5):
+        with pytest.raises(SpecError, match="base_url is a server's, such as http://localhost:8000"):
+            HttpTap(url)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=r"takes a vllm_tap\.Spec, got dict"):
+        HttpTap.extra_body({"hidden_states": [1]})  # type: ignore[arg-type]
+    for given in (None, iter(())):
+        with pytest.raises(SpecError, match=r"expected a reply .* Of a stream of tokens, pass the id"):
+            tap.samples(given)
+    with pytest.raises(CaptureError, match=r"has no rows.* Of a stream of tokens, pass the id"):
+        tap.delete({"id": "cmpl-1", "choices": []})
+    with pytest.raises(TransportError, match="401: Unauthorized: pass the api_key"):
+        _check(httpx.Response(401, json={"error": "Unauthorized"}))
+
+
+def test_calls_share_certificates_and_no_connection(
+    processes: list[Process], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reading certificates holds up an event loop; a kept connection may close while a call goes out on it."""
+    loads: list[object] = []
+    load = ssl.SSLContext.load_verify_locations
+    monkeypatch.setattr(
+        ssl.SSLContext, "load_verify_locations", lambda self, *args, **kw: [loads.append(self), load(self, *args, **kw)]
+    )
+    fill(processes[0], "mine", "certified")
+    tap = processes[0].tap("mine")
+    with caplog.at_level("DEBUG", "httpcore.connection"):
+        tap.samples("certified")
+        asyncio.run(tap.samples_async("certified"))
+        list(tap.stream_rows("certified"))
+        tap.delete("certified")
+    assert len(loads) == 1
+    assert caplog.text.count("connect_tcp.started") == 4
 
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "bytesplit"])

@@ -1,0 +1,215 @@
+"""Requests per second and time between tokens of a server, with and without captures, by vLLM's own `vllm bench serve`.
+
+Two servers of one model, of which one works at a time: plain `vllm serve` without this package, and `vllm-tap serve`.
+In every round each arm sends the same prompts, in random order. Rows of captured requests are read to the end and
+deleted by the process that sends the requests, before the next request takes its place.
+
+python bench/serve_load.py --model models/SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+import vllm
+from vllm.benchmarks import serve as vllm_bench
+from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, OPENAI_COMPATIBLE_BACKENDS
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from servers import KEY, Server
+from vllm_tap import HttpTap, Spec
+from vllm_tap.bench.machine import describe_commit, describe_machine
+
+PLAIN, IDLE = "plain vllm serve", "none"
+MODES = {"last position, all layers": ("all", "last"), "all positions, 4 layers": (4, "all")}
+SHARES = {"10 %": 10, "all": 1}
+"""Of requests that are captured: every so many-th."""
+
+SERVER: dict[str, Any] = {
+    "dtype": "float32", "max_model_len": None, "max_num_batched_tokens": 2048, "max_num_seqs": 256,
+    "api_server_count": 1, "chat_template": None, "no_enable_prefix_caching": True, "served_model_name": "model",
+}  # fmt: skip
+"""In float32: processors without instructions for bfloat16 take six times as long for it."""
+
+
+class Arm(NamedTuple):
+    """Load on a server.
+
+    Attributes:
+        name: What is captured, and of how many requests.
+        spec: What is captured.
+        every: Of how many requests one is captured.
+        is_plain: Whether the server is without this package.
+    """
+
+    name: str
+    spec: Spec | None = None
+    every: int = 1
+    is_plain: bool = False
+
+
+class Load:
+    """What sends requests: vLLM's benchmark, in this process."""
+
+    def __init__(self, options: argparse.Namespace, servers: dict[bool, Server]) -> None:
+        self._options, self._servers = options, servers
+        OPENAI_COMPATIBLE_BACKENDS.append("vllm-tap")
+        os.environ["OPENAI_API_KEY"] = KEY
+
+    def run(self, arm: Arm, seed: int) -> dict[str, float]:
+        """Send all requests of an arm; return what vLLM's benchmark measured, and what it cost the server."""
+        num_bytes = [0]
+        ASYNC_REQUEST_FUNCS["vllm-tap"] = _captured(arm, num_bytes)
+        server = self._servers[arm.is_plain]
+        options, parser = self._options, FlexibleArgumentParser()
+        vllm_bench.add_cli_args(parser)
+        given = {
+            "backend": "vllm-tap", "base_url": server.url.removesuffix("/v1"),
+            "model": options.model, "served_model_name": "model", "dataset_name": "random", "seed": seed,
+            "random_input_len": options.input, "random_output_len": options.output, "num_prompts": options.requests,
+            "max_concurrency": options.at_a_time, "temperature": 0, "ready_check_timeout_sec": 0,
+        }  # fmt: skip
+        arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        begin_s = server.cpu_seconds()
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            found = asyncio.run(
+                vllm_bench.main_async(parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"]))
+            )
+        if found["completed"] != options.requests:
+            raise SystemExit(f"{arm.name}: {found['completed']} of {options.requests} requests\n{told.getvalue()}")
+        return {
+            "requests_per_s": found["request_throughput"],
+            "itl_ms": found["mean_itl_ms"],
+            "p99_itl_ms": found["p99_itl_ms"],
+            "cpu_ms": (server.cpu_seconds() - begin_s) * 1e3 / options.requests,
+            "row_bytes": num_bytes[0],
+        }
+
+
+def _captured(arm: Arm, num_bytes: list[int]) -> Any:
+    """Return vLLM's function that sends a request, around which some are captured."""
+    send, numbers = ASYNC_REQUEST_FUNCS["openai"], itertools.count()
+
+    async def request(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
+        if arm.spec is None or next(numbers) % arm.every:
+            return await send(request_func_input, session, pbar)
+        request_func_input.request_id = uuid.uuid4().hex
+        request_func_input.extra_body = {**(request_func_input.extra_body or {}), **HttpTap.extra_body(arm.spec)}
+        output = await send(request_func_input, session, pbar)
+        url = request_func_input.api_url.replace("completions", f"tap/rows/{request_func_input.request_id}")
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with session.get(url, headers=headers, raise_for_status=True) as reply:
+            async for piece in reply.content.iter_any():
+                num_bytes[0] += len(piece)
+        await session.delete(url, headers=headers, raise_for_status=True)
+        return output
+
+    return request
+
+
+def arms(num_layers: int) -> list[Arm]:
+    """Return all arms; the plain server first."""
+    found = [Arm(PLAIN, is_plain=True), Arm(IDLE)]
+    for mode, (layers, positions) in MODES.items():
+        chosen = layers if layers == "all" else [num_layers * number // layers for number in range(layers)]
+        spec = Spec(hidden_states=chosen, positions=positions)
+        found += [Arm(f"{mode}, {share} of requests", spec, every) for share, every in SHARES.items()]
+    return found
+
+
+def measure(load: Load, given: list[Arm], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Return a row for each arm: medians of rounds, and of the ratios to the plain server within a round.
+
+    Args:
+        load: Sends the requests.
+        given: The arms.
+        rounds: Most of them.
+        seconds: No round begins after so many.
+    """
+    end = time.monotonic() + seconds
+    draw = random.Random(0)
+    for arm in given:
+        load.run(arm, 0)
+    found: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in given}
+    for number in range(1, rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
+        for arm in draw.sample(given, len(given)):
+            found[arm.name].append(load.run(arm, number))
+    return [_row(name, of_arm, found[PLAIN]) for name, of_arm in found.items()]
+
+
+def _row(name: str, mine: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, Any]:
+    def ratio(field: str, power: int) -> float:
+        return statistics.median((one[field] / two[field]) ** power for one, two in zip(mine, plain, strict=True))
+
+    medians = {field: statistics.median(one[field] for one in mine) for field in mine[0]}
+    return {
+        "arm": name,
+        **medians,
+        "requests_ratio": ratio("requests_per_s", 1),
+        "itl_ratio": ratio("itl_ms", -1),
+        "cpu_ratio": ratio("cpu_ms", -1),
+        "all_requests_per_s": [one["requests_per_s"] for one in mine],
+    }
+
+
+def main() -> None:
+    """Run the benchmark, print its results and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a model")
+    parser.add_argument("--rounds", type=int, default=20, help="at most")
+    parser.add_argument("--seconds", type=float, default=600, help="no round begins after so many")
+    parser.add_argument("--requests", type=int, default=32, help="in a round, of each arm")
+    parser.add_argument("--at-a-time", type=int, default=16)
+    parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--output", type=int, default=32, help="tokens to generate for it")
+    parser.add_argument("--out", type=Path, help="results file")
+    options = parser.parse_args()
+    num_layers = json.loads((Path(options.model) / "config.json").read_text())["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+
+        def start(is_plain: bool) -> Server:
+            server = Server(Path(options.model), Path(folder) / f"{is_plain}", is_plain=is_plain, **SERVER)
+            stack.callback(server.close)
+            return server
+
+        with ThreadPoolExecutor() as pool:
+            servers = dict(zip((True, False), pool.map(start, (True, False)), strict=True))
+        rows = measure(Load(options, servers), arms(num_layers), options.rounds, options.seconds)
+    results = {
+        "benchmark": "serve",
+        "command": shlex.join(["python", "bench/serve_load.py", *sys.argv[1:]]),
+        "commit": describe_commit(),
+        "machine": {**describe_machine(), "vllm": vllm.__version__},
+        "model": Path(options.model).name,
+        "rounds": len(rows[0]["all_requests_per_s"]),
+        **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output")},
+        "rows": rows,
+    }
+    print(json.dumps(results, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
