@@ -278,7 +278,17 @@ def is_writer() -> bool:
 
 def run_workers(num_kills: int, seed: int, root: Path) -> dict[str, int]:
     """Kill engines and clients at random instants, so many in all, and as many while workers write."""
-    pair, whole = Pair(root, random.Random(seed)), root / "whole"
+    pair = Pair(root, random.Random(seed))
+    try:
+        kill_all(pair, num_kills, root)
+    finally:
+        pair.end()
+    return pair.counts
+
+
+def kill_all(pair: Pair, num_kills: int, root: Path) -> None:
+    """Record with kills until there were enough, and compare each dataset with one of the client's without any."""
+    whole = root / "whole"
     pair.start()
     assert ended(pair.client(whole, "client"))
     begin = time.perf_counter()
@@ -297,8 +307,6 @@ def run_workers(num_kills: int, seed: int, root: Path) -> dict[str, int]:
     # Every so many: those of a run are some hundreds, which are alike.
     for operation in range(0, STRIDE * num_kills, STRIDE):
         to_the_end(pair.at_operation(operation))
-    pair.end()
-    return pair.counts
 
 
 def main() -> None:
