@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-serve bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
+.PHONY: help setup demo test test-all test-versions test-interchange test-nixl test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-serve bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -108,7 +108,7 @@ test-version-%:
 # Packages that read our exports, as released: groups of them, each in an environment of its own that sees the packages
 # of $(VENV) behind its own. Many state pins that clash, and want a GPU: they come without their dependencies, and what
 # their readers import is named here. make test-interchange-saes runs one group.
-READERS := speculators saes drafts rl steering repeng
+READERS := speculators saes drafts rl steering repeng ray
 speculators := speculators==0.9.0 hs-connectors==0.9.0
 speculators_needs := "datasets<=5.1.0" "loguru<=0.7.3" pydantic-settings typer aiohttp httpx rich psutil protobuf click
 saes := dictionary-learning==0.1.0 nnsight==0.3.7
@@ -123,6 +123,8 @@ steering := steering-vectors==0.12.2
 steering_needs := scikit-learn
 repeng := repeng==0.4.0
 repeng_needs := --ignore-installed "numpy<2" "scikit-learn<1.7" "scipy<1.14"
+ray := ray==2.60.0
+ray_needs := msgpack pandas
 # Modules whose tests must not skip.
 speculators_modules := speculators
 saes_modules := sae_lens dictionary_learning
@@ -130,6 +132,7 @@ drafts_modules := specforge modelopt datasets pandas
 rl_modules := verl skyrl verifiers vllm
 steering_modules := steering_vectors
 repeng_modules := repeng
+ray_modules := ray
 
 test-interchange: $(READERS:%=test-interchange-%)  ## packages that read our exports (2 GB)
 
@@ -144,6 +147,16 @@ $(VENV)-interchange/%/.installed: $(VENV)/.dev
 	$(VENV)-interchange/$*/bin/pip -qq install $($*_needs)
 	$(VENV)-interchange/$*/bin/pip -qq install --no-deps --ignore-requires-python $($*)
 	@touch $@
+
+# UCX, which NIXL brings, reads memory of the same host directly; the second time it has to go over TCP.
+nixl := nixl==1.5.2 nixl-cu12==1.5.1
+nixl_needs := psutil
+NIXL_TESTS := tests/unit/transport tests/process/test_handover.py tests/engine/test_network.py
+
+test-nixl: $(VENV)/.dev  ## the tests of transports over NIXL (300 MB)
+	$(MAKE) $(VENV)-interchange/nixl/.installed
+	PYTHONPATH=src $(VENV)-interchange/nixl/bin/python -m pytest $(NIXL_TESTS) -k nixl
+	PYTHONPATH=src UCX_TLS=tcp $(VENV)-interchange/nixl/bin/python -m pytest $(NIXL_TESTS) -k nixl
 
 # The engine tests on the GPU of this machine, in all modes at once; ten minutes. A bare machine without network:
 # bash bench/gpu.sh python3 tests/on_gpu.py.
@@ -185,6 +198,7 @@ MUTATIONS ?= 1000000
 
 crash: $(VENV)/.dev  ## kill writers of datasets: KILLS=500
 	$(BIN)/python tests/crash.py --kills $(KILLS)
+	$(BIN)/python tests/crash.py --kills $(KILLS) --writers workers
 
 hostile-datasets: $(VENV)/.dev  ## change files of datasets: MUTATIONS=1000000
 	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)

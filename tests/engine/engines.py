@@ -6,6 +6,7 @@ Runs in the test process; each engine is a handful of processes of its own, whic
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import select
 import sys
@@ -23,6 +24,7 @@ import torch
 import device
 import vllm_tap
 from device import TOLERANCE
+from quick_start import quick_start
 from reference import Reference, ReferenceModel
 from routing import in_order
 from vllm_tap.streams import STREAMS
@@ -33,6 +35,9 @@ FULL_MATRIX = os.environ.get("VLLM_TAP_TEST_MATRIX") == "full"
 MAX_MODEL_LEN = 256
 MAX_NEW_TOKENS = 8
 TRANSPORTS = ["segment", "inline", "tcp"]
+HAS_NIXL = importlib.util.find_spec("nixl") is not None
+NETWORKS = {"VLLM_TAP_LISTEN": "127.0.0.1:0", **({"VLLM_TAP_NIXL": "1"} if HAS_NIXL else {})}
+"""What tells workers to listen, for transport="tcp", and "nixl" where that is installed."""
 DEADLINE_S = 20.0
 
 # The longest prompt takes three steps of 64 tokens, and several short ones share a step with a piece of it.
@@ -93,13 +98,13 @@ class Engine:
 
         Args:
             folder: Of the model.
-            listens: Whether workers listen on loopback, for transport="tcp".
+            listens: Whether workers listen on loopback.
             arguments: For vLLM.
         """
         from vllm import LLM
 
-        before = _children()
-        with surroundings({"VLLM_TAP_LISTEN": "127.0.0.1:0"} if listens else {}):
+        with quick_start(), surroundings(NETWORKS if listens else {}):
+            before = _children()
             self.llm: Any = LLM(str(folder), **device.engine_arguments(**{**ARGUMENTS, **arguments}))
         self.processes = [Process(pid) for pid in sorted(_children() - before)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 from vllm_tap.transport.calls import CallServer
+from vllm_tap.transport.nixl.reader import NixlReader
 from vllm_tap.transport.segment.pool import SegmentPool
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.segment.server import SegmentServer
@@ -15,7 +17,13 @@ from vllm_tap.transport.tcp.server import NetworkServer
 from vllm_tap.transport.tcp.settings import Settings
 
 NAMES = ["segment", "tcp"]
+"""Those of every environment, and NIXL where that is installed: `make test-nixl`."""
+if importlib.util.find_spec("nixl") is not None:
+    NAMES.append("nixl")
+
 SECRET = b"a secret of the tests"
+NIXL_MARK = "#nixl"
+"""Behind an address: which reader `connect` makes of it."""
 
 Server = SegmentServer | NetworkServer
 Reader = SegmentReader | NetworkReader
@@ -25,14 +33,16 @@ def serve(name: str, pool: SegmentPool) -> Server:
     """Return a server of blocks of a pool, to all its clients."""
     if name == "segment":
         return SegmentServer(lambda _: pool)
-    return _Network(pool)
+    return _Network(pool, name)
 
 
 class _Network(NetworkServer):
-    def __init__(self, pool: SegmentPool) -> None:
+    def __init__(self, pool: SegmentPool, name: str) -> None:
         self._own_calls = CallServer(lambda data: data)
-        given = Settings("127.0.0.1", 0, SECRET, is_random=False, tls=False)
+        given = Settings("127.0.0.1", 0, SECRET, is_random=False, tls=False, nixl=name == "nixl")
         super().__init__(given, lambda _: pool, self._own_calls, itertools.count(1))
+        if name == "nixl":
+            self.address += NIXL_MARK
 
     def close(self) -> None:
         super().close()
@@ -42,7 +52,8 @@ class _Network(NetworkServer):
 def connect(address: str, timeout_s: float = 5.0) -> Reader:
     """Return a reader of what is served at an address."""
     if is_network(address):
-        return NetworkReader(address, Access(SECRET, tls=False, timeout_s=timeout_s))
+        kind = NixlReader if address.endswith(NIXL_MARK) else NetworkReader
+        return kind(address.removesuffix(NIXL_MARK), Access(SECRET, tls=False, timeout_s=timeout_s))
     return SegmentReader(address, timeout_s=timeout_s)
 
 

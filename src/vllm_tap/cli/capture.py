@@ -17,7 +17,7 @@ from vllm_tap.cli.table import print_json, size_text, summary, total_seconds
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError
 from vllm_tap.spec import Spec, resolve_layers
 from vllm_tap.streams import ABOUT, LAYERED_FIELDS, SINGLE_FIELDS
-from vllm_tap.transport import AUTO, NETWORK, TRANSPORTS
+from vllm_tap.transport import AUTO, NETWORKS, TRANSPORTS
 
 OTHER_FIELDS: Final = tuple(field for field in LAYERED_FIELDS + SINGLE_FIELDS if field != "hidden_states")
 """Fields of a `Spec` whose options have their names; `--layers` is that of hidden states."""
@@ -88,7 +88,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> Any:
         "--transport",
         choices=TRANSPORTS,
         default=AUTO,
-        help="shared memory, a network, bytes through calls, or the first that works (default)",
+        help="shared memory, a network by TCP or NIXL, bytes through calls, or the first that works (default)",
     )
     group.add_argument(
         "--staging",
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
     check_layers(spec, options)
     with Interrupts(keeps=bool(options.save)) as interrupts:
         try:
-            with engine(options, interrupts, listens=options.transport == NETWORK) as llm:
+            with engine(options, interrupts, listens=options.transport in NETWORKS) as llm:
                 result = _capture(llm, prompts, spec, options)
         except KeyboardInterrupt:
             say(f"interrupted: no sample was finished, {options.save} is not written")

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from vllm_tap.cli import arguments
 from vllm_tap.cli.interrupts import Interrupts
-from vllm_tap.transport.tcp.settings import LISTEN_VARIABLE
+from vllm_tap.transport import NIXL
+from vllm_tap.transport.tcp.settings import LISTEN_VARIABLE, NIXL_VARIABLE
 
 LOOPBACK: Final = "127.0.0.1:0"
 """Address that workers listen on for the command alone: it gets their random secret through vLLM's own calls."""
@@ -28,7 +29,7 @@ def engine(options: argparse.Namespace, interrupts: Interrupts, *, listens: bool
     """
     from vllm_tap.vllm import launch
 
-    with interrupts.starting(), _listening(listens):
+    with interrupts.starting(), _listening(listens, nixl=getattr(options, "transport", "") == NIXL):
         llm = launch.start(options.model, **{**arguments.engine_arguments(options), **more})
     try:
         yield llm
@@ -37,13 +38,15 @@ def engine(options: argparse.Namespace, interrupts: Interrupts, *, listens: bool
 
 
 @contextmanager
-def _listening(listens: bool) -> Iterator[None]:
+def _listening(listens: bool, *, nixl: bool) -> Iterator[None]:
     """Have workers that start in this block listen, if they are not told to by the environment already."""
     if not listens or os.environ.get(LISTEN_VARIABLE):
         yield
         return
-    os.environ[LISTEN_VARIABLE] = LOOPBACK
+    given = {LISTEN_VARIABLE: LOOPBACK, **({NIXL_VARIABLE: "1"} if nixl and NIXL_VARIABLE not in os.environ else {})}
+    os.environ.update(given)
     try:
         yield
     finally:
-        del os.environ[LISTEN_VARIABLE]
+        for name in given:
+            del os.environ[name]

@@ -21,6 +21,7 @@ from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError
+from vllm_tap.frame.blocks import Places
 from vllm_tap.frame.layout import IntArray, Stream
 from vllm_tap.frame.messages import Descriptor, Request
 from vllm_tap.labels import NUM_LABELS
@@ -38,11 +39,10 @@ class Part:
 
     def __init__(self, descriptor: Descriptor, memory: RankMemory) -> None:
         self.descriptor, self._memory = descriptor, memory
-        self._counts = counts = descriptor.table()[:, 2]
-        self.labels = memory.labels(counts)
+        self._counts = descriptor.table()[:, 2]
+        self.labels = memory.labels(self._counts)
         self.num_pending = self.labels.shape[1]
-        self._block_of = np.repeat(np.arange(len(counts)), counts)
-        self._row_in_block = np.arange(len(self._block_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._places = Places.all(self._counts)
 
     @property
     def num_bytes(self) -> int:
@@ -60,12 +60,12 @@ class Part:
     def gather(self, stream: int, planes: IntArray, rows: IntArray) -> torch.Tensor:
         """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D]."""
         described = self.descriptor.streams[stream]
-        blocks = self._block_of[rows]
-        starts = self._memory.placed.streams[stream][blocks]
-        first = starts // described.row_bytes + self._row_in_block[rows]
-        index = torch.from_numpy((first + planes[:, None] * self._counts[blocks]).ravel())
+        places = self._places.at(rows)
+        starts = self._memory.placed.streams[stream]
+        index = places.numbers(starts, self._counts, planes[:, None], described.row_bytes).ravel()
         dtype = getattr(torch, described.dtype)
-        found = self._memory.gather(np.tile(blocks, len(planes)), index, dtype, described.width)
+        blocks = np.tile(places.blocks, len(planes))
+        found = self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
         return found.view(len(planes), len(rows), described.width)
 
 

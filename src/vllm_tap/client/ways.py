@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from vllm_tap.client.replies import LOST, greeted
 from vllm_tap.errors import EngineDiedError, TransportError
 from vllm_tap.frame import messages
-from vllm_tap.transport import NETWORK, SEGMENT
+from vllm_tap.transport import NETWORK, NETWORKS, NIXL, SEGMENT
 from vllm_tap.transport.calls import Caller
+from vllm_tap.transport.nixl.reader import NixlReader
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.tcp.access import Access, read_secret
 from vllm_tap.transport.tcp.address import host_id, is_network
@@ -82,7 +83,7 @@ class Ways:
         """Return the ways on which a worker was lost; over a network the connection alone may have ended."""
         lost = [key for key, reader in list(self._readers.items()) if not reader.alive]
         for key in lost:
-            if key[1] == NETWORK:  # the next capture makes another
+            if key[1] in NETWORKS:  # the next capture makes another
                 self._readers.pop(key).close()
                 self._callers.pop(key).close()
         return {way for _, way in lost}
@@ -93,14 +94,14 @@ class Ways:
 
     def goes_over_network(self, way: str) -> bool:
         """Tell whether calls may arrive later than requests that are sent to the engine after them."""
-        return bool(way) and any(self._way(rank, way) == NETWORK for rank in self._ranks())
+        return bool(way) and any(self._way(rank, way) in NETWORKS for rank in self._ranks())
 
     def _ranks(self) -> list[int]:
         return [hello.rank.rank for hello in self.hellos]
 
     def _way(self, rank: int, way: str) -> str:
         """Return how a worker is reached: by memory, unless it runs elsewhere or a network is asked for."""
-        if way in (SEGMENT, NETWORK):
+        if way == SEGMENT or way in NETWORKS:
             return way
         hello = next(hello for hello in self.hellos if hello.rank.rank == rank)
         is_elsewhere = bool(hello.host) and hello.host != host_id().hex()
@@ -115,7 +116,8 @@ class Ways:
         if not where:
             raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
         terms = self._terms(hello.secret)
-        return NetworkReader(where, terms), lambda: caller(where, terms)
+        reader = (NixlReader if way == NIXL else NetworkReader)(where, terms)
+        return reader, lambda: caller(where, terms)
 
     def _terms(self, made_there: str = "") -> Access:
         """Return the terms of a worker on a network, which may have told the engine object the secret that it made.

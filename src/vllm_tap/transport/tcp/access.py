@@ -34,8 +34,8 @@ PREFACE: Final = struct.Struct("<4sHHI32s")
 ANSWER: Final = struct.Struct("<4sHH32s")
 PROOF_BYTES: Final = 32
 
-SESSION, CALLS, ROWS = 1, 2, 3
-"""Roles of a connection."""
+SESSION, CALLS, ROWS, MEMORY = 1, 2, 3, 4
+"""Roles of a connection; MEMORY tells where rows lie that NIXL brings."""
 
 ACCEPTED, WANTS_TLS, FULL = 0, 1, 2
 """Statuses of the worker's answer."""
@@ -213,7 +213,7 @@ class Gate(NamedTuple):
             stream = Stream(connection, self.timeout_s)
             preface = stream.recv_exactly(PREFACE.size)
             magic, version, role, _, _ = PREFACE.unpack(preface)
-            if (magic, version) != (MAGIC, VERSION) or role not in (SESSION, CALLS, ROWS):
+            if (magic, version) != (MAGIC, VERSION) or role not in (SESSION, CALLS, ROWS, MEMORY):
                 stream.sendall(ANSWER.pack(MAGIC, VERSION, ACCEPTED, bytes(32)))  # which says what is spoken here
                 raise DescriptorError(
                     f"a client speaks {magic!r} version {version} in role {role}, expected {MAGIC!r} version {VERSION}"

@@ -81,6 +81,8 @@ class NetworkReader:
         worker_pid: Process of the worker, on its host.
         pool_id: 16 random bytes that name the worker's pool.
         same_host: Whether the worker runs on this host.
+        is_local: Whether it is reached by the loopback interface.
+        connect: Opens a connection of this session, given its role.
 
     Raises:
         TransportError: The worker cannot be reached, or does not let this client in.
@@ -101,14 +103,16 @@ class NetworkReader:
         self._lock = threading.Lock()
         self._closed = False
         choose, self.meter = _codec(terms, self.same_host)
+        self.is_local = where.is_loopback
         credential, session = Credential(hello.client, hello.token), self._session
 
-        def connect() -> Stream:
+        def connect(role: int) -> Stream:
             if not session.alive:
                 raise TransportError(f"the worker at {where} has gone: start the engine again.")
-            return access.connect(where, terms, access.ROWS, credential)
+            return access.connect(where, terms, role, credential)
 
-        self._lanes = Lanes(connect, terms.num_connections, choose, self.meter)
+        self.connect = connect
+        self._lanes = Lanes(lambda: connect(access.ROWS), terms.num_connections, choose, self.meter)
 
     @property
     def alive(self) -> bool:

@@ -19,9 +19,10 @@ from vllm_tap import codec
 from vllm_tap.errors import DescriptorError, TransportError
 from vllm_tap.transport import threads
 from vllm_tap.transport.calls import PULSE, CallServer
+from vllm_tap.transport.nixl import server as memory
 from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.tcp import access, frames
-from vllm_tap.transport.tcp.address import Address, host_id, reachable_host
+from vllm_tap.transport.tcp.address import Address, host_id, is_loopback, reachable_host
 from vllm_tap.transport.tcp.pulses import Pulses
 from vllm_tap.transport.tcp.settings import Settings
 from vllm_tap.transport.tcp.stream import Stream
@@ -70,7 +71,8 @@ class NetworkServer:
         self, settings: Settings, new_pool: Callable[[int], SegmentPool], calls: CallServer, numbers: Iterator[int]
     ) -> None:
         self.on_disconnect: Callable[[int], None] | None = None
-        self._gate = settings.gate()
+        self._gate, self._is_local = settings.gate(), is_loopback(settings.host)
+        self._no_nixl = memory.why_not() if settings.nixl else "start it with VLLM_TAP_NIXL=1."
         self._new_pool, self._calls, self._numbers = new_pool, calls, numbers
         self._lock = threading.Lock()
         self._clients: dict[int, _Client] = {}
@@ -162,13 +164,13 @@ class NetworkServer:
         is_for_calls = False
         try:
             _, _, role, number, _ = access.PREFACE.unpack(preface)
-            client = self._clients.get(number) if role == access.ROWS else None
+            client = self._clients.get(number) if role in (access.ROWS, access.MEMORY) else None
             self._gate.admit(stream, preface, client.token if client is not None else b"")
             is_for_calls = role == access.CALLS and not self._closing.is_set()
             if role == access.SESSION:
                 self._serve_session(stream)
             elif client is not None:
-                self._serve_rows(client, stream)
+                self._serve_client(client, stream, self._serve_memory if role == access.MEMORY else self._serve_rows)
         finally:
             self._forget(stream)
             if not is_for_calls:
@@ -195,18 +197,33 @@ class NetworkServer:
         for number in owned:
             client.pool.release(number)
 
-    def _serve_rows(self, client: _Client, stream: Stream) -> None:
+    def _serve_client(self, client: _Client, stream: Stream, serve: Callable[[_Client, Stream], None]) -> None:
+        """Serve a connection of a session, which ends with that."""
         with self._lock:
             if client.number not in self._clients:
                 return
             client.streams.add(stream)
         try:
-            while True:
-                stream.wait_readable()
-                self._send_rows(client, stream, frames.Fetch.decode(stream.recv_exactly(frames.FETCH.size)))
+            serve(client, stream)
         finally:
             with self._lock:
                 client.streams.discard(stream)
+
+    def _serve_rows(self, client: _Client, stream: Stream) -> None:
+        while True:
+            stream.wait_readable()
+            self._send_rows(client, stream, frames.Fetch.decode(stream.recv_exactly(frames.FETCH.size)))
+
+    def _serve_memory(self, client: _Client, stream: Stream) -> None:
+        def find(number: int) -> memoryview | None:
+            with self._lock:  # a session that has ended has no block any more
+                block = client.blocks.get(number) if client.number in self._clients else None
+                return client.pool.view(block) if block is not None else None
+
+        if self._no_nixl:
+            memory.refuse(stream, self._no_nixl)
+        else:
+            memory.serve(stream, find, self._is_local)
 
     def _send_rows(self, client: _Client, stream: Stream, fetch: frames.Fetch) -> None:
         block = client.blocks.get(fetch.block_id)

@@ -5,10 +5,13 @@ VLLM_TAP_SECRET     what clients have to know, 16 bytes or more; a random one wi
 VLLM_TAP_TLS        1 or 0; without, on unless the host is the loopback interface
 VLLM_TAP_TLS_CERT   PEM file of a certificate and its chain; a new one, signed by itself, without
 VLLM_TAP_TLS_KEY    PEM file of its private key
+VLLM_TAP_WRITE_ROOT folder below which the worker writes datasets for clients of the network; nowhere without
+VLLM_TAP_NIXL       1 to have clients read memory by NIXL as well, in the clear
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Mapping
@@ -21,6 +24,8 @@ from vllm_tap.transport.tcp.certificate import server_context
 
 LISTEN_VARIABLE: Final = "VLLM_TAP_LISTEN"
 TLS_VARIABLE: Final = "VLLM_TAP_TLS"
+WRITE_VARIABLE: Final = "VLLM_TAP_WRITE_ROOT"
+NIXL_VARIABLE: Final = "VLLM_TAP_NIXL"
 
 _BACKLOG: Final = 64
 
@@ -36,6 +41,8 @@ class Settings(NamedTuple):
         tls: Whether to speak TLS.
         certificate: PEM file; empty for a new certificate.
         key: PEM file of its key.
+        write_root: Folder below which datasets are written for clients; empty for none.
+        nixl: Whether clients may read memory by NIXL.
     """
 
     host: str
@@ -45,6 +52,8 @@ class Settings(NamedTuple):
     tls: bool
     certificate: str = ""
     key: str = ""
+    write_root: str = ""
+    nixl: bool = False
 
     def gate(self) -> Gate:
         """Return what lets clients in.
@@ -90,10 +99,23 @@ def read(environment: Mapping[str, str], local_rank: int) -> Settings | None:
         _tls(environment.get(TLS_VARIABLE), host),
         environment.get("VLLM_TAP_TLS_CERT", ""),
         environment.get("VLLM_TAP_TLS_KEY", ""),
+        _write_root(environment.get(WRITE_VARIABLE, "")),
+        _switch(NIXL_VARIABLE, environment.get(NIXL_VARIABLE)) or False,
     )
 
 
+def _write_root(given: str) -> str:
+    if given and not (os.path.isabs(given) and os.path.isdir(given)):
+        raise SpecError(f"{WRITE_VARIABLE} is a folder that is there, from the root on, got {given!r}.")
+    return os.path.normpath(given) if given else ""
+
+
 def _tls(given: str | None, host: str) -> bool:
+    wanted = _switch(TLS_VARIABLE, given)
+    return not address.is_loopback(host) if wanted is None else wanted
+
+
+def _switch(name: str, given: str | None) -> bool | None:
     if given not in (None, "", "0", "1"):
-        raise SpecError(f"{TLS_VARIABLE} is 0 or 1, got {given!r}.")
-    return not address.is_loopback(host) if not given else given == "1"
+        raise SpecError(f"{name} is 0 or 1, got {given!r}.")
+    return given == "1" if given else None

@@ -118,6 +118,14 @@ class Stream:
         poll.register(self, select.POLLIN)
         poll.poll()
 
+    def is_readable(self) -> bool:
+        """Tell whether there is something to receive, or the end."""
+        if isinstance(self._connection, ssl.SSLSocket) and self._connection.pending():
+            return True
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return bool(poll.poll(0))
+
     def is_writable(self) -> bool:
         """Tell whether a few bytes would be sent at once."""
         poll = select.poll()
