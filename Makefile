@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
-.PHONY: help setup demo test test-all test-versions test-interchange test-nixl test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve bench bench-store bench-codecs bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo soak-serve bench-serve
+.PHONY: help setup demo test test-all test-versions test-interchange test-nixl test-gpu soak check check-style check-types check-layers check-documents crash hostile-datasets fuzz-serve soak-serve bench bench-store bench-codecs bench-serve bench-tcp bench-seed bench-gpu-smoke bench-render architectures clean announce-demo
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 

@@ -250,7 +250,7 @@ def test_counters_add_up(server: Server, client: Any, tap: HttpTap) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("{", "no JSON"),
+        ("{", "as JSON text"),
         ("[]", "is an object"),
         ('{"hidden": [1]}', "no field 'hidden'"),
         ('{"hidden_states": [9]}', "no layer 9"),

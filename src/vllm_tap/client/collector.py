@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,9 +22,12 @@ from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError
 from vllm_tap.frame.blocks import Places
-from vllm_tap.frame.layout import IntArray
+from vllm_tap.frame.layout import IntArray, Stream
 from vllm_tap.frame.messages import Descriptor, Request
 from vllm_tap.labels import NUM_LABELS
+
+SMALL_BYTES: Final = 1 << 18
+"""Bytes of layers that are copied together: of fewer, the calls cost more than the bytes."""
 
 
 class Part:
@@ -54,13 +57,16 @@ class Part:
         for first, end in itertools.pairwise([*firsts.tolist(), len(order)]):
             yield int(numbers[order[first]]), order[first:end]
 
-    def gather(self, stream: int, plane: int, rows: IntArray) -> torch.Tensor:
-        """Copy rows of a layer, by their numbers in this part: a tensor [R, D]."""
+    def gather(self, stream: int, planes: IntArray, rows: IntArray) -> torch.Tensor:
+        """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D]."""
         described = self.descriptor.streams[stream]
         places = self._places.at(rows)
-        index = places.numbers(self._memory.placed.streams[stream], self._counts, plane, described.row_bytes)
+        starts = self._memory.placed.streams[stream]
+        index = places.numbers(starts, self._counts, planes[:, None], described.row_bytes).ravel()
         dtype = getattr(torch, described.dtype)
-        return self._memory.gather(places.blocks, torch.from_numpy(index), dtype, described.width)
+        blocks = np.tile(places.blocks, len(planes))
+        found = self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
+        return found.view(len(planes), len(rows), described.width)
 
 
 class Piece(NamedTuple):
@@ -228,20 +234,29 @@ def _owned(rank: Rank, sample: int, sequences: Sequences, places: Collection[Pla
     chosen = choose_rows(alone, np.concatenate([empty, *labels], axis=1), sequences)
     tensors: dict[Place, torch.Tensor] = {}
     for number, stream in enumerate(alone.streams):
-        for plane, layer in enumerate(stream.layers):
-            if (stream.name, layer) not in places:
-                continue
-            rows = torch.empty(len(chosen), stream.width, dtype=getattr(torch, stream.dtype))
-            tensors[stream.name, layer] = _gather(pieces, chosen, number, plane, rows)
+        planes = [plane for plane, layer in enumerate(stream.layers) if (stream.name, layer) in places]
+        copies = _copied(pieces, chosen, number, stream, planes)
+        tensors.update(zip(((stream.name, stream.layers[plane]) for plane in planes), copies, strict=True))
     return OwnedRows(tensors)
 
 
-def _gather(pieces: Sequence[Piece], chosen: IntArray, stream: int, plane: int, out: torch.Tensor) -> torch.Tensor:
-    """Copy rows of a layer, by their numbers over all pieces, into a tensor [R, D], and return that."""
+def _copied(
+    pieces: Sequence[Piece], chosen: IntArray, number: int, stream: Stream, planes: Sequence[int]
+) -> Iterator[torch.Tensor]:
+    """Yield rows of layers of a stream, each in memory of its own: a layer that is kept does not keep the others."""
+    step = max(1, SMALL_BYTES // max(1, len(chosen) * stream.row_bytes))
+    for some in (planes[begin : begin + step] for begin in range(0, len(planes), step)):
+        rows = torch.empty(len(some), len(chosen), stream.width, dtype=getattr(torch, stream.dtype))
+        _gather(pieces, chosen, number, np.array(some), rows)
+        yield from rows if len(some) == 1 else (layer.clone() for layer in rows)
+
+
+def _gather(pieces: Sequence[Piece], chosen: IntArray, stream: int, planes: IntArray, out: torch.Tensor) -> None:
+    """Copy rows of some layers, by their numbers over all pieces, into a tensor [L, R, D]."""
     firsts = np.cumsum([0, *(len(piece.rows) for piece in pieces)])
     of_piece = np.searchsorted(firsts, chosen, "right") - 1
     for number, piece in enumerate(pieces):
         at = np.flatnonzero(of_piece == number)
         if len(at):
-            out[torch.from_numpy(at)] = piece.part.gather(stream, plane, piece.rows[chosen[at] - firsts[number]])
-    return out
+            rows = piece.part.gather(stream, planes, piece.rows[chosen[at] - firsts[number]])
+            out[:, torch.from_numpy(at)] = rows

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from vllm_tap.client.bounds import at_the_end, room_of
 from vllm_tap.client.collector import Collector
@@ -26,6 +27,15 @@ from vllm_tap.spec import Spec, takes_generated
 from vllm_tap.vllm import asynchronous
 
 T = TypeVar("T")
+
+REST_S: Final = 0.25
+"""Seconds for which rows of a request that nobody waits for stay in the workers."""
+
+SHARE: Final = 8
+"""Part of the budget that rows which nobody waits for may fill: this one of so many."""
+
+MOST_LATE_S: Final = 0.05
+"""Seconds after which the rows of a request that was left are let go of, if nobody has had rows taken by then."""
 
 
 async def connect_async(llm: Any) -> Connection:
@@ -77,10 +87,11 @@ class Request:
         self.params = live.recording.mark(params, self.sample)
         self._most_bytes = 0  # of its rows, for which it has taken room
         self._sent = 0  # rows of positions before have been handed out
+        self._rests_until = time.monotonic() + REST_S
 
     async def begin(self, most_rows: int) -> None:
         """Wait for room for so many rows."""
-        nbytes = most_rows * self._live.recording.row_bytes
+        nbytes = most_rows * self._live.row_bytes
         await self._live.room.enter(nbytes)
         self._most_bytes = nbytes
 
@@ -89,6 +100,13 @@ class Request:
         nbytes, self._most_bytes = self._most_bytes, 0
         if nbytes:
             await self._live.room.leave(nbytes)
+
+    def is_due(self, tokens: asynchronous.Tokens) -> bool:
+        """Tell whether `rows` is to be called though nobody waits for them: those of a while cost as much as one."""
+        if tokens.finished or time.monotonic() > self._rests_until:
+            return True
+        num_rows = len(tokens.prompt_token_ids) + sum(len(one.token_ids) for one in tokens.outputs) - self._sent
+        return num_rows * self._live.row_bytes * self._live.num_users * SHARE > self._live.budget_bytes
 
     async def rows(self, tokens: asynchronous.Tokens) -> Capture | None:
         """Return the rows that are final and have not been returned; None for none. For requests of one completion.
@@ -105,7 +123,9 @@ class Request:
         if not generated or (not tokens.finished and (waits or has_all or end <= self._sent)):
             return None
         begin, self._sent = self._sent, end
-        await self._live.take()
+        self._rests_until = time.monotonic() + REST_S
+        if not has_all:
+            await self._live.take()
         result = await self._live.locked(lambda collector: collector.rows_until(self.sample, tokens, begin, end))
         return result if result.num_rows or tokens.finished else None
 
@@ -129,18 +149,22 @@ class Live:
         self._numbers = itertools.count()
         on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
         self._options = {**options, "on_full": at_the_end(on_full)}
-        self.room = Room(None if on_full == "fail" else room_of(budget or default_budget_bytes(), on_full))
+        self.budget_bytes = budget or default_budget_bytes()
+        self.room = Room(None if on_full == "fail" else room_of(self.budget_bytes, on_full))
         self._begun = self._done = 0
+        self._dropped: list[int] = []  # samples of which the workers may have rows yet
         self._taking: asyncio.Task[None] | None = None
         self._starting = tasks.run(asyncio.to_thread(self._start))
 
     error: BaseException | None
     recording: Recording
+    row_bytes: int
 
     def _start(self) -> None:
         if self._connection.may_change:
             self._connection.greet()
         self.recording = Recording(self._connection, self.spec, **self._options)
+        self.row_bytes = self.recording.row_bytes
         self._collector = Collector(self.recording)
 
     async def started(self) -> None:
@@ -173,8 +197,15 @@ class Live:
             await asyncio.shield(self._taking)
 
     async def _take(self, number: int) -> None:
+        dropped, self._dropped = self._dropped, []
+
+        def take(collector: Collector) -> None:
+            collector.take()
+            for sample in dropped:
+                collector.drop(sample)
+
         try:
-            await self.locked(lambda collector: collector.take())
+            await self.locked(take)
         except TapError as error:
             self.error = error
             raise
@@ -190,15 +221,16 @@ class Live:
         return await asyncio.shield(self._tasks.run(asyncio.to_thread(run)))
 
     def drop(self, request: Request) -> None:
-        """Let go of a request, wherever it is."""
+        """Let go of a request, wherever it is: with the rows that are taken next, which may be of it."""
         self.recording.forget_marked(request.sample)
-        if self.error is None and self.num_users > 1:  # else the capture ends
-            self._tasks.run(self._drop(request.sample))
+        self._dropped.append(request.sample)
+        if len(self._dropped) == 1:
+            asyncio.get_running_loop().call_later(MOST_LATE_S, self._take_dropped)
 
-    async def _drop(self, sample: int) -> None:
-        with contextlib.suppress(TapError):
-            await self.take()  # what came of it since
-            await self.locked(lambda collector: collector.drop(sample))
+    def _take_dropped(self) -> None:
+        """Have rows taken where nobody has since; not when the capture ends, and they go with it."""
+        if self._dropped and self.error is None and self.num_users:
+            self._tasks.run(self.take())
 
     async def close(self) -> None:
         """End the capture."""

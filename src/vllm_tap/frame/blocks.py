@@ -31,13 +31,13 @@ class Places(NamedTuple):
         """Return some of the places."""
         return Places(self.blocks[index], self.rows[index])
 
-    def numbers(self, starts: IntArray, counts: IntArray, plane: int, row_bytes: int) -> IntArray:
+    def numbers(self, starts: IntArray, counts: IntArray, plane: int | IntArray, row_bytes: int) -> IntArray:
         """Return the numbers of the rows of a plane, counted from the start of the segment or region.
 
         Args:
             starts: Where a stream begins in each block, in bytes.
             counts: Rows of each block.
-            plane: Place of the layer in the stream.
+            plane: Place of the layer in the stream; or those of several, [L, 1], whose numbers are [L, R].
             row_bytes: Bytes of a row of the stream.
         """
         blocks, rows = self

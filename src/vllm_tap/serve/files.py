@@ -35,6 +35,9 @@ class FileReply:
         ttl_s: Seconds after which a file goes that its reader has left.
     """
 
+    has_readers = False
+    """Files are read when they are whole."""
+
     def __init__(self, folder: Path, ttl_s: float) -> None:
         self._folder, self._ttl_s = folder, ttl_s
         self._pieces: list[list[tuple[torch.Tensor, torch.Tensor]]] = []

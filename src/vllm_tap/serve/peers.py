@@ -136,6 +136,7 @@ class Peers:
         if question.delete:
             self._loop.call_soon_threadsafe(self._results.delete, question.key, question.name)
             return Answer(True, [], True)
+        result.asked = time.monotonic()
         has_ended = result.has_ended  # before the frames are looked at
         frames = result.frames[min(question.begin, len(result.frames) - has_ended) :]
         num = _fitting(frames)

@@ -33,6 +33,10 @@ class Replies(Protocol):
 
     fields: dict[str, Any]
 
+    @property
+    def has_readers(self) -> bool:
+        """Tell whether somebody waits for rows now."""
+
     def expect(self) -> int:
         """Return the number of one more prompt."""
 
@@ -77,6 +81,11 @@ class Reply:
         self._num_prompts = 0
         self._has_begun = False
 
+    @property
+    def has_readers(self) -> bool:
+        """Tell whether somebody reads the result."""
+        return self.result.has_readers
+
     def expect(self) -> int:
         """Return the number of one more prompt."""
         self._pending += 1
@@ -112,15 +121,16 @@ class Reply:
         start, stop = (int(bound) for bound in captured.sequences.wanted_starts[number : number + 2])
         flat = captured.sequences.wanted[start:stop]
         _, positions = captured.sequences.position_of(flat)
-        pieces = [positions.astype("<i4").tobytes(), captured.sequences.token_ids[flat].astype("<i4").tobytes()]
+        labels = positions, captured.sequences.token_ids[flat]
+        pieces: list[Any] = [label.astype("<i4").tobytes() for label in labels]
         planes = []
         for stream, layers in captured.layers.items():
-            for layer in layers:
-                rows = captured.rows(stream, layer, start, stop)
-                planes.append((stream, layer, _name(rows.dtype), int(rows.shape[1])))
-                pieces.append(bytes_of(rows).tobytes())
             if layers:
-                self.handle["dtype"][stream], self.handle["width"][stream] = planes[-1][2:]
+                rows = torch.stack([captured.rows(stream, layer, start, stop) for layer in layers])
+                dtype, width = str(rows.dtype).removeprefix("torch."), rows.shape[2]
+                planes += [(stream, layer, dtype, width) for layer in layers]
+                pieces.append(bytes_of(rows).data)
+                self.handle["dtype"][stream], self.handle["width"][stream] = dtype, width
         frame = body.encode(
             "rows",
             b"".join(pieces),
@@ -192,10 +202,6 @@ def _begin(name: str, captured: Capture) -> bytes:
         has_final_norm=captured.has_final_norm,
         routing=msgspec.to_builtins(captured.routing, str_keys=True),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def ranges(positions: list[int]) -> list[list[int]]:

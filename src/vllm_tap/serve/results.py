@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Final
 
 from vllm_tap.errors import BudgetError
@@ -15,6 +15,9 @@ from vllm_tap.serve.settings import Settings
 
 MARGIN_S: Final = 0.05
 """Seconds after the end of a result's time at which it is let go of if nobody asks."""
+
+ASKS_S: Final = 1.0
+"""Seconds within which another process that reads a result asks for frames again, many times over."""
 
 
 class Result:
@@ -25,6 +28,7 @@ class Result:
         names: Other names of it, such as the X-Request-Id that the client chose.
         is_named: Whether its client chose a name.
         frames: What there is; no frame changes.
+        asked: When another process asked for frames.
     """
 
     def __init__(self, key: str, names: Iterable[str], is_named: bool = False) -> None:
@@ -35,6 +39,8 @@ class Result:
         self.num_bytes = 0
         self.has_ended = False
         self.expires: float | None = None
+        self.asked = float("-inf")
+        self._num_readers = 0
         self._changed = asyncio.Event()
 
     @property
@@ -42,13 +48,26 @@ class Result:
         """Bytes of all frames; None while more may come."""
         return sum(map(len, self.frames)) if self.has_ended else None
 
+    @property
+    def has_readers(self) -> bool:
+        """Tell whether somebody reads it, here or in another process."""
+        return self._num_readers > 0 or time.monotonic() - self.asked < ASKS_S
+
     def wake(self) -> None:
         """Wake its readers."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def read(self) -> AsyncIterator[bytes]:
+    async def read(self) -> AsyncGenerator[bytes, None]:
         """Yield all frames, as they come, to the end."""
+        self._num_readers += 1
+        try:
+            async for frame in self._read():
+                yield frame
+        finally:
+            self._num_readers -= 1
+
+    async def _read(self) -> AsyncIterator[bytes]:
         number, sent = 0, b""
         while True:
             changed = self._changed
@@ -70,6 +89,7 @@ class Results:
         self._settings, self._now = settings, now
         self._by_name: dict[tuple[str, str], Result] = {}
         self._by_id: dict[str, Result] = {}
+        self._ended: OrderedDict[str, Result] = OrderedDict()  # in the order in which their times are over
         self._num_by_key: Counter[str] = Counter()
         self._bytes_by_key: Counter[str] = Counter()
         self.num_bytes = 0
@@ -145,6 +165,8 @@ class Results:
         result.frames.append(body.encode("error", message=error) if error else body.encode("end"))
         result.has_ended = True
         result.expires = self._now() + self._settings.ttl_s
+        if result.id in self._by_id:
+            self._ended[result.id] = result
         asyncio.get_running_loop().call_later(self._settings.ttl_s + MARGIN_S, self.sweep)
         result.wake()
 
@@ -157,14 +179,15 @@ class Results:
 
     def sweep(self) -> None:
         """Let go of results whose time is over."""
-        for result in [one for one in self._by_id.values() if self._is_over(one)]:
-            self._drop(result)
+        while self._ended and self._is_over(first := next(iter(self._ended.values()))):
+            self._drop(first)
 
     def _is_over(self, result: Result) -> bool:
         return result.expires is not None and result.expires <= self._now()
 
     def _drop(self, result: Result) -> None:
         del self._by_id[result.id]
+        self._ended.pop(result.id, None)
         self._num_by_key[result.key] -= 1
         for name in (result.id, *result.names):
             del self._by_name[result.key, name]

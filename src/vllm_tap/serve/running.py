@@ -49,10 +49,11 @@ class Running:
     async def _take(self, request: Any) -> str:
         """Put rows that there are into the reply; return what kept them from it."""
         try:
-            if self._is_one:
-                captured = await request.rows(self._tokens)
-            else:
+            captured = None
+            if not self._is_one:
                 captured = await request.result(self._tokens) if self._tokens.finished else None
+            elif self._reply.has_readers or request.is_due(self._tokens):
+                captured = await request.rows(self._tokens)
             if captured is not None:
                 num_rows, num_bytes = await self._reply.add(self._number, captured, self._tokens.finished)
                 self._metrics.rows.inc(num_rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ class Lives:
     def __init__(self, error: Exception | None = None, start_error: Exception | None = None) -> None:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
         self.specs: list[Spec] = []
+        self.num_asked = 0
 
     def __len__(self) -> int:
         return 0
@@ -56,6 +58,7 @@ class Lives:
         yield SimpleNamespace(params=params, rows=rows, is_due=is_due, result=None)
 
     async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
+        self.num_asked += 1
         if self._error:
             raise self._error
         if not tokens.finished:
@@ -124,6 +127,42 @@ def test_requests_are_captured_that_ask_or_by_default(
     else:
         assert fields is None
         assert server.counted() == {}
+
+
+@pytest.mark.parametrize(("reader", "num_asked"), [("", 1), ("here", 2), ("in another process", 2)])
+def test_rows_are_taken_with_each_token_while_somebody_reads(
+    monkeypatch: pytest.MonkeyPatch, reader: str, num_asked: int
+) -> None:
+    """Otherwise when the request says that they are due, such as at its end."""
+    server, results = Server(monkeypatch), []
+    opened = server.results.open
+
+    def begin_to_read(key: str, names: Any, **options: Any) -> Any:
+        result = opened(key, names, **options)
+        if reader == "in another process":
+            result.asked = time.monotonic()
+        results.append(result)
+        return result
+
+    monkeypatch.setattr(server.results, "open", begin_to_read)
+    given = server.llm.generate
+
+    async def run() -> None:
+        params = SimpleNamespace(extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="CUMULATIVE"))
+        captures.current.set(captures.Call("", ""))
+        outputs = given(PROMPT, params, "cmpl-1-0")
+        frames = results[0].read()
+        reading = asyncio.create_task(anext(frames)) if reader == "here" else None
+        await asyncio.sleep(0)  # it waits for the first frame
+        async for _ in outputs:
+            pass
+        if reading is not None:
+            await reading
+        assert server.lives.num_asked == num_asked
+        await frames.aclose()
+        assert not results[0]._num_readers
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
