@@ -198,6 +198,7 @@ MUTATIONS ?= 1000000
 
 crash: $(VENV)/.dev  ## kill writers of datasets: KILLS=500
 	$(BIN)/python tests/crash.py --kills $(KILLS)
+	$(BIN)/python tests/crash.py --kills $(KILLS) --writers workers
 
 hostile-datasets: $(VENV)/.dev  ## change files of datasets: MUTATIONS=1000000
 	$(BIN)/python tests/hostile_dataset.py --count $(MUTATIONS)

@@ -24,6 +24,7 @@ import torch
 import device
 import vllm_tap
 from device import TOLERANCE
+from quick_start import quick_start
 from reference import Reference, ReferenceModel
 from routing import in_order
 from vllm_tap.streams import STREAMS
@@ -102,8 +103,8 @@ class Engine:
         """
         from vllm import LLM
 
-        before = _children()
-        with surroundings(NETWORKS if listens else {}):
+        with quick_start(), surroundings(NETWORKS if listens else {}):
+            before = _children()
             self.llm: Any = LLM(str(folder), **device.engine_arguments(**{**ARGUMENTS, **arguments}))
         self.processes = [Process(pid) for pid in sorted(_children() - before)]
 

@@ -28,6 +28,7 @@ from engine.engines import (
     rows_of,
     sequence,
 )
+from quick_start import quick_start
 from vllm_tap import AsyncTap, Positions, Spec, Spill
 from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
 
@@ -49,7 +50,8 @@ class Running:
         start = AsyncLLM.from_engine_args
 
         async def started() -> Any:
-            return start(AsyncEngineArgs(model=str(folder), **arguments))
+            with quick_start():
+                return start(AsyncEngineArgs(model=str(folder), **arguments))
 
         self.llm: Any = self.run(started())
 

@@ -16,9 +16,18 @@ import pytest
 import torch
 
 import vllm_tap
-from engine.engines import MAX_NEW_TOKENS, Engine, References, Shelf, compare, compare_with_outputs, prompts
+from engine.engines import (
+    MAX_NEW_TOKENS,
+    Engine,
+    References,
+    Shelf,
+    compare,
+    compare_with_outputs,
+    prompts,
+    wait_until,
+)
 from vllm_tap import Spec
-from vllm_tap.errors import DatasetError, EngineDiedError
+from vllm_tap.errors import DatasetError, EngineDiedError, SpecError
 from vllm_tap.store.verify import verify
 
 pytestmark = pytest.mark.engine
@@ -86,6 +95,23 @@ def test_recorded_rows_are_hugging_faces(shelf, references, tmp_path):
     assert float(done.stdout) == pytest.approx(dataset[4].hidden_states[-1].double().sum().item(), rel=1e-12)
 
 
+def test_workers_write_what_the_client_would(shelf, references, tmp_path):
+    """Byte for byte, in pieces of three prompts; then they hold nothing, and a captured part is all that there is."""
+    engine, options = shelf.get(), {"batch": 3, **SAMPLING}
+    recorded = {}
+    for writers in ("client", "workers"):
+        folder = tmp_path / writers
+        dataset = vllm_tap.record(engine.llm, prompts(), SPEC, folder, writers=writers, **options)
+        recorded[writers] = {one.relative_to(folder): one.read_bytes() for one in folder.glob("*/*.safetensors")}
+    check(dataset, references("qwen3_moe"))
+    assert recorded["client"] == recorded["workers"]
+    assert {path.name.split(".")[0] for path in recorded["workers"]} == {*dataset.layers, "labels"}
+    wait_until(lambda: not engine.used_bytes(), "the end of the leases")
+    with pytest.raises(SpecError, match="no socket reaches the workers"):
+        vllm_tap.record(engine.llm, prompts(), SPEC, tmp_path / "x", writers="workers", transport="inline", **options)
+    assert not list((tmp_path / "x").glob("*"))
+
+
 def test_a_saved_capture_is_the_capture(shelf, tmp_path):
     """Bit for bit, with the completions of each prompt; into a folder that is free."""
     result = shelf.get().capture(prompts(), WITH_EXPERTS, n=2, max_tokens=4, temperature=1.0)
@@ -111,7 +137,10 @@ def test_a_saved_capture_is_the_capture(shelf, tmp_path):
 
 
 def test_recording_goes_on_with_another_engine(shelf, references, tmp_path):
-    """One that is killed on the way loses what was not sealed; the same call with the next one captures the rest."""
+    """One that is killed on the way loses what was not sealed; the same call with the next one captures the rest.
+
+    Workers write the first parts, the client the others.
+    """
     engine = shelf.get()
     pid = engine.status()[0]["pid"]
     options = {"batch": 2, **SAMPLING}
@@ -121,7 +150,7 @@ def test_recording_goes_on_with_another_engine(shelf, references, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(EngineDiedError):
-        vllm_tap.record(engine.llm, prompts(), SPEC, tmp_path / "run", on_part=kill, **options)
+        vllm_tap.record(engine.llm, prompts(), SPEC, tmp_path / "run", on_part=kill, writers="workers", **options)
     held = len(vllm_tap.open_dataset(tmp_path / "run"))
     assert 0 < held < len(prompts())
     shelf.close()

@@ -14,12 +14,13 @@ import psutil
 import pytest
 import torch
 
-from engine.engines import HAS_NIXL, Engine, greedy, prompts, wait_until
-from vllm_tap import Recording, Spec
+from engine.engines import HAS_NIXL, Engine, greedy, prompts, surroundings, wait_until
+from vllm_tap import Recording, Spec, record
 from vllm_tap.cli import verify
 from vllm_tap.client.connection import Connection, connect
-from vllm_tap.errors import EngineDiedError, TransportError
+from vllm_tap.errors import DatasetError, EngineDiedError, TransportError
 from vllm_tap.transport.tcp.access import SILENCE_SECONDS
+from vllm_tap.transport.tcp.reader import NetworkReader
 
 pytestmark = pytest.mark.engine
 
@@ -27,9 +28,16 @@ SPEC = Spec(hidden_states="all", final_hidden_states=True)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder below which the worker writes datasets."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[..., Path], shared: Path) -> Iterator[Engine]:
     """Llama, eager, with a worker that listens on loopback."""
-    engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
+    with surroundings({"VLLM_TAP_WRITE_ROOT": str(shared)}):
+        engine = Engine(tiny_model("llama"), enforce_eager=True, listens=True)
     yield engine
     engine.close()
 
@@ -45,6 +53,22 @@ def test_a_capture_over_tcp_has_the_rows_of_one_in_segments(engine):
         assert torch.equal(one.final_hidden_states, other.final_hidden_states)
         for layer in segment.layers["hidden_states"]:
             assert torch.equal(one.hidden_states[layer], other.hidden_states[layer])
+
+
+def test_rows_that_are_recorded_over_tcp_stay_with_the_worker(engine, shared, tmp_path, monkeypatch):
+    """It writes them where it may, unasked; elsewhere the client does, and if workers are asked for, nobody."""
+    given, options = prompts([5, 40, 9]), {"batch": 2, "max_tokens": 4, "temperature": 0}
+    fetches, plain = [], NetworkReader.fetch
+    monkeypatch.setattr(NetworkReader, "fetch", lambda *args: (fetches.append(args), plain(*args)))
+    files, num_fetches = [], []
+    for way, folder in [("segment", tmp_path / "local"), ("tcp", shared / "run"), ("tcp", tmp_path / "fetched")]:
+        record(engine.llm, given, SPEC, folder, transport=way, **options)
+        files.append({one.relative_to(folder): one.read_bytes() for one in folder.glob("*/*.safetensors")})
+        num_fetches.append(len(fetches))
+    assert files[0] == files[1] == files[2]
+    assert num_fetches == [0, 0, 2]
+    with pytest.raises(DatasetError, match="is not below"):
+        record(engine.llm, given, SPEC, tmp_path / "run", transport="tcp", writers="workers", **options)
 
 
 @pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed: make test-nixl")

@@ -16,7 +16,7 @@ import pytest
 
 from engine.engines import DENSE, TRANSPORTS, Engine, References, compare, prompts, sequence, surroundings
 from engine.test_experts import check_record
-from vllm_tap import Spec
+from vllm_tap import Spec, record
 from vllm_tap.errors import EngineDiedError
 from vllm_tap.interchange import replay
 
@@ -89,6 +89,17 @@ def test_ranks_share_the_layers(case, engine):
     assert len(used) == 2
     assert 0 < min(used) <= max(used) < 1.5 * min(used)
     assert len(result) == len(prompts())
+
+
+def test_each_rank_writes_its_layers(case, engine, tmp_path):
+    """A dataset of the workers' is that of the client, byte for byte."""
+    files = []
+    for writers in ("client", "workers"):
+        folder = tmp_path / writers
+        record(engine.llm, prompts([30, 7]), case.spec, folder, writers=writers, max_tokens=4, temperature=0)
+        files.append({one.relative_to(folder): one.read_bytes() for one in folder.glob("*/*.safetensors")})
+    assert files[0] == files[1]
+    assert len(files[0]) > 8
 
 
 def test_layers_of_one_rank_need_no_other(engine, known):

@@ -117,6 +117,7 @@ class HostEngine:
     def __init__(self, draw: random.Random, drafts: bool) -> None:
         self._draw, self.drafts = draw, drafts
         self.clients: list[HostClient] = []
+        self.requests: dict[str, Request] = {}
         self.truth: Truth = {}
 
     def run(self, requests: list[Request]) -> Iterator[None]:

@@ -29,6 +29,7 @@ class Proxy:
     Attributes:
         address: Where clients connect.
         num_broken: Connections that were broken.
+        num_bytes: Bytes that the worker has sent.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Proxy:
         self._target, self._break_after, self._resets = parse(target), break_after, resets
         self._seconds_per_byte, self._free_at = 1 / bytes_per_second, 0.0
         self._writers: set[asyncio.StreamWriter] = set()
-        self.num_broken = self._num_connections = 0
+        self.num_broken = self.num_bytes = self._num_connections = 0
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()
         self._open.set()
@@ -104,6 +105,7 @@ class Proxy:
             while most and (data := await reader.read(min(PIECE_BYTES, most))):
                 await self._open.wait()
                 if paced:
+                    self.num_bytes += len(data)
                     await self._take_turn(len(data))
                 writer.write(data)
                 await writer.drain()

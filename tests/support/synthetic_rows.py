@@ -16,6 +16,7 @@ import torch
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.frame.routing import Routing
 from vllm_tap.spec import Spec
+from vllm_tap.store.source import ShardWriter
 
 SPEC = Spec(hidden_states=[0, 3], router_logits=[1])
 LAYERS = {"hidden_states": [0, 3], "router_logits": [1]}
@@ -51,6 +52,8 @@ def output_of(prompt: str, number: int, num_completions: int) -> Any:
 
 class SyntheticCapture:
     """Rows of prompts, as `Capture` holds them."""
+
+    shard_writer: ShardWriter | None = None
 
     def __init__(self, prompts: Sequence[str], num_completions: int = 1, positions: str = "all") -> None:
         self.spec = Spec(hidden_states=[0, 3], router_logits=[1], positions=positions)

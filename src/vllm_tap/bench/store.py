@@ -31,17 +31,17 @@ from vllm_tap.spec import Spec
 from vllm_tap.store import index, manifest, shard, writer
 from vllm_tap.store.dataset import Dataset, open_dataset
 from vllm_tap.store.facts import facts_of
+from vllm_tap.store.files import CHUNK_BYTES
 from vllm_tap.store.manifest import FileFacts
 from vllm_tap.store.place import part_name
 from vllm_tap.store.places import place_of
-from vllm_tap.store.source import labels_of, texts_of
+from vllm_tap.store.source import ShardWriter, labels_of, texts_of
 
 WIDTH: Final = 4096
 LAYERS: Final = (8, 16, 24, 31)
 ROW_BYTES: Final = 2 * WIDTH
 TOKENS: Final = 512
 PART_BYTES: Final = 1 << 28
-CHUNK_BYTES: Final = writer.CHUNK_BYTES
 LARGE_BYTES: Final = 20 * 10**9
 """Size of the dataset that is opened; its parts are names of the files of one of them."""
 NUM_SINGLE: Final = 20_000
@@ -50,6 +50,8 @@ BATCH: Final = 4096
 
 class Rows:
     """Hidden states of as many sequences of `TOKENS` tokens as fill a part, views of one block of memory."""
+
+    shard_writer: ShardWriter | None = None
 
     def __init__(self, num_sequences: int) -> None:
         self.spec = Spec(hidden_states=list(LAYERS))

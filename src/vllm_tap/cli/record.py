@@ -13,6 +13,7 @@ from vllm_tap.cli.interrupts import Interrupts
 from vllm_tap.cli.prompts import read_prompts
 from vllm_tap.cli.table import size_text
 from vllm_tap.errors import DatasetError
+from vllm_tap.store.source import AUTO, WRITERS
 from vllm_tap.transport import NETWORKS
 
 INTERRUPTED: Final = "interrupted: whole parts are in the dataset, and the same command with --resume goes on"
@@ -34,6 +35,12 @@ def add_command(commands: Any) -> None:
     group.add_argument("--resume", action="store_true", help="go on with a dataset that is there")
     group.add_argument(
         "--batch", type=arguments.positive, default=256, metavar="N", help="prompts of a part (default 256)"
+    )
+    group.add_argument(
+        "--writers",
+        choices=WRITERS,
+        default=AUTO,
+        help="who writes: this process, the workers, or workers where rows would cross a network (default)",
     )
     arguments.add_json_option(parser)
     arguments.add_engine_options(parser)
@@ -75,6 +82,7 @@ def _record(llm: Any, prompts: list[Any], spec: Any, options: argparse.Namespace
             resume=options.resume,
             batch=options.batch,
             on_part=_say,
+            writers=options.writers,
             transport=options.transport,
             staging=options.staging,
             budget_bytes=options.budget_bytes,

@@ -89,6 +89,38 @@ def capture(
     Cost:
         One write per row in the worker; none here until rows are read (see `LayerMap`).
     """
+    return captured(
+        llm,
+        prompts,
+        spec,
+        None,
+        transport=transport,
+        budget_bytes=budget_bytes,
+        staging=staging,
+        on_full=on_full,
+        progress=progress,
+        lora_request=lora_request,
+        sampling_params=sampling_params,
+        **sampling,
+    )
+
+
+def captured(
+    llm: Any,
+    prompts: Any,
+    spec: Spec | Sequence[Spec],
+    prepare: Callable[[Recording], None] | None,
+    *,
+    progress: bool | None,
+    lora_request: Any,
+    sampling_params: Any,
+    transport: str,
+    budget_bytes: int | None,
+    staging: str,
+    on_full: str | Spill,
+    **sampling: Any,
+) -> Capture:
+    """Do what `capture` does, with a recording that is prepared before any request is sent."""
     begin = time.perf_counter()
     frontend.require_llm(llm)
     _require_no_others(llm)
@@ -113,6 +145,8 @@ def capture(
         wait=False,
     )
     try:
+        if prepare is not None:
+            prepare(recording)
         for wish in wishes:
             missing.check_prompts(wish, prompts, wishes.has(wish))
         marked = recording.mark_all(params, owned=sampling_params is None)

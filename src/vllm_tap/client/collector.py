@@ -21,6 +21,7 @@ from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError
+from vllm_tap.frame.blocks import Places
 from vllm_tap.frame.layout import IntArray
 from vllm_tap.frame.messages import Descriptor, Request
 from vllm_tap.labels import NUM_LABELS
@@ -35,11 +36,10 @@ class Part:
 
     def __init__(self, descriptor: Descriptor, memory: RankMemory) -> None:
         self.descriptor, self._memory = descriptor, memory
-        self._counts = counts = descriptor.table()[:, 2]
-        self.labels = memory.labels(counts)
+        self._counts = descriptor.table()[:, 2]
+        self.labels = memory.labels(self._counts)
         self.num_pending = self.labels.shape[1]
-        self._block_of = np.repeat(np.arange(len(counts)), counts)
-        self._row_in_block = np.arange(len(self._block_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._places = Places.all(self._counts)
 
     @property
     def num_bytes(self) -> int:
@@ -57,11 +57,10 @@ class Part:
     def gather(self, stream: int, plane: int, rows: IntArray) -> torch.Tensor:
         """Copy rows of a layer, by their numbers in this part: a tensor [R, D]."""
         described = self.descriptor.streams[stream]
-        blocks = self._block_of[rows]
-        starts = self._memory.placed.streams[stream][blocks]
-        index = starts // described.row_bytes + plane * self._counts[blocks] + self._row_in_block[rows]
+        places = self._places.at(rows)
+        index = places.numbers(self._memory.placed.streams[stream], self._counts, plane, described.row_bytes)
         dtype = getattr(torch, described.dtype)
-        return self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
+        return self._memory.gather(places.blocks, torch.from_numpy(index), dtype, described.width)
 
 
 class Piece(NamedTuple):

@@ -9,10 +9,11 @@ import ssl
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from vllm_tap.client.memory import Bytes, FetchedMemory, MappedMemory, RankMemory, by_calls
+from vllm_tap.client.left import LeftMemory
+from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory, by_calls
 from vllm_tap.client.replies import GONE, LOST, exchange, expect, explain, not_loaded
 from vllm_tap.client.ways import Ways
 from vllm_tap.errors import (
@@ -24,6 +25,7 @@ from vllm_tap.errors import (
     TransportError,
 )
 from vllm_tap.frame import messages
+from vllm_tap.frame.blocks import Bytes
 from vllm_tap.frame.layout import ITEMSIZE, IntArray, Layout
 from vllm_tap.transport import AUTO, INLINE, NETWORKS, OTHER_NAMES, SEGMENT, TRANSPORTS
 from vllm_tap.transport.segment.reader import SegmentReader
@@ -221,7 +223,18 @@ class Connection:
         if not way:
             return lambda: self._replies("call", data)
         self._require_alive()
-        return exchange(self.ways.callers(way), data)
+        callers = self.ways.callers(way)
+        return exchange(callers, [data] * len(callers))
+
+    def ask_each(self, calls: Mapping[int, messages.Call], way: str) -> list[messages.Reply]:
+        """Send some of the workers a call each, by their ranks, and return their replies in that order; see `expect`.
+
+        Raises:
+            EngineDiedError: A worker is gone, or silent.
+        """
+        self._require_alive()
+        callers = dict(zip((hello.rank.rank for hello in self.hellos), self.ways.callers(way), strict=True))
+        return exchange([callers[rank] for rank in calls], [messages.encode(call) for call in calls.values()])()
 
     def hand_over(self, call: messages.Finish | messages.Take, way: str) -> Callable[[], HandedOver]:
         """Have all workers hand over what a capture has; return a function that takes hold of it.
@@ -302,10 +315,12 @@ class Connection:
         return llm
 
     def _memory(self, descriptor: messages.Descriptor, placed: Layout[IntArray], way: str) -> RankMemory:
-        """Return the bytes of a rank's blocks: mapped, or fetched and freed in the worker."""
+        """Return the bytes of a rank's blocks: mapped, left there, or fetched and freed in the worker."""
         rank = descriptor.rank
         if way:
             reader = self.ways.reader(rank, way)
+            if descriptor.labels is not None:
+                return LeftMemory(descriptor, placed, reader)
             if isinstance(reader, SegmentReader):
                 return MappedMemory(descriptor, placed, reader)
             return _from_network(descriptor, placed, reader)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +11,11 @@ import numpy.typing as npt
 import torch
 
 from vllm_tap.errors import DescriptorError
-from vllm_tap.frame.layout import CACHE_LINE, LABEL_BYTES, IntArray, Layout, layout
+from vllm_tap.frame.blocks import Bytes, labels_of
+from vllm_tap.frame.layout import CACHE_LINE, IntArray, Layout, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
-from vllm_tap.labels import NUM_LABELS
 from vllm_tap.transport.segment.pool import Block
 from vllm_tap.transport.segment.reader import SegmentReader
-
-Bytes = npt.NDArray[np.uint8]
 
 FETCH_BYTES = 64 << 20
 """Most bytes of one inline call; the engine does nothing else while it copies them."""
@@ -51,20 +48,7 @@ class _Regions:
         raise NotImplementedError
 
     def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
-        series: list[_Series] = []
-        for place in zip(self._region_of.tolist(), self.placed.labels.tolist(), num_rows.tolist(), strict=True):
-            if not series or not series[-1].takes(*place):
-                series.append(_Series(*place))
-        regions = {number: self._region(number) for number in {part.region for part in series}}
-        out = np.empty((NUM_LABELS, int(num_rows.sum())), np.int32)
-        end = 0
-        for part in series:
-            begin, end = end, end + part.num_blocks * part.num_rows
-            shape = NUM_LABELS, part.num_blocks, part.num_rows
-            strides = LABEL_BYTES * part.num_rows, part.distance, LABEL_BYTES
-            labels = np.ndarray(shape, np.int32, regions[part.region], part.start, strides)
-            out[:, begin:end].reshape(shape)[...] = labels
-        return out
+        return labels_of(self._region_of, self.placed.labels, num_rows, self._region)
 
     def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
         regions = self._region_of[blocks]
@@ -82,26 +66,6 @@ class _Regions:
         row_bytes = width * dtype.itemsize
         num_rows = len(region) // row_bytes
         return torch.from_numpy(region[: num_rows * row_bytes]).view(dtype).view(num_rows, width)
-
-
-@dataclass(slots=True)
-class _Series:
-    """Blocks of a region that follow one another at the same distance, with as many rows: steps of a generation."""
-
-    region: int
-    start: int
-    num_rows: int
-    num_blocks: int = 1
-    distance: int = 0
-
-    def takes(self, region: int, start: int, num_rows: int) -> bool:
-        """Take a block in if it is the next one; return whether it is."""
-        distance = self.distance or start - self.start
-        is_next = start == self.start + self.num_blocks * distance > self.start
-        if (region, num_rows) != (self.region, self.num_rows) or not is_next:
-            return False
-        self.num_blocks, self.distance = self.num_blocks + 1, distance
-        return True
 
 
 class MappedMemory(_Regions):

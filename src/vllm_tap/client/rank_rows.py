@@ -13,7 +13,8 @@ import torch
 from vllm_tap.client.memory import RankMemory
 from vllm_tap.client.sequences import Sequences
 from vllm_tap.errors import DescriptorError, RowsMissingError
-from vllm_tap.frame.layout import IntArray
+from vllm_tap.frame.blocks import Places
+from vllm_tap.frame.layout import IntArray, Stream
 from vllm_tap.frame.messages import Descriptor, Request
 from vllm_tap.vllm.names import is_request_of
 
@@ -31,6 +32,11 @@ class Plane(NamedTuple):
 class RankRows:
     """All rows of one rank.
 
+    Attributes:
+        memory: Where they lie.
+        places: {(stream, layer): place in the blocks}.
+        chosen: For every wanted row the number of the row that holds it, over all blocks.
+
     Raises:
         RowsMissingError: A row that was asked for did not arrive, or none that arrived belongs to the final sequence
             and to the request that its output names.
@@ -39,30 +45,31 @@ class RankRows:
 
     def __init__(self, descriptor: Descriptor, memory: RankMemory, matcher: RowMatcher) -> None:
         self._streams = descriptor.streams
-        self._memory = memory
+        self.memory = memory
         self.places = {
             (stream.name, layer): Plane(s, i)
             for s, stream in enumerate(descriptor.streams)
             for i, layer in enumerate(stream.layers)
         }
         self._counts = descriptor.table()[:, 2]
-        self._chosen = matcher.of(descriptor, memory.labels(self._counts))
+        self.chosen = matcher.of(descriptor, memory.labels(self._counts))
 
     @functools.cached_property
-    def _place_of(self) -> tuple[IntArray, IntArray]:
-        """Block of every wanted row, and its row there; made when rows are first read."""
-        counts = self._counts
-        block_of = np.repeat(np.arange(len(counts)), counts)
-        row_in_block = np.arange(len(block_of)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return block_of[self._chosen], row_in_block[self._chosen]
+    def _place_of(self) -> Places:
+        """Places of the wanted rows; made when rows are first read."""
+        return Places.all(self._counts).at(self.chosen)
+
+    def stream_of(self, place: tuple[str, int]) -> Stream:
+        """Return what this rank says of a layer's rows."""
+        return self._streams[self.places[place].stream]
 
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop` of the wanted ones: a view when they lie together, else one gather."""
         place = self.places[stream, layer]
         described = self._streams[place.stream]
         dtype = getattr(torch, described.dtype)
-        starts = self._memory.placed.streams[place.stream]
-        blocks, rows = (places[start:stop] for places in self._place_of)
+        starts = self.memory.placed.streams[place.stream]
+        blocks, rows = chosen = self._place_of.at(slice(start, stop))
         num_rows = stop - start
         if not num_rows:
             return torch.empty(0, described.width, dtype=dtype)
@@ -70,9 +77,9 @@ class RankRows:
             block = int(blocks[0])
             first = place.layer * int(self._counts[block]) + int(rows[0])
             offset = int(starts[block]) + first * described.row_bytes
-            return self._memory.view(block, offset, num_rows * described.row_bytes).view(dtype).view(num_rows, -1)
-        index = starts[blocks] // described.row_bytes + place.layer * self._counts[blocks] + rows
-        return self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
+            return self.memory.view(block, offset, num_rows * described.row_bytes).view(dtype).view(num_rows, -1)
+        index = chosen.numbers(starts, self._counts, place.layer, described.row_bytes)
+        return self.memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
 
 
 class RowMatcher:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_tap.client.bounds import Spill
-from vllm_tap.client.capture import capture
+from vllm_tap.client.capture import captured
 from vllm_tap.client.identity import full_model_facts, versions
 from vllm_tap.client.prompts import unpacked
+from vllm_tap.client.recording import Recording
+from vllm_tap.client.writers import Writers
 from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store.dataset import Dataset
@@ -27,6 +29,7 @@ def record(
     metadata: Iterable[Mapping[str, Any] | None] | None = None,
     share: tuple[int, int] = (0, 1),
     on_part: Any = None,
+    writers: str = "auto",
     transport: str = "auto",
     budget_bytes: int | None = None,
     staging: str = "auto",
@@ -54,6 +57,9 @@ def record(
         share: (index, count) where `count` processes record into one folder: this one takes every `count`-th piece of
             `batch` prompts, from piece `index` on.
         on_part: Called with the `Manifest` of each part that has been sealed.
+        writers: "client": this process maps the rows and writes them. "workers": each writes those of its own layers,
+            and they never pass through this process; not with `reduce` and `dtype` of the Spec, nor with a URL. "auto":
+            the workers, where rows would cross a network otherwise and they may write into this folder.
         transport: As `capture` takes it; so are the rest.
         budget_bytes: Most memory for rows.
         staging: On GPU engines, how rows leave the device.
@@ -85,11 +91,16 @@ def record(
         if isinstance(given, Sequence):
             raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")
 
-    def captured(piece: list[Any]) -> Any:
-        result = capture(
+    who = Writers(llm, path, spec, transport, writers)
+
+    def capture(piece: list[Any]) -> Any:
+        # Before a capture begins, whose first call is not awaited: another call would take its place.
+        prepare = Recording.leave_rows if who.are_workers else None
+        result = captured(
             llm,
             piece,
             spec,
+            prepare,
             transport=transport,
             budget_bytes=budget_bytes,
             staging=staging,
@@ -101,12 +112,14 @@ def record(
         )
         if any(output is None for output in result.outputs):
             raise KeyboardInterrupt  # which ended the capture early: a part holds all of its samples
+        if who.are_workers:
+            who.leave(result)
         return result
 
     run = Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, sampling), versions())
     options: dict[str, Any] = {} if on_part is None else {"on_part": on_part}
     return record_with(
-        captured, unpacked(prompts), path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
+        capture, unpacked(prompts), path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
     )
 
 

@@ -93,7 +93,7 @@ class Recording:
         self._model = model_facts(engine) if engine is not None else {}
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
-        self._has_ended = False
+        self._has_ended = self._leaves_rows = False
         self._llm: Callable[[], Any] = weakref.ref(engine) if engine is not None else lambda: None
         self._marked_samples: set[int] = set()
         self._connection = connection = connect(llm)
@@ -273,7 +273,15 @@ class Recording:
         """
         self.started()
         if self._finishing is None:
-            self._finishing = self._connection.hand_over(messages.Finish(capture_id=self.capture_id), self._way)
+            call = messages.Finish(capture_id=self.capture_id, labels=self._leaves_rows)
+            self._finishing = self._connection.hand_over(call, self._way)
+
+    def leave_rows(self) -> None:
+        """Have the rows stay in the workers: what `finish` returns has their labels, and can have them written there.
+
+        Sockets must reach all workers.
+        """
+        self._leaves_rows = True
 
     def finish(self, outputs: Sequence[Any]) -> Capture:
         """End the capture and return its rows, checked against what the engine returned.

@@ -27,13 +27,14 @@ T = TypeVar("T", bound=messages.Message)
 
 def greeted(callers: Sequence[Caller]) -> list[messages.Hello]:
     """Return what each worker says of itself."""
-    return expect(messages.Hello, exchange(callers, messages.encode(messages.Greet()))(), "Greet")
+    greeting = [messages.encode(messages.Greet())] * len(callers)
+    return expect(messages.Hello, exchange(callers, greeting)(), "Greet")
 
 
-def exchange(callers: Sequence[Caller], data: bytes) -> Callable[[], list[messages.Reply]]:
-    """Send the same call to workers; return a function that waits for the replies."""
+def exchange(callers: Sequence[Caller], calls: Sequence[bytes]) -> Callable[[], list[messages.Reply]]:
+    """Send each of some workers its call; return a function that waits for the replies."""
     with _engine_is_gone():
-        sent = [(caller, caller.send(data)) for caller in callers]
+        sent = [(caller, caller.send(data)) for caller, data in zip(callers, calls, strict=True)]
 
     received: list[bytes] = []  # kept when the wait is interrupted and taken up again
 

@@ -21,6 +21,7 @@ from vllm_tap.streams import not_of_samples
 
 if TYPE_CHECKING:
     from vllm_tap.client.model_output import HuggingFaceOutput
+    from vllm_tap.store.source import ShardWriter
 
 
 class RowLabels(NamedTuple):
@@ -210,6 +211,9 @@ class Capture(Sequence[Sample]):
     first_sample = 0
     """Number of its first sample among the prompts of a stream, whose captures have one sample each."""
 
+    shard_writer: ShardWriter | None = None
+    """Has the workers write the rows, where they were left there for a dataset."""
+
     def __init__(
         self,
         spec: Spec,
@@ -364,6 +368,13 @@ class Capture(Sequence[Sample]):
         """
         if stream not in self.layers:
             raise SpecError(hints.for_stream(self, stream, self._name))
+
+    def places_of_ranks(self) -> dict[RowSource, list[Place]]:
+        """Return the streams and layers of each source of rows."""
+        found: dict[RowSource, list[Place]] = {}
+        for place, owner in self._owner.items():
+            found.setdefault(owner, []).append(place)
+        return found
 
     def number_from(self, first_sample: int) -> None:
         """Give the samples the numbers that they have among more of them."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vllm_tap.engine.capture.closing import Closable
 from vllm_tap.engine.capture.memory import Pools
-from vllm_tap.errors import CaptureError, TapError
+from vllm_tap.errors import CaptureError, DatasetError, TapError
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.server import SegmentServer
 from vllm_tap.transport.tcp import settings
@@ -27,6 +27,7 @@ class Addresses(NamedTuple):
     calls: str
     network: str
     no_network: str
+    write_root: str
 
 
 class Servers:
@@ -57,6 +58,7 @@ class Servers:
         self._segments: SegmentServer | None = None
         self._calls: CallServer | None = None
         self._network: NetworkServer | None = None
+        self._write_root = ""
         self._no_network = "it was started without VLLM_TAP_LISTEN=host:port"
         self.new_secret = ""
 
@@ -74,6 +76,7 @@ class Servers:
             return
         self._network.on_disconnect = self._on_disconnect
         self._closing.append(self._network)
+        self._write_root = given.write_root
         self.new_secret = given.secret.decode() if given.is_random else ""
         how = "within TLS" if given.tls else "in the clear"
         logger.info("vllm-tap: rank %d serves %s %s", self._rank, self._network.address, how)
@@ -86,6 +89,7 @@ class Servers:
             self._call_server().address,
             network.address if network is not None else "",
             self._no_network if network is None else "",
+            self._write_root,
         )
 
     def of(self, client: int) -> SegmentServer | NetworkServer:
@@ -98,6 +102,30 @@ class Servers:
             if server is not None and server.is_connected(client):
                 return server
         raise CaptureError(f"rank {self._rank}: client {client} is not connected any more: connect again.")
+
+    def is_remote(self, client: int) -> bool:
+        """Tell whether a client has come over the network, from wherever.
+
+        Raises:
+            CaptureError: It is not connected.
+        """
+        return self.of(client) is self._network
+
+    def folder_of(self, client: int) -> str | None:
+        """Return the folder below which this worker writes for a client; None if that may name any.
+
+        Raises:
+            CaptureError: The client is not connected.
+            DatasetError: It writes nothing for clients of its network.
+        """
+        if not self.is_remote(client):
+            return None
+        if not self._write_root:
+            raise DatasetError(
+                f"rank {self._rank} writes no datasets for clients of its network: start it with "
+                f'{settings.WRITE_VARIABLE}=/folder, or use writers="client".'
+            )
+        return self._write_root
 
     def settle(self, timeout_s: float) -> None:
         """Wait until the calls that have come are handled, or this time is over."""

@@ -7,6 +7,7 @@ them, and never raise: a failure is a reply.
 from __future__ import annotations
 
 import functools
+import hmac
 import logging
 import os
 import weakref
@@ -21,7 +22,7 @@ from vllm_tap.engine import offer
 from vllm_tap.engine.capture.closing import Closable, close_all, weakly
 from vllm_tap.engine.capture.cpu import CpuBackend
 from vllm_tap.engine.capture.interfaces import Backend, Sink
-from vllm_tap.engine.capture.look import some_rows
+from vllm_tap.engine.capture.look import some_rows, with_labels
 from vllm_tap.engine.capture.memory import Pools
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, LABELS, Figures, ForwardProfile, Profile
 from vllm_tap.engine.capture.session import Session
@@ -30,6 +31,7 @@ from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES
 from vllm_tap.engine.model.tap import ADD
 from vllm_tap.engine.servers import Servers
+from vllm_tap.engine.writing.jobs import Writers
 from vllm_tap.errors import CaptureError, EngineUnsupportedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import Stream, block_bytes
@@ -95,6 +97,7 @@ class TapWorker(vllm_runner.StepListener):
         self._pools: Pools | None = None
         self._servers: Servers | None = None
         self._profile: Profile | None = None
+        self._writers = Writers(self.rank)
         self._closing: list[Closable] = []
 
     @classmethod
@@ -105,7 +108,7 @@ class TapWorker(vllm_runner.StepListener):
             model = vllm_model.find_model(worker)
             self._backend = choose_backend(worker, self.lock)
             self._pools = Pools(self._backend)
-            self._closing.append(self._pools)
+            self._closing += [self._pools, self._writers]
             # In a process that outlives the engine; the end of a process does the same faster.
             weakref.finalize(self, close_all, self._closing, self._backend).atexit = False
             self._taps = ModelTaps(model, worker.device, self._backend.rows)
@@ -215,14 +218,18 @@ class TapWorker(vllm_runner.StepListener):
         """Return memory for an owner in this process, whose rows are read here."""
         return self._memory().add(owner, shared=False)
 
-    def call(self, data: bytes) -> bytes:
-        """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""
-        with self.lock, self._backend.on_stream() if self._backend else nullcontext():
-            return self._answer(data)
-
     @_replying
-    def _answer(self, data: bytes) -> messages.Message:
+    def call(self, data: bytes) -> messages.Message:
+        """Do what a message asks for, in the engine's thread or that of a socket; return the reply."""
         message = messages.decode_call(data)
+        if isinstance(message, messages.Write):  # of rows that were handed over: steps go on
+            return self.write(message)
+        if isinstance(message, messages.Report):
+            return self._writers.report(message.capture_id)
+        with self.lock, self._backend.on_stream() if self._backend else nullcontext():
+            return self._answer(message)
+
+    def _answer(self, message: messages.Call) -> messages.Message:
         if isinstance(message, messages.Greet):
             # No forward pass: ranks would run it at different times, and wait for each other in different steps.
             return self._hello()
@@ -230,7 +237,10 @@ class TapWorker(vllm_runner.StepListener):
             return self.start(message)
         if isinstance(message, messages.Take):
             return self.take(message)
-        return self.finish(message) if isinstance(message, messages.Finish) else self.stop(message)
+        if isinstance(message, messages.Finish):
+            return self.finish(message)
+        assert isinstance(message, messages.Stop)
+        return self.stop(message)
 
     def start(self, start: messages.Start) -> messages.Started:
         """Begin a capture beside those under way: take what memory it needs and let marked requests through."""
@@ -238,7 +248,7 @@ class TapWorker(vllm_runner.StepListener):
         if not start.shared:
             self._memory().add(start.capture_id, shared=False)
         else:
-            self._served_by(start.clients.get(self.rank, 0))
+            self._require_folder(start)
         try:
             session = self.begin(start, self._share(start), self._owner(start), Session)
         except Exception:
@@ -248,6 +258,12 @@ class TapWorker(vllm_runner.StepListener):
         # Last: the driver may let nobody else in while it pins memory.
         self._grow_ahead(session)
         return messages.Started(rank=self.rank, streams=session.streams)
+
+    def _require_folder(self, start: messages.Start) -> None:
+        """Refuse a client that is gone, and one of a network that names a folder for spilled rows."""
+        is_remote = self._required_servers().is_remote(start.clients.get(self.rank, 0))
+        if start.spill is not None and is_remote:
+            raise CaptureError("rows are spilled to files for clients of this host alone: leave on_full out.")
 
     def begin(
         self, start: messages.Start, streams: tuple[Stream, ...], owner: Hashable, new_session: Callable[..., S]
@@ -304,6 +320,8 @@ class TapWorker(vllm_runner.StepListener):
         session = self._require(finish.capture_id)
         try:
             descriptor = self._with_routing(session, session.finish())
+            if finish.labels:
+                descriptor = with_labels(descriptor, session.account.pool)
             if session.start.shared:
                 self._served_by(session.client).publish(session.client, session.block_ids)
         except Exception:
@@ -339,13 +357,22 @@ class TapWorker(vllm_runner.StepListener):
         return structs.replace(descriptor, routing_version=version, routing=offer.share_of(self._worker, routing))
 
     def stop(self, stop: messages.Stop) -> messages.Stopped:
-        """Abandon a capture, if it is under way, and let go of what it sends through calls."""
+        """Abandon a capture, if it is under way, or the writing of its rows; let go of what it sends through calls."""
+        self._writers.stop(stop.capture_id)
         session = self._sessions.get(stop.capture_id)
         if session is not None:
             self._abandon(session)
         elif self._pools is not None:
             self._pools.drop(stop.capture_id)
         return messages.Stopped(rank=self.rank)
+
+    def write(self, write: messages.Write) -> messages.Written:
+        """Begin to write rows that a client holds into shards of its dataset; no step waits."""
+        below = self._required_servers().folder_of(write.client)
+        pool = self._memory().of(write.client)
+        if not hmac.compare_digest(pool.pool_id, write.pool):
+            raise CaptureError(f"the memory of client {write.client} has another name.")
+        return self._writers.begin(write, pool, below)
 
     def fetch(self, rank: int, capture_id: str, segment_id: int, offset: int, nbytes: int) -> bytes:
         """Return bytes of an inline block of a capture; nothing if it is that of another rank, or there is none."""
@@ -446,12 +473,16 @@ class TapWorker(vllm_runner.StepListener):
         return tuple(offer.share_of_streams(self._worker, self._taps, start))
 
     def _served_by(self, client: int) -> SegmentServer | NetworkServer:
+        return self._required_servers().of(client)
+
+    def _required_servers(self) -> Servers:
         if self._servers is None:
             raise EngineUnsupportedError(f"rank {self.rank} cannot capture: {self.refusal}")
-        return self._servers.of(client)
+        return self._servers
 
     def _client_gone(self, client: int) -> None:
         assert self._backend is not None
+        self._writers.stop_client(client)
         with self.lock, self._backend.on_stream():
             for session in list(self._sessions.values()):
                 if session.start.shared and session.client == client:

@@ -1,7 +1,7 @@
 """Messages on the control channel between client and worker, as msgpack. Tensors never travel here.
 
-A call is one of `Greet`, `Start`, `Finish`, `Take` or `Stop`; a reply one of `Hello`, `Started`, `Descriptor`,
-`Stopped` or `Failure`.
+A call is one of `Greet`, `Start`, `Finish`, `Take`, `Stop`, `Write` or `Report`; a reply one of `Hello`, `Started`,
+`Descriptor`, `Stopped`, `Written` or `Failure`.
 Decoding checks the types, `Descriptor.validate` the numbers, before any memory is touched.
 """
 
@@ -19,7 +19,7 @@ from vllm_tap.frame.routing import Routing
 from vllm_tap.labels import NUM_LABELS
 from vllm_tap.spec import Choice, read_positions
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Rises whenever a message or the layout of a block changes."""
 
 MAX_MESSAGE_BYTES: Final = 256 << 20
@@ -77,6 +77,7 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     `address` is the socket that hands out segments, `calls` the one that takes calls. `network` is where clients of
     other hosts connect, empty if the worker does not listen, and then `no_network` says why not; `secret` is what they
     have to know, for the process that has the engine object, where the worker made it; `host` tells hosts apart.
+    `write_root` is the folder below which the worker writes for clients of its network, empty if it writes nowhere.
     """
 
     rank: Rank
@@ -98,6 +99,7 @@ class Hello(Message, frozen=True, tag=True, kw_only=True):
     no_network: str = ""
     secret: str = ""
     host: str = ""
+    write_root: str = ""
     refusal: str
 
 
@@ -139,9 +141,10 @@ class Start(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Finish(Message, frozen=True, tag=True, kw_only=True):
-    """Call that ends a capture; the reply is its `Descriptor`."""
+    """Call that ends a capture; the reply is its `Descriptor`, which brings the labels of all rows if `labels` says."""
 
     capture_id: str
+    labels: bool = False
 
 
 class Take(Message, frozen=True, tag=True, kw_only=True):
@@ -151,7 +154,7 @@ class Take(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Stop(Message, frozen=True, tag=True, kw_only=True):
-    """Call that abandons a capture; the reply is `Stopped`."""
+    """Call that abandons a capture, or the writing of its rows; the reply is `Stopped`."""
 
     capture_id: str
 
@@ -189,7 +192,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
 
     `requests` are those met since the last `Take`, of which the first has the number `first_request`. `blocks` is an
     int64 array [B, 3], one row per step in the order of the steps, little-endian. `routing` is what `Hello` says, as it
-    holds for the rows of this capture; None if the client knows its version.
+    holds for the rows of this capture; None if the client knows its version. `labels`, if asked for, are those of all
+    blocks behind one another: int32 [3, R], in `byte_order`.
     """
 
     rank: int
@@ -203,6 +207,7 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
     wait_seconds: float
     routing_version: int = 0
     routing: dict[int, Routing] | None = None
+    labels: bytes | None = None
 
     def table(self) -> IntArray:
         """Return `blocks` as an array [B, 3].
@@ -235,6 +240,8 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
             index.min() >= 0 and index.max() < len(self.chunks) and num_rows.min() >= 1 and num_rows.max() <= MAX_ROWS
         ):
             raise DescriptorError(f"rank {self.rank}: a block names a chunk or a number of rows that cannot be")
+        if self.labels is not None and len(self.labels) != NUM_LABELS * LABEL_BYTES * int(num_rows.sum()):
+            raise DescriptorError(f"rank {self.rank}: {len(self.labels)} bytes are no labels of {num_rows.sum()} rows")
         # Divided, not multiplied: a product of numbers from outside could wrap around in 64 bits.
         row_bytes = NUM_LABELS * LABEL_BYTES + sum(len(stream.layers) * stream.row_bytes for stream in self.streams)
         bounds = [(chunk.offset, chunk.offset + chunk.nbytes, chunk.nbytes // row_bytes) for chunk in self.chunks]
@@ -247,6 +254,64 @@ class Descriptor(Message, frozen=True, tag=True, kw_only=True):
             row = dict(zip(BLOCK_FIELDS, table[outside[0]].tolist(), strict=True))
             raise DescriptorError(f"rank {self.rank}: block {row} does not fit its {self.chunks[row['chunk']]}")
         return placed
+
+
+class Write(Message, frozen=True, tag=True, kw_only=True):
+    """Call that has rows which were handed over written into shards of a draft of a dataset; the reply is `Written`.
+
+    It begins, and `Report` says how far it is. `client` is the number under which the worker knows the client's reader,
+    `pool` the name of that reader's memory. `descriptor` is that of the capture, without requests, routing and labels.
+    Each of `shards` is a stream of it and one of its layers, by their places there. `rows` are the rows of each shard,
+    int32 [R], by their numbers over all blocks, little-endian.
+    """
+
+    capture_id: str
+    client: int
+    pool: bytes
+    folder: str
+    descriptor: Descriptor
+    shards: tuple[tuple[int, int], ...]
+    rows: bytes
+
+    def numbers(self) -> IntArray:
+        """Return `rows` as an array, having checked all numbers but those of the pool.
+
+        Raises:
+            DescriptorError: What cannot be.
+        """
+        streams, num_rows = self.descriptor.streams, int(self.descriptor.table()[:, 2].sum())
+        if len(self.rows) % 4:
+            raise DescriptorError(f"{len(self.rows)} bytes are no numbers of rows")
+        numbers = np.frombuffer(self.rows, "<i4").astype(np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < num_rows):
+            raise DescriptorError(f"rows {numbers.min()} to {numbers.max()} are to be written, of {num_rows}")
+        if len(set(self.shards)) != len(self.shards):
+            raise DescriptorError("a shard is to be written twice")
+        for stream, layer in self.shards:
+            if not (0 <= stream < len(streams) and 0 <= layer < len(streams[stream].layers)):
+                raise DescriptorError(f"shard {stream}, {layer} is to be written, which the capture does not have")
+        return numbers
+
+
+class Report(Message, frozen=True, tag=True, kw_only=True):
+    """Call that asks how far the writing of the rows of a capture is; the reply is `Written`."""
+
+    capture_id: str
+
+
+class WrittenFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A file that a worker has written: its name in the draft, length and CRC-32."""
+
+    name: str
+    nbytes: int
+    crc32: int
+
+
+class Written(Message, frozen=True, tag=True, kw_only=True):
+    """Reply to `Write` and `Report`: the files, which the disk has; None while they are written."""
+
+    rank: int
+    files: tuple[WrittenFile, ...] | None = None
 
 
 class Stopped(Message, frozen=True, tag=True, kw_only=True):
@@ -269,9 +334,9 @@ class Failure(Message, frozen=True, tag=True, kw_only=True):
         return kind(f"rank {self.rank}: {self.message}", rank=self.rank, **self.identity)
 
 
-Call = Greet | Start | Finish | Take | Stop
+Call = Greet | Start | Finish | Take | Stop | Write | Report
 
-Reply = Hello | Started | Descriptor | Stopped | Failure
+Reply = Hello | Started | Descriptor | Stopped | Written | Failure
 
 M = TypeVar("M", bound=Message)
 

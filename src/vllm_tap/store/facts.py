@@ -149,14 +149,23 @@ def _check(facts: Facts) -> None:
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"streams are {names}")
     for stream in facts.streams:
-        dtype_of(stream.dtype)
-        if not (stream.name.isascii() and stream.name.isidentifier()):
-            raise ValueError(f"stream {stream.name!r} is not a name")
-        if not 1 <= stream.width <= MAX_WIDTH:
-            raise ValueError(f"{stream.name} has width {stream.width}")
-        ascending = all(a < b for a, b in zip(stream.layers, stream.layers[1:], strict=False))
-        if not stream.layers or not ascending or stream.layers[0] < 0 or stream.layers[-1] >= facts.num_layers:
-            raise ValueError(f"{stream.name} has layers {list(stream.layers)} of {facts.num_layers}")
+        check_stream(stream, facts.num_layers)
+
+
+def check_stream(stream: StreamFacts, num_layers: int) -> None:
+    """Refuse a stream that cannot be: its name, dtype, width, or layers.
+
+    Raises:
+        ValueError: Which.
+    """
+    dtype_of(stream.dtype)
+    if not (stream.name.isascii() and stream.name.isidentifier()):
+        raise ValueError(f"stream {stream.name!r} is not a name")
+    if not 1 <= stream.width <= MAX_WIDTH:
+        raise ValueError(f"{stream.name} has width {stream.width}")
+    ascending = all(a < b for a, b in zip(stream.layers, stream.layers[1:], strict=False))
+    if not stream.layers or not ascending or stream.layers[0] < 0 or stream.layers[-1] >= num_layers:
+        raise ValueError(f"{stream.name} has layers {list(stream.layers)} of {num_layers}")
 
 
 def require_same(mine: Facts, theirs: Facts, path: str) -> None:

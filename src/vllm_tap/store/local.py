@@ -29,6 +29,9 @@ MAP_FLAGS: Final = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)  # 
 MAP_PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
 """Copy-on-write, and no swap set aside for copies that hardly anyone makes: a dataset may be larger than memory."""
 
+MOST_REMOVALS: Final = 8
+"""Attempts to remove a folder that gains files meanwhile."""
+
 MAX_MAPS: Final = 8192
 """Files that stay mapped for later reads; a process may have 65530 maps. Tensors keep their own alive."""
 
@@ -46,7 +49,8 @@ def explained(path: Path | str) -> Iterator[None]:
             errno.EROFS: "Choose a folder that you may write to.",
             errno.ENOENT: "The folder is gone: was it moved or removed?",
         }.get(error.errno or 0, "")
-        where = error.filename or path
+        named = error.filename if isinstance(error.filename, str) else ""
+        where = named if os.path.dirname(named) else path  # a bare name is one of a folder that was opened before
         raise DatasetError(f"{where}: {error.strerror or error}. {advice}".rstrip(), path=str(where)) from error
 
 
@@ -71,12 +75,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class LocalSink:
-    """A file of a draft, with its space taken at once: a full disk shows before the first byte."""
+    """A file of a draft, with its space taken at once: a full disk shows before the first byte.
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    Args:
+        path: Of the file, which must not be there.
+        nbytes: Its length.
+        folder_fd: Its folder, opened, where the path may lead elsewhere by now.
+    """
+
+    def __init__(self, path: Path, nbytes: int, folder_fd: int | None = None) -> None:
         self._path = path
         with explained(path):
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            name = path if folder_fd is None else path.name
+            self._fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder_fd)
             try:
                 if nbytes:
                     self._reserve(nbytes)
@@ -121,6 +132,7 @@ class LocalDraft:
             self._path = folder / f"{DRAFT_PREFIX}{socket.gethostname()}-{secrets.token_hex(8)}"
             with locked(folder):  # `clean` takes a draft without a lock for left behind
                 self._path.mkdir()
+                self.folder: str | None = os.path.abspath(self._path)
                 self._lock = os.open(self._path / LOCK_NAME, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
 
@@ -159,7 +171,7 @@ class LocalDraft:
 
     def discard(self) -> None:
         """Remove the draft."""
-        shutil.rmtree(self._path, ignore_errors=True)
+        _remove(self._path)
         self._close()
 
     def _close(self) -> None:
@@ -170,6 +182,8 @@ class LocalDraft:
 
 class LocalPlace:
     """A local folder."""
+
+    is_folder = True
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder)
@@ -243,8 +257,16 @@ class LocalPlace:
         with explained(self._folder), locked(self._folder):
             left = [draft for draft in drafts if _is_left(draft)]
             for draft in left:
-                shutil.rmtree(draft, ignore_errors=True)
+                _remove(draft)
         return len(left)
+
+
+def _remove(draft: Path) -> None:
+    """Remove a draft, into which workers of a writer that is gone may put a last file meanwhile."""
+    for _ in range(MOST_REMOVALS):
+        shutil.rmtree(draft, ignore_errors=True)
+        if not draft.exists():
+            break
 
 
 def _is_left(draft: Path) -> bool:

@@ -18,7 +18,13 @@ class Sink(Protocol):
 
 
 class Draft(Protocol):
-    """A part that is being written. Nobody sees it before it is sealed."""
+    """A part that is being written. Nobody sees it before it is sealed.
+
+    Attributes:
+        folder: Its folder, which other processes of this host can write into; None if there is none.
+    """
+
+    folder: str | None
 
     def create(self, name: str, nbytes: int) -> Sink:
         """Begin a file of so many bytes."""
@@ -31,9 +37,15 @@ class Draft(Protocol):
 
 
 class Place(Protocol):
-    """A folder of parts. Names have one slash at most: part and file."""
+    """A folder of parts. Names have one slash at most: part and file.
+
+    Attributes:
+        path: Its path or URL.
+        is_folder: Whether it is a folder of this host, into which other processes can write.
+    """
 
     path: str
+    is_folder: bool
 
     def parts(self) -> list[str]:
         """Return the names of the folders of parts, sealed or not, in order."""

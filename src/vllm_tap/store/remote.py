@@ -44,6 +44,8 @@ class RemoteSink:
 class RemoteDraft:
     """A folder of a part, not valid before its manifest is there."""
 
+    folder: str | None = None
+
     def __init__(self, fs: Any, folder: str) -> None:
         self._fs, self._folder = fs, folder
         if fs.exists(f"{folder}/{manifest.NAME}"):
@@ -67,6 +69,8 @@ class RemoteDraft:
 
 class RemotePlace:
     """A folder of a file system."""
+
+    is_folder = False
 
     def __init__(self, url: str) -> None:
         self.path = url

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_tap.errors import DatasetError
 from vllm_tap.spec import Spec
+from vllm_tap.store.facts import StreamFacts
+from vllm_tap.store.manifest import FileFacts
 
 
 class FlatSequences(Protocol):
@@ -26,8 +28,35 @@ class FlatSequences(Protocol):
         """Return the sequence number and the position of flat indices."""
 
 
+AUTO, CLIENT, WORKERS = "auto", "client", "workers"
+
+WRITERS: Final = (AUTO, CLIENT, WORKERS)
+"""Who may write the shards of a dataset, by the names that users choose from."""
+
+
+class ShardWriter(Protocol):
+    """Way to have the shards of a source written by who holds its rows."""
+
+    def write(
+        self, folder: str, streams: Sequence[StreamFacts], num_rows: int, is_stopped: Callable[[], bool]
+    ) -> list[FileFacts]:
+        """Have all of them written into a draft; return what is known of the files, which the disk has.
+
+        Raises:
+            DatasetError: They cannot be written.
+            StoppedError: `is_stopped` said so. Nobody writes any more then, nor after any other error.
+        """
+        ...
+
+
 class RowSource(Protocol):
-    """Rows of samples, with all that is known of them. `Capture` is one."""
+    """Rows of samples, with all that is known of them. `Capture` is one.
+
+    Attributes:
+        shard_writer: Has its shards written elsewhere; None if its rows are here.
+    """
+
+    shard_writer: ShardWriter | None
 
     spec: Spec
     layers: dict[str, list[int]]

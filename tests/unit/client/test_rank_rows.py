@@ -137,7 +137,7 @@ def test_ranks_that_met_the_same_rows_are_checked_once() -> None:
     first = rank_rows([rows], 1, sequences, matcher=matcher)
     others = [(*row[:3], row[3] + 10) for row in rows]
     second = rank_rows([others[:1], others[1:]], 1, sequences, rank=1, matcher=matcher)
-    assert second._chosen is first._chosen
+    assert second.chosen is first.chosen
     assert first.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [11, 10, 12]
     assert second.rows("hidden_states", 0, 0, 3)[:, 0].tolist() == [21, 20, 22]
 

@@ -62,10 +62,18 @@ def descriptor(*rows: tuple[int, int, int], **changed: Any) -> Descriptor:
     return Descriptor(**{**fields, **changed})
 
 
+WRITE = messages.Write(
+    capture_id=CAPTURE, client=1, pool=bytes(16), folder="/run/.draft-a", descriptor=descriptor((0, CHUNK_OFFSET, 3)),
+    shards=((0, 1), (0, 0)), rows=np.array([2, 0], "<i4").tobytes(),
+)  # fmt: skip
+
 REPLIES = [
     HELLO,
     Started(rank=0, streams=(STREAM,)),
     descriptor((0, CHUNK_OFFSET, 3)),
+    descriptor((0, CHUNK_OFFSET, 3), labels=bytes(36)),
+    messages.Written(rank=0),
+    messages.Written(rank=0, files=(messages.WrittenFile("a", 1, 2),)),
     Stopped(rank=0),
     Failure(rank=1, error="LayerError", message="no", identity={"layer": 3}),
 ]
@@ -83,6 +91,9 @@ CALLS = [
     messages.Greet(),
     messages.Take(capture_id=CAPTURE),
     messages.Finish(capture_id=CAPTURE),
+    messages.Finish(capture_id=CAPTURE, labels=True),
+    WRITE,
+    messages.Report(capture_id=CAPTURE),
     messages.Stop(capture_id=CAPTURE),
 ]
 
@@ -273,6 +284,14 @@ def test_a_torn_table_is_refused(nbytes: int) -> None:
     """A table that is not a whole number of rows is refused."""
     with pytest.raises(DescriptorError, match="no table"):
         check(descriptor(blocks=bytes(nbytes)))
+
+
+@pytest.mark.parametrize("nbytes", [0, 12, 35, 48])
+def test_labels_of_another_number_of_rows_are_refused(nbytes: int) -> None:
+    """Three int32 for each row of the table."""
+    check(descriptor((0, CHUNK_OFFSET, 3), labels=bytes(36)))
+    with pytest.raises(DescriptorError, match="no labels of 3 rows"):
+        check(descriptor((0, CHUNK_OFFSET, 3), labels=bytes(nbytes)))
 
 
 def test_another_capture_or_byte_order_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Rows that a worker has handed over, looked at where they lie: a few of them, to check what is said of them."""
+"""Rows that a worker hands over, looked at where they lie: a few of them, or the labels of all. Worker process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
+import numpy as np
 import torch
 
+from vllm_tap.errors import CaptureError
 from vllm_tap.frame import messages
-from vllm_tap.frame.layout import layout
+from vllm_tap.frame.blocks import labels_of
+from vllm_tap.frame.layout import LABEL_BYTES, layout
+from vllm_tap.labels import NUM_LABELS
+from vllm_tap.transport.segment.pool import SegmentPool
 
 SOME_ROWS: Final = 64
 
@@ -41,3 +47,24 @@ def some_rows(
             rows = torch.frombuffer(memory, dtype=getattr(torch, stream.dtype), count=math.prod(shape), offset=offset)
             found[stream.name] = rows.view(shape)
     return [found[name] for name in names if name in found]
+
+
+def with_labels(descriptor: messages.Descriptor, pool: SegmentPool) -> messages.Descriptor:
+    """Return a descriptor that brings the labels of all rows, which stay where they are.
+
+    Raises:
+        CaptureError: One message does not hold so many.
+
+    Cost:
+        One copy of 12 bytes a row.
+    """
+    chunks, starts, counts = descriptor.table().T
+    nbytes = NUM_LABELS * LABEL_BYTES * int(counts.sum())
+    if nbytes > messages.MAX_MESSAGE_BYTES // 2:
+        raise CaptureError(
+            f"the labels of {counts.sum()} rows have {nbytes} bytes, more than a message takes: record fewer prompts "
+            "at a time, by batch."
+        )
+    segments = np.array([chunk.segment_id for chunk in descriptor.chunks], np.int64)[chunks]
+    labels = labels_of(segments, starts, counts, lambda number: np.frombuffer(pool.segment(number).view, np.uint8))
+    return msgspec.structs.replace(descriptor, labels=labels.tobytes())

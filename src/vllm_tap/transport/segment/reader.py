@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from vllm_tap.errors import DescriptorError, TransportError
@@ -187,6 +187,10 @@ class SegmentReader:
         """End what nobody leases of a list that was refused."""
         block_ids = usable_ids(blocks)
         self._link.end(block_ids - self._link.leased(block_ids))
+
+    def release(self, block_ids: Collection[int]) -> None:
+        """Tell the worker that blocks which were never leased are not wanted any more; does not wait."""
+        self._link.end(block_ids)
 
     def segment_array(self, segment_id: int) -> Bytes:
         """Return a whole segment, for gathers over many blocks; the caller holds the leases of what it reads.

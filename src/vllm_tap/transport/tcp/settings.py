@@ -5,11 +5,13 @@ VLLM_TAP_SECRET     what clients have to know, 16 bytes or more; a random one wi
 VLLM_TAP_TLS        1 or 0; without, on unless the host is the loopback interface
 VLLM_TAP_TLS_CERT   PEM file of a certificate and its chain; a new one, signed by itself, without
 VLLM_TAP_TLS_KEY    PEM file of its private key
+VLLM_TAP_WRITE_ROOT folder below which the worker writes datasets for clients of the network; nowhere without
 VLLM_TAP_NIXL       1 to have clients read memory by NIXL as well, in the clear
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from vllm_tap.transport.tcp.certificate import server_context
 
 LISTEN_VARIABLE: Final = "VLLM_TAP_LISTEN"
 TLS_VARIABLE: Final = "VLLM_TAP_TLS"
+WRITE_VARIABLE: Final = "VLLM_TAP_WRITE_ROOT"
 NIXL_VARIABLE: Final = "VLLM_TAP_NIXL"
 
 _BACKLOG: Final = 64
@@ -38,6 +41,7 @@ class Settings(NamedTuple):
         tls: Whether to speak TLS.
         certificate: PEM file; empty for a new certificate.
         key: PEM file of its key.
+        write_root: Folder below which datasets are written for clients; empty for none.
         nixl: Whether clients may read memory by NIXL.
     """
 
@@ -48,6 +52,7 @@ class Settings(NamedTuple):
     tls: bool
     certificate: str = ""
     key: str = ""
+    write_root: str = ""
     nixl: bool = False
 
     def gate(self) -> Gate:
@@ -94,8 +99,15 @@ def read(environment: Mapping[str, str], local_rank: int) -> Settings | None:
         _tls(environment.get(TLS_VARIABLE), host),
         environment.get("VLLM_TAP_TLS_CERT", ""),
         environment.get("VLLM_TAP_TLS_KEY", ""),
+        _write_root(environment.get(WRITE_VARIABLE, "")),
         _switch(NIXL_VARIABLE, environment.get(NIXL_VARIABLE)) or False,
     )
+
+
+def _write_root(given: str) -> str:
+    if given and not (os.path.isabs(given) and os.path.isdir(given)):
+        raise SpecError(f"{WRITE_VARIABLE} is a folder that is there, from the root on, got {given!r}.")
+    return os.path.normpath(given) if given else ""
 
 
 def _tls(given: str | None, host: str) -> bool:

@@ -1,0 +1,1 @@
+"""Datasets written by workers, out of their own memory."""
