@@ -60,7 +60,7 @@ class Recording:
         staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
             write to pinned host memory: no device memory, slower for many rows), or "auto".
         on_full: "fail": rows beyond the budget end the capture with `BudgetError`, and its requests go on; "spill" or a
-            `Spill`: they go to files, and the engine waits while these are written. Not with "inline", "tcp" and "nixl".
+            `Spill`: they go to files, and the engine waits while these are written. Not with "inline", "tcp", "nixl".
         expected_rows: A guess that lets the workers prepare memory ahead.
         wait: Return when all workers have begun; otherwise `started` waits, after requests have been added.
 
