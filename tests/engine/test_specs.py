@@ -354,7 +354,7 @@ def test_what_cannot_be_asked_for_is_refused(engine):
         engine.capture(prompts(), HIDDEN, sampling_params=greedy(), max_tokens=3)
     with pytest.raises(SpecError, match="2 sampling_params for 8 prompts"):
         engine.capture(prompts(), HIDDEN, sampling_params=[greedy()] * 2)
-    with pytest.raises(SpecError, match='"segment", "tcp" or "inline"'):
+    with pytest.raises(SpecError, match='"segment", "tcp", "nixl" or "inline"'):
         engine.capture(prompts(), HIDDEN, transport="carrier pigeon")
     with pytest.raises(SpecError, match="positive"):
         engine.capture(prompts(), HIDDEN, budget_bytes=0)

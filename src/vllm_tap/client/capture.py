@@ -55,7 +55,7 @@ def capture(
         spec: What to capture; or a list with a Spec for each prompt. Then a sample has what its own Spec asks for.
             Workers write the layers of all Specs for each request, of the positions that its Spec asks for, and the
             rest is dropped here: capture prompts whose layers have nothing in common in calls of their own.
-        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+        transport: "segment" (shared memory), "tcp" or "nixl" (a network, see docs/hosts.md), "inline"
             (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged", "direct" or "auto"; see `Recording`.

@@ -54,13 +54,13 @@ class Recording:
         llm: A `vllm.LLM`, started without any special argument; or what `Connection.at` returns, in a process that has
             no engine object.
         spec: What to capture; or a list with a Spec for each sample, whose layers workers write for all of them.
-        transport: "segment" (shared memory), "tcp" (a network; workers were started with VLLM_TAP_LISTEN), "inline"
+        transport: "segment" (shared memory), "tcp" or "nixl" (a network, see docs/hosts.md), "inline"
             (bytes through calls: slow, works everywhere), or "auto".
         budget_bytes: Most memory for rows over all workers; by default a quarter of RAM, at most 8 GiB.
         staging: On GPU engines, "staged" (rows pass through a few hundred MiB of device memory), "direct" (kernels
             write to pinned host memory: no device memory, slower for many rows), or "auto".
         on_full: "fail": rows beyond the budget end the capture with `BudgetError`, and its requests go on; "spill" or a
-            `Spill`: they go to files, and the engine waits while these are written. Not with "inline" and "tcp".
+            `Spill`: they go to files, and the engine waits while these are written. Not with "inline", "tcp", "nixl".
         expected_rows: A guess that lets the workers prepare memory ahead.
         wait: Return when all workers have begun; otherwise `started` waits, after requests have been added.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +21,7 @@ from vllm_tap.client.identity import full_model_facts, versions
 from vllm_tap.client.live import connect_async
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
+from vllm_tap.errors import SpecError
 from vllm_tap.spec import Spec
 from vllm_tap.store.facts import Facts, facts_of, require_same
 from vllm_tap.store.places import place_of
@@ -79,29 +81,41 @@ class RecordingStage(vLLMEngineStageUDF):  # type: ignore[misc]
 
 
 def _plain(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return columns of a row as JSON can hold them."""
+    """Return columns of a row as JSON can hold them.
+
+    Raises:
+        SpecError: It lacks one.
+    """
+    absent = [name for name in names if name not in row]
+    if absent:
+        raise SpecError(f"metadata={list(names)}: rows have no column {absent[0]!r}, but {sorted(row)}.")
     return {name: value.tolist() if hasattr(value := row[name], "tolist") else value for name in names}
 
 
 class Piece:
-    """Requests of a batch, under a capture of their own."""
+    """Requests of a batch, under a capture of their own.
+
+    Attributes:
+        recording: The capture.
+        metadata: Metadata of each sample.
+    """
 
     def __init__(self, llm: Any, recording: Recording) -> None:
         self.recording, self._llm = recording, llm
         self._samples: dict[str, int] = {}
         self._outputs: list[Any] = []
-        self._metadata: list[dict[str, Any] | None] = []
+        self.metadata: list[dict[str, Any] | None] = []
 
     def mark(self, prompt: Any, params: Any, request_id: str) -> Any:
         """Return the parameters of a request that make the engine capture it."""
         sample, spec = len(self._outputs), self.recording.spec
         with told(sample):
-            missing.check_prompts(spec, [prompt], lambda _: True)
+            missing.check_prompts(spec, [prompt])
             params = asynchronous.new_params(self._llm, params, {}, "FINAL_ONLY")
             marked = self.recording.mark(params, sample)
         self._samples[request_id] = sample
         self._outputs.append(None)
-        self._metadata.append(None)
+        self.metadata.append(None)
         return marked
 
     def take(self, request_id: str, output: Any) -> None:
@@ -111,18 +125,13 @@ class Piece:
     def describe(self, request_id: str, metadata: dict[str, Any]) -> None:
         """Keep the metadata of a request; nothing of one that failed."""
         if request_id in self._samples and metadata:
-            self._metadata[self._samples[request_id]] = metadata
+            self.metadata[self._samples[request_id]] = metadata
 
     def finish(self) -> Capture | None:
         """Return the rows; None where every request failed."""
         if not any(output is not None for output in self._outputs):
             return None
         return self.recording.finish(self._outputs)
-
-    @property
-    def metadata(self) -> list[dict[str, Any] | None]:
-        """Metadata of each sample."""
-        return self._metadata
 
     def numbers(self, first: int) -> dict[str, int]:
         """Return the number of each request that ended, given that of the first sample."""
@@ -189,11 +198,15 @@ class Recorder:
         return piece.numbers(first)
 
     def _write(self, capture: Capture, first: int, metadata: list[dict[str, Any] | None]) -> None:
-        facts = facts_of(capture, full_model_facts(self._llm), "", versions())
+        facts = facts_of(capture, self._model, "", versions())
         if self._options.facts is not None:
             require_same(facts, self._options.facts, self._options.path)
         given = metadata if self._options.metadata else None
         write_part(place_of(self._options.path), capture, facts, first_sample=first, metadata=given)
+
+    @functools.cached_property
+    def _model(self) -> dict[str, str]:
+        return full_model_facts(self._llm)
 
     async def _connected(self) -> Connection:
         """Connect on first use."""

@@ -48,7 +48,7 @@ def test_transports_go_by_their_names() -> None:
     assert ways == ["auto", "segment", "segment", "tcp", ""]
     assert asked == ways[:4]
     for wrong in ("pigeon", ["segment"], None):
-        with pytest.raises(SpecError, match='"auto", "segment", "tcp" or "inline"'):
+        with pytest.raises(SpecError, match='"auto", "segment", "tcp", "nixl" or "inline"'):
             connection.choose_transport(wrong)
 
 
