@@ -14,6 +14,8 @@ import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -38,10 +40,19 @@ class Process(multiprocessing.context.ForkServerProcess):
         self._environment = dict(os.environ)
 
     def run(self) -> None:
-        """Take over the environment; then run."""
+        """Take over the environment; then run, no longer than the process that has asked for it."""
         os.environ.clear()
         os.environ.update(self._environment)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         super().run()
+
+
+def _end_with_parent() -> None:
+    # The parent in the kernel's sense is the server, which outlives tests that are killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Context(multiprocessing.context.ForkServerContext):

@@ -243,6 +243,7 @@ class Traffic:
     def stream(self) -> list[Any]:
         """Read a stream to its end, or leave it, while another client's capture waits for its end; check it at once."""
         self.finish_all()  # a stream takes an engine without requests
+        self.check_last()  # rows of captures before count in the budget
         beside = self.begin(4)
         beside.steps_left = None
         for request in beside.waiting:
@@ -269,34 +270,34 @@ class Traffic:
         }
 
     def samples_of_stream(self, prompts: Sequence[list[int]], leave_at: int | None) -> list[Any]:
-        """Check the samples of a stream."""
-        samples: list[tuple[Completion, Any]] = []
+        """Check the samples of a stream, each as it comes: a stream whose samples are kept does not fit its budget."""
+        met: list[tuple[int, int]] = []
         terms = self.terms(prompts, False)
         with Tap(self.llm).stream(**terms) as stream:
             for number, sample in enumerate(stream):
-                samples.append((completion_of(sample), sample))
+                met.append((sample.index, sample.completion))
+                self.shadow.check_samples([(completion_of(sample), sample)])
                 if number == leave_at:
                     break
-        self.shadow.check_samples(samples)
         if leave_at is None:
             every = [(index, n) for index in range(len(prompts)) for n in range(terms["sampling_params"].n)]
-            self.require(sorted((each.sample, each.number) for each, _ in samples) == every, "samples of a stream")
+            self.require(sorted(met) == every, "samples of a stream")
         return []
 
     def rows_of_stream(self, prompts: Sequence[list[int]], leave_at: int | None) -> list[Any]:
-        """Check the rows of a stream, put together."""
+        """Check the rows of a stream, put together as soon as a sequence has ended."""
         blocks: dict[int, list[Any]] = {}
         num_ended = 0
         with Tap(self.llm).stream_rows(**self.terms(prompts, True)) as stream:
             for block in stream:
                 blocks.setdefault(block.index, []).append(block)
-                num_ended += block.finished
+                if block.finished:
+                    num_ended += 1
+                    self.shadow.check_samples([(completion_of(block), Joined(blocks.pop(block.index)))])
                 if leave_at is not None and num_ended > leave_at:
                     break
-        whole = [each for each in blocks.values() if each[-1].finished]
-        self.shadow.check_samples([(completion_of(each[-1]), Joined(each)) for each in whole])
         if leave_at is None:
-            self.require(len(whole) == len(prompts), "sequences of a stream")
+            self.require(num_ended == len(prompts), "sequences of a stream")
         return []
 
     def require(self, condition: bool, what: str) -> None:
