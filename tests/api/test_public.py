@@ -96,7 +96,7 @@ def test_record_takes_these_arguments() -> None:
     parameters = inspect.signature(vllm_tap.record).parameters.values()
     required = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert required == ["llm", "prompts", "spec", "path"]
-    mine = {"resume": False, "batch": 256, "metadata": None, "share": (0, 1), "on_part": None}
+    mine = {"resume": False, "batch": 256, "metadata": None, "share": (0, 1), "on_part": None, "writers": "auto"}
     given = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     theirs = inspect.signature(vllm_tap.capture).parameters.values()
     assert given == {**mine, **{p.name: p.default for p in theirs if p.kind is p.KEYWORD_ONLY}}
