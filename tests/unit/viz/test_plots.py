@@ -27,6 +27,8 @@ LENGTHS = (5, 9, 14, 3, 12, 12)
 class Model:
     """Rows that grow with the layer, of two kinds of samples that lie apart, and a router that likes one expert."""
 
+    shard_writer = None
+
     def __init__(self) -> None:
         self.spec = Spec(hidden_states="all", router_logits="all")
         every = list(range(NUM_LAYERS))
