@@ -109,6 +109,7 @@ def test_what_is_finished_is_saved(
             assert stored.get_tensor(f"{sample}.token_ids")[: len(prompt)].tolist() == prompt
             assert stored.get_slice(f"{sample}.hidden_states.3").get_shape()[0] == num_rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "rows.safetensors"]
+    psutil.wait_procs(engine, 2)  # those that were killed as the command ended
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in engine)
 
 

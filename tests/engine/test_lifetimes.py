@@ -52,6 +52,12 @@ TOO_SMALL_BYTES = 64 << 10
 VICTIMS = ["core", "worker"] if FULL_MATRIX else []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def others() -> set[threading.Thread]:
+    """Threads of this process before any engine of these tests, which other files of tests may have left."""
+    return set(threading.enumerate())
+
+
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the engine takes for temporary files."""
@@ -334,7 +340,7 @@ def core_and_worker(engine: Engine) -> dict[str, int]:
 
 @pytest.mark.timeout(120, func_only=True)
 @pytest.mark.parametrize("victim", VICTIMS or ["core"])
-def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(engine, known, victim):
+def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(others, engine, known, victim):
     """Tensors can be read after a kill -9, and the next capture raises at once, by every transport.
 
     Nothing stays in this process for it: no memory once the tensors are gone, and no thread that waits.
@@ -353,7 +359,9 @@ def test_rows_outlive_a_killed_engine_and_the_next_capture_says_so(engine, known
     del result
     gc.collect()
     assert mapped_segments() == 0
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("vllm-tap")]
+    threads = [
+        thread for thread in threading.enumerate() if thread.name.startswith("vllm-tap") and thread not in others
+    ]
     for thread in threads:  # one that ends may still be there
         thread.join(1)
     assert not [thread for thread in threads if thread.is_alive()]
