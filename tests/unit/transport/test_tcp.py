@@ -20,7 +20,7 @@ from vllm_tap.errors import DescriptorError, SpecError, TransportError
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.tcp import address, settings
-from vllm_tap.transport.tcp.access import ANSWER, PREFACE, Access, read_secret
+from vllm_tap.transport.tcp.access import ANSWER, PREFACE, ROWS, Access, Credential, connect, read_secret
 from vllm_tap.transport.tcp.address import Address, parse
 from vllm_tap.transport.tcp.reader import NetworkReader, caller
 from vllm_tap.transport.tcp.server import NetworkServer
@@ -146,9 +146,21 @@ def test_blocks_of_others_are_not_to_be_had(worker):
 def test_without_the_secret_nothing_is_to_be_had(worker, secret):
     """Neither rows nor calls, and the client is told what may be wrong."""
     terms = worker.access._replace(secret=secret)
-    for connect in (NetworkReader, caller):
+    for open_session in (NetworkReader, caller):
         with pytest.raises(TransportError, match="is the secret the one"):
-            connect(worker.server.address, terms)
+            open_session(worker.server.address, terms)
+
+
+def test_a_session_that_the_worker_has_ended_is_told_from_a_wrong_secret(worker):
+    """Its connections are refused as those of a stranger are, but its secret was right."""
+    for credential in (Credential(10**6, b"x" * 32), Credential(worker.reader().client, b"x" * 32)):
+        with pytest.raises(TransportError, match=r"session with the worker at .* has gone"):
+            connect(parse(worker.server.address), worker.access, ROWS, credential)
+    nobody = socket.create_server(("127.0.0.1", 0))
+    where = Address(*nobody.getsockname())
+    nobody.close()
+    with pytest.raises(TransportError, match=r"session with the worker at .* has gone"):
+        connect(where, worker.access, ROWS, Credential(1, b"x" * 32))
 
 
 def test_who_does_not_know_the_secret_is_no_worker():
@@ -188,9 +200,9 @@ def test_calls_are_answered(worker, nbytes):
 
 def test_a_call_may_take_longer_than_silence_is_allowed(worker):
     """The worker says that it lives, so that the client goes on waiting."""
-    given = caller(worker.server.address, worker.access._replace(timeout_s=2.0))
+    given = caller(worker.server.address, worker.access._replace(timeout_s=5.0))
     number = given.send(b"wait")
-    threading.Timer(3.5, worker.gate.set).start()
+    threading.Timer(6.5, worker.gate.set).start()
     assert given.receive(number) == b"tiaw"
     given.close()
 

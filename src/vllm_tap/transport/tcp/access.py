@@ -117,10 +117,12 @@ def connect(address: Address, access: Access, role: int, credential: Credential 
     try:
         connection = socket.create_connection(address, access.timeout_s)
     except OSError as error:
-        raise TransportError(
+        raise _refusal(
             f"no worker answers at {address} ({error}). Was it started with VLLM_TAP_LISTEN, and does a firewall let "
             "you through?",
-            path=str(address),
+            address,
+            credential,
+            error,
         ) from error
     try:
         return _introduce(connection, address, access, role, credential)
@@ -151,9 +153,11 @@ def _introduce(
         ) from error
     except (OSError, EOFError) as error:
         stream.close()
-        raise TransportError(
+        raise _refusal(
             f"the worker at {address} ended the connection ({error}): is the secret the one that it was started with?",
-            path=str(address),
+            address,
+            credential,
+            error,
         ) from error
     except TransportError:
         stream.close()
@@ -162,6 +166,12 @@ def _introduce(
         connection.close()
         raise TransportError(f"what answers at {address} does not know the secret: it is not the worker.")
     return stream
+
+
+def _refusal(first: str, address: Address, credential: Credential, error: OSError | EOFError) -> TransportError:
+    """Return the error of a connection that was not made, with a sentence of its own for the first of a session."""
+    reason = f"the session with the worker at {address} has gone ({error}): capture again, in a new engine if it ended."
+    return TransportError(first if credential is NOBODY else reason, path=str(address))
 
 
 def _secured(connection: socket.socket, address: Address, access: Access) -> tuple[socket.socket, bytes]:
