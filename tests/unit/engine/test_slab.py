@@ -233,6 +233,7 @@ def test_a_keeper_whose_thread_cannot_begin_or_fails_has_another_after_the_next_
     assert keeper.held_bytes == 500
     keeper._run()
     threads: list[threading.Thread] = []
+    monkeypatch.setattr("vllm_tap.transport.threads._running", {})  # nobody waits for one that does not begin
     monkeypatch.setattr(threading.Thread, "start", lambda thread: threads.append(thread))
     keeper.give(take(keeper, 500))
     assert len(threads) == 1
