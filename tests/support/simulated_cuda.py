@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from vllm_tap.engine.cuda import driver, expert_kernel, kernel
+from vllm_tap.engine.cuda import driver, expert_kernel, kernel, operator
 
 HOST = "host"
 CONTEXT = 1
@@ -185,6 +185,7 @@ class SimulatedCuda:
         self.num_copies = 0
         self.num_launches = 0
         self.num_programs = 0
+        self.runs_kernels = True
         self.copies_left = sys.maxsize
         self.pins_left = sys.maxsize
         self.last_error = SUCCESS  # of the runtime, until it is asked
@@ -515,7 +516,8 @@ class SimulatedCuda:
         self._stores.clear()
         self.num_launches += 1
         self.num_programs += math.prod(grid)
-        function[grid](*args, **options)
+        if self.runs_kernels:
+            function[grid](*args, **options)
         for begin, end, writes in merged(self._stores):
             self.access(self.main.name, begin, end - begin, writes, f"kernel {function.fn.__name__}")
 
@@ -560,6 +562,45 @@ class _Launcher:
         return launch
 
 
+_warmed: set[tuple[object, ...]] = set()
+
+
+def _once(device: SimulatedCuda, warm: Callable[..., None]) -> Callable[..., None]:
+    """Have variants of a kernel run for the first tensors of a kind alone, as a process compiles them once."""
+
+    def launch(tables: Any, tensors: Any, *rest: Any) -> None:
+        made = (*(tensors if isinstance(tensors, tuple) else (tensors,)), *rest)
+        key = warm, *((x.dtype, x.shape[1:]) if isinstance(x, torch.Tensor) else str(x) for x in made)
+        device.runs_kernels = key not in _warmed
+        try:
+            warm(tables, tensors, *rest)
+        finally:
+            device.runs_kernels = True
+        _warmed.add(key)
+
+    return launch
+
+
+@contextlib.contextmanager
+def _language_patched_once() -> Iterator[None]:
+    """Leave Triton's language as the interpreter wants it, which makes it so anew for each call of each function."""
+    patch_lang = interpreter._patch_lang
+    scopes: list[Any] = []
+
+    def once(function: Any) -> Any:
+        if not scopes:
+            scopes.append(patch_lang(function))
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        try:
+            yield
+        finally:
+            for scope in scopes:
+                scope.restore()
+
+
 @contextlib.contextmanager
 def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
     """Put a simulated device in the place of the driver, the runtime and the kernels' compiler."""
@@ -600,6 +641,8 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(builder, "create_masked_load", masked_load)
         patch.setattr(builder, "create_masked_store", masked_store)
         patch.setattr(kernel, "can_launch_early", lambda _: False)
+        patch.setattr(kernel, "warm", _once(device, kernel.warm))
+        patch.setattr(operator, "warm_experts", _once(device, operator.warm_experts))
         for module in (kernel, expert_kernel):
             for name, function in list(vars(module).items()):
                 if isinstance(function, triton.JITFunction):
@@ -621,4 +664,5 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
         patch.setattr(torch.cuda, "set_device", lambda *_: None)
         patch.setattr(torch.cuda, "cudart", lambda: device)
-        yield device
+        with _language_patched_once():
+            yield device
