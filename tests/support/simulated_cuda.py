@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from quick_triton import language_patched_once
 from vllm_tap.engine.cuda import driver, expert_kernel, kernel, operator
 
 HOST = "host"
@@ -582,26 +583,6 @@ def _once(device: SimulatedCuda, warm: Callable[..., None]) -> Callable[..., Non
 
 
 @contextlib.contextmanager
-def _language_patched_once() -> Iterator[None]:
-    """Leave Triton's language as the interpreter wants it, which makes it so anew for each call of each function."""
-    patch_lang = interpreter._patch_lang
-    scopes: list[Any] = []
-
-    def once(function: Any) -> Any:
-        if not scopes:
-            scopes.append(patch_lang(function))
-        return interpreter._LangPatchScope()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
-        try:
-            yield
-        finally:
-            for scope in scopes:
-                scope.restore()
-
-
-@contextlib.contextmanager
 def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
     """Put a simulated device in the place of the driver, the runtime and the kernels' compiler."""
     device = SimulatedCuda(capacity)
@@ -664,5 +645,5 @@ def simulated_cuda(capacity: int = 64 << 20) -> Iterator[SimulatedCuda]:
         patch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
         patch.setattr(torch.cuda, "set_device", lambda *_: None)
         patch.setattr(torch.cuda, "cudart", lambda: device)
-        with _language_patched_once():
+        with language_patched_once():
             yield device

@@ -4,10 +4,13 @@ Tests only. Python imports this module by its name when it starts, in every proc
 `v2_environment` in tests/support/runners.py puts it there.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 from typing import Any
+
+_for_ever = contextlib.ExitStack()
 
 
 def install() -> None:
@@ -16,12 +19,15 @@ def install() -> None:
     from triton import backends
     from triton.runtime.interpreter import InterpreterBuilder
 
+    from quick_triton import language_patched_once
+
     # vLLM for CPUs turns Triton off unless it has a backend of that name; this one compiles nothing.
     backends.backends.setdefault("cpu", backends.Backend(compiler=None, driver=NoDevice))
     # Before 0.32 it asks for the version of the distribution "vllm", which that for CPUs is not.
     importlib.metadata.version = vllm_by_either_name(importlib.metadata.version)
     InterpreterBuilder.create_masked_load = with_boolean_mask(InterpreterBuilder.create_masked_load, 1)
     InterpreterBuilder.create_masked_store = with_boolean_mask(InterpreterBuilder.create_masked_store, 2)
+    _for_ever.enter_context(language_patched_once())
 
 
 class NoDevice:
