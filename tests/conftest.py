@@ -16,21 +16,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import surroundings  # noqa: F401
 from models import ensure_model, fingerprint
 
 _CACHE_ROOT = Path(tempfile.mkdtemp(prefix="vllm-tap-tests-"))
 
-# vLLM reads these when it is imported, here and in every process that it starts.
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CACHE_ROOT": str(_CACHE_ROOT),
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-for _name, _value in _ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
-
+os.environ.setdefault("VLLM_CACHE_ROOT", str(_CACHE_ROOT))
 
 # A shell that starts the tests in the background has them ignore the key, and processes that they start, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,6 +23,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import surroundings  # noqa: F401
 from models import ensure_model
 from servers import IDLE_S, KEY, Server
 from vllm_tap import HttpTap, Spec

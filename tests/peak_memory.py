@@ -18,6 +18,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import surroundings  # noqa: F401
 import vllm_tap
 from engine.engines import Engine, prompts
 from models import ensure_model

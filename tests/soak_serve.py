@@ -25,6 +25,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import surroundings  # noqa: F401
 from engine.engines import TOLERANCE, References, error, expected_rows
 from models import ensure_model
 from servers import IDLE_S, KEY, Server
