@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections.abc import Callable
+
+import numpy as np
 
 from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.nixl.reader import NixlReader
-from vllm_tap.transport.segment.pool import SegmentPool
+from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.segment.reader import SegmentReader
 from vllm_tap.transport.segment.server import SegmentServer
 from vllm_tap.transport.tcp.access import Access
@@ -21,6 +24,7 @@ NAMES = ["segment", "tcp"]
 if importlib.util.find_spec("nixl") is not None:
     NAMES.append("nixl")
 
+MIB = 1 << 20
 SECRET = b"a secret of the tests"
 NIXL_MARK = "#nixl"
 """Behind an address: which reader `connect` makes of it."""
@@ -60,3 +64,38 @@ def connect(address: str, timeout_s: float = 5.0) -> Reader:
 def keeps(reader: Reader) -> bool:
     """Tell whether a block is taken in the worker as long as an array over it lives; else it is free when read."""
     return isinstance(reader, SegmentReader)
+
+
+class NetworkWorker:
+    """A server of rows and calls in this process, on a network, with a pool for each client.
+
+    Args:
+        settings: How it listens.
+        answer: What a call returns.
+    """
+
+    def __init__(self, settings: Settings, answer: Callable[[bytes], bytes]) -> None:
+        self.pools: dict[int, SegmentPool] = {}
+        self.calls = CallServer(answer)
+        self.server = NetworkServer(settings, self._new_pool, self.calls, itertools.count(1))
+        self.access = Access(settings.secret, tls=settings.tls)
+
+    def _new_pool(self, number: int) -> SegmentPool:
+        self.pools[number] = SegmentPool(64 * MIB, shared=False)
+        return self.pools[number]
+
+    def put(self, reader: NetworkReader, *sizes: int) -> tuple[list[Block], list[bytes]]:
+        """Publish blocks of random bytes; return them and these."""
+        pool = self.pools[reader.client]
+        blocks = [pool.reserve(nbytes) for nbytes in sizes]
+        for block in blocks:
+            pool.view(block)[:] = np.random.default_rng(block.block_id).bytes(block.nbytes)
+        self.server.publish(reader.client, [block.block_id for block in blocks])
+        return blocks, [bytes(pool.view(block)) for block in blocks]
+
+    def close(self) -> None:
+        """End all."""
+        self.server.close()
+        self.calls.close()
+        for pool in self.pools.values():
+            pool.close()

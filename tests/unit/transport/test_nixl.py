@@ -6,7 +6,6 @@ The tests of every transport run over NIXL too where it is installed: `make test
 from __future__ import annotations
 
 import ctypes
-import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,19 +15,15 @@ import numpy as np
 import pytest
 
 from proxy import NEVER, Proxy
+from transports import SECRET, NetworkWorker
 from vllm_tap.errors import DescriptorError, SpecError, TransportError
-from vllm_tap.transport.calls import CallServer
 from vllm_tap.transport.nixl import lane, reader, server
 from vllm_tap.transport.nixl.agent import Agent, require_nixl
 from vllm_tap.transport.nixl.reader import NixlReader
-from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.tcp import settings
-from vllm_tap.transport.tcp.access import Access
-from vllm_tap.transport.tcp.server import NetworkServer
 from vllm_tap.transport.tcp.settings import Settings
 
 MIB = 1 << 20
-SECRET = b"a secret of the tests"
 SIZES = [1, 4095, 100_000, 20 * MIB]
 
 
@@ -83,35 +78,12 @@ class Copier:
         """Do nothing."""
 
 
-class Worker:
-    """A server of rows by NIXL in this process."""
+class Worker(NetworkWorker):
+    """A worker whose rows NIXL brings, unless it is told otherwise."""
 
     def __init__(self, **given: Any) -> None:
-        self.pools: dict[int, SegmentPool] = {}
-        self.calls = CallServer(lambda data: data)
-        terms = Settings("127.0.0.1", 0, SECRET, **{"is_random": False, "tls": False, "nixl": True, **given})
-        self.server = NetworkServer(terms, self._new_pool, self.calls, itertools.count(1))
-        self.access = Access(SECRET, tls=terms.tls)
-
-    def _new_pool(self, number: int) -> SegmentPool:
-        self.pools[number] = SegmentPool(64 * MIB, shared=False)
-        return self.pools[number]
-
-    def put(self, reader: NixlReader, *sizes: int) -> tuple[list[Block], list[bytes]]:
-        """Publish blocks of random bytes; return them and these."""
-        pool = self.pools[reader.client]
-        blocks = [pool.reserve(nbytes) for nbytes in sizes]
-        for block in blocks:
-            pool.view(block)[:] = np.random.default_rng(block.block_id).bytes(block.nbytes)
-        self.server.publish(reader.client, [block.block_id for block in blocks])
-        return blocks, [bytes(pool.view(block)) for block in blocks]
-
-    def close(self) -> None:
-        """End all."""
-        self.server.close()
-        self.calls.close()
-        for pool in self.pools.values():
-            pool.close()
+        terms = {"is_random": False, "tls": False, "nixl": True, **given}
+        super().__init__(Settings("127.0.0.1", 0, SECRET, **terms), lambda data: data)
 
 
 @pytest.fixture

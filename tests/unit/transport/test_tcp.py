@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import socket
@@ -10,24 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import psutil
 import pytest
 
 from proxy import NEVER, Proxy
+from transports import SECRET, NetworkWorker
 from vllm_tap.codec.choose import RATES, best
 from vllm_tap.errors import DescriptorError, SpecError, TransportError
-from vllm_tap.transport.calls import CallServer
-from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.transport.tcp import address, settings
 from vllm_tap.transport.tcp.access import ANSWER, PREFACE, ROWS, Access, Credential, connect, read_secret
 from vllm_tap.transport.tcp.address import Address, parse
 from vllm_tap.transport.tcp.reader import NetworkReader, caller
-from vllm_tap.transport.tcp.server import NetworkServer
 from vllm_tap.transport.tcp.settings import Settings
 
 MIB = 1 << 20
-SECRET = b"a secret of the tests"
 DEADLINE_S = 20.0
 SIZES = [1, 4095, 4096, 100_000, 3 * MIB, 9 * MIB]
 
@@ -40,20 +35,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
-class Worker:
-    """A server of rows and calls in this process; a call is answered backwards, b"wait" when the gate opens."""
+class Worker(NetworkWorker):
+    """A worker of which a call is answered backwards, b"wait" when the gate opens."""
 
     def __init__(self, tls: bool) -> None:
-        self.pools: dict[int, SegmentPool] = {}
         self.gate = threading.Event()
-        self.calls = CallServer(self._answer)
-        given = Settings("127.0.0.1", 0, SECRET, False, tls)
-        self.server = NetworkServer(given, self._new_pool, self.calls, itertools.count(1))
-        self.access = Access(SECRET, tls=tls)
-
-    def _new_pool(self, number: int) -> SegmentPool:
-        self.pools[number] = SegmentPool(64 * MIB, shared=False)
-        return self.pools[number]
+        super().__init__(Settings("127.0.0.1", 0, SECRET, False, tls), self._answer)
 
     def _answer(self, data: bytes) -> bytes:
         if data == b"wait":
@@ -64,22 +51,10 @@ class Worker:
         """Connect."""
         return NetworkReader(address or self.server.address, self.access._replace(**terms))
 
-    def put(self, reader: NetworkReader, *sizes: int) -> tuple[list[Block], list[bytes]]:
-        """Publish blocks of random bytes; return them and these."""
-        pool = self.pools[reader.client]
-        blocks = [pool.reserve(nbytes) for nbytes in sizes]
-        for block in blocks:
-            pool.view(block)[:] = np.random.default_rng(block.block_id).bytes(block.nbytes)
-        self.server.publish(reader.client, [block.block_id for block in blocks])
-        return blocks, [bytes(pool.view(block)) for block in blocks]
-
     def close(self) -> None:
         """End all."""
         self.gate.set()
-        self.server.close()
-        self.calls.close()
-        for pool in self.pools.values():
-            pool.close()
+        super().close()
 
 
 @pytest.fixture(params=[False, True], ids=["clear", "tls"])
