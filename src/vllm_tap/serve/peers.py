@@ -24,6 +24,9 @@ POLL_S: Final = 0.02
 MOST_BYTES: Final = 32 << 20
 """Bytes of frames of one reply, unless a frame alone is larger."""
 
+DELETE_S: Final = 10.0
+"""Seconds that a process has to let go of a result."""
+
 FRESH_S: Final = 0.1
 """Seconds for which the list of processes holds."""
 
@@ -134,13 +137,16 @@ class Peers:
         if result is None:
             return NOT_HERE
         if question.delete:
-            self._loop.call_soon_threadsafe(self._results.delete, question.key, question.name)
-            return Answer(True, [], True)
+            deleting = asyncio.run_coroutine_threadsafe(self._delete(question), self._loop)
+            return Answer(deleting.result(DELETE_S), [], True)
         result.asked = time.monotonic()
         has_ended = result.has_ended  # before the frames are looked at
         frames = result.frames[min(question.begin, len(result.frames) - has_ended) :]
         num = _fitting(frames)
         return Answer(True, frames[:num], has_ended and num == len(frames))
+
+    async def _delete(self, question: Question) -> bool:
+        return self._results.delete(question.key, question.name)
 
 
 class RemoteResult:
