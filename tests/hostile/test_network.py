@@ -332,7 +332,7 @@ def test_connections_for_rows_are_a_clients_own(served):
     reader, server, pool = served
     put(reader, server, pool, 1000)
     for token in (b"", b"t" * 32):
-        with pytest.raises(TransportError, match="ended the connection"):
+        with pytest.raises(TransportError, match="the session with the worker"):
             access.connect(parse(server.address), ACCESS, access.ROWS, Credential(reader.client, token))
 
 
