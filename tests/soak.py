@@ -24,13 +24,11 @@ from typing import Any
 # An engine of this size is fastest on one core; threads of OpenMP that wait for each other only take turns.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import device
+import surroundings  # noqa: F401
 from draws import BLOCK_SIZE, LIMITS, MAX_MODEL_LEN
 from runners import asynchronous_scheduling, simulated_environment, v2_environment
 from traffic import Traffic

@@ -186,7 +186,7 @@ class SimulatedCuda:
         self.num_copies = 0
         self.num_launches = 0
         self.num_programs = 0
-        self.runs_kernels = True
+        self.runs_kernels = True  # False while variants are warmed that this process has warmed before
         self.copies_left = sys.maxsize
         self.pins_left = sys.maxsize
         self.last_error = SUCCESS  # of the runtime, until it is asked

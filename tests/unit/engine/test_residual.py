@@ -71,6 +71,18 @@ def test_what_a_norm_does_not_tell_is_refused_with_the_errors() -> None:
     assert "hidden + residual: " in verdict.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-11, 1e11])
+def test_a_tensor_that_is_lost_beside_the_other_leaves_it_to_other_rows(dtype: torch.dtype, scale: float) -> None:
+    """Dummy passes run on whatever lies in memory; what real ones show is another matter."""
+    hidden, residual = rows(dtype=dtype), rows(scale, dtype)
+    large, small = (hidden, residual) if scale < 1 else (residual, hidden)
+    verdict = told(large, small, large)
+    assert not verdict.convention
+    assert verdict.wants_rows
+    assert "does not tell which tensor" in verdict.reason
+
+
 @pytest.mark.parametrize("off", [1.0, 0.01])
 def test_rows_that_change_between_the_last_layer_and_the_norm_are_refused(off: float) -> None:
     """Also by little: in float32, nothing but another tensor is off by a hundredth."""

@@ -97,9 +97,21 @@ def _by(norm: Norm, candidates: dict[str, torch.Tensor], last_layer: Probe, fina
     if any(error < SEPARATION * max(errors[best], unit / 8) for error in others):
         seen = ", ".join(f"{name}: {error:.2g}" for name, error in errors.items())
         return Verdict(
-            UNDECIDED, f"the final norm does not tell which tensor is the residual stream (relative errors: {seen})"
+            UNDECIDED,
+            f"the final norm does not tell which tensor is the residual stream (relative errors: {seen})",
+            _is_lost(last_layer, usable, unit),
         )
     return Verdict(best, "")
+
+
+def _is_lost(last_layer: Probe, usable: torch.Tensor, unit: float) -> bool:
+    """Tell whether one tensor is lost in the rounding of the other, in all rows that are usable.
+
+    So it is where attention, which computes nothing in a dummy pass, left large numbers that lay in its memory.
+    """
+    assert last_layer.residual is not None
+    sizes = [tensor[usable].double().norm(dim=-1) for tensor in (last_layer.hidden, last_layer.residual)]
+    return bool((torch.minimum(*sizes) < unit * torch.maximum(*sizes)).all())
 
 
 def _none_is(errors: dict[str, float]) -> str:

@@ -112,7 +112,8 @@ def connect(address: Address, access: Access, role: int, credential: Credential 
     """Return a connection to a worker that has proved to know the secret.
 
     Raises:
-        TransportError: Nothing answers there, the worker wants TLS or speaks none, or does not know the secret.
+        TransportError: Nothing answers there, the worker wants TLS or speaks none, does not know the secret, or has
+            ended the session that the credential is of.
     """
     try:
         connection = socket.create_connection(address, access.timeout_s)
@@ -169,9 +170,9 @@ def _introduce(
 
 
 def _refusal(first: str, address: Address, credential: Credential, error: OSError | EOFError) -> TransportError:
-    """Return the error of a connection that was not made, with a sentence of its own for the first of a session."""
-    reason = f"the session with the worker at {address} has gone ({error}): capture again, in a new engine if it ended."
-    return TransportError(first if credential is NOBODY else reason, path=str(address))
+    """Return the error of a connection that was not made: `first` for one that belongs to no session."""
+    gone = f"the session with the worker at {address} has gone ({error}): capture again, in a new engine if need be."
+    return TransportError(first if credential is NOBODY else gone, path=str(address))
 
 
 def _secured(connection: socket.socket, address: Address, access: Access) -> tuple[socket.socket, bytes]:
