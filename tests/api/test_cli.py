@@ -90,7 +90,9 @@ def one_line(err: str) -> str:
         (["capture", "m", "--prompts", "p.txt", "--engine", "{"], "not JSON"),
         (["capture", "m", "--prompts", "p.txt", "--engine", "[1]"], "expected a JSON object"),
         (["capture", "m", "--prompts", "p.txt", "--engine", '{"model": "n"}'], "the model is an argument of its own"),
-        (["capture", "m", "--prompts", "p.txt", "--unknown"], "unrecognized arguments"),
+        (["capture", "m", "--prompts", "p.txt", "--unknown"], "arguments: --unknown. `vllm-tap capture --help` lists"),
+        (["record", "m", "r", "--prompts", "p.txt", "--laiers=3"], "Did you mean --layers?"),
+        (["inspect", "r", "more"], "arguments: more. `vllm-tap inspect --help` lists"),
     ],
 )
 def test_wrong_usage_is_explained(run: Run, argv: list[str], says: str) -> None:

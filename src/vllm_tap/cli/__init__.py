@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_tap import __version__
 from vllm_tap.cli import capture, doctor, export, inspect, plot, record, serve, verify, view
@@ -49,12 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CODE
 
 
+class _Command(argparse.ArgumentParser):
+    """The arguments of one command, which says itself what it does not know: argparse leaves that to `vllm-tap`."""
+
+    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]
+        options, unknown = super().parse_known_args(*given)
+        if unknown:
+            name = next((argument for argument in unknown if argument.startswith("-")), "").partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}. {hint}`{self.prog} --help` lists all.")
+        return options, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-tap", description="Hidden states, router logits and routed experts out of a stock vLLM engine."
     )
     parser.add_argument("--version", action="version", version=f"vllm-tap {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Command)
     capture.add_command(commands)
     record.add_command(commands)
     serve.add_command(commands)
