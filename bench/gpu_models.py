@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "dtype": "bfloat16",
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -104,6 +104,19 @@ def write_config(folder: Path, name: str) -> None:
     common = {} if "text_config" in MODELS[name] else COMMON
     more = {} if common else {"dtype": "bfloat16", "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(common | more | MODELS[name], indent=1))
+
+
+def write_tokenizer(folder: Path, name: str) -> None:
+    """Write a tokenizer of words, `w0 w1 ...`: any ids are a text that has the same ids."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{index}" for index in range(MODELS[name]["vocab_size"])]
+    tokens = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, unk_token=words[0], eos_token=words[COMMON["eos_token_id"]]
+    ).save_pretrained(folder)
 
 
 def write_processor(folder: Path) -> None:

@@ -5,6 +5,7 @@ In every round each arm sends the same prompts, in random order. Rows of capture
 deleted by the process that sends the requests, before the next request takes its place.
 
 python bench/serve_load.py --model models/SmolLM2-135M-Instruct
+bash bench/gpu.sh python3 bench/serve_load.py --shape llama-8b --requests 256 --at-a-time 64 --output 128
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from vllm.benchmarks import serve as vllm_bench
 from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, OPENAI_COMPATIBLE_BACKENDS
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from gpu_models import MODELS, write_config, write_tokenizer
 from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.bench.machine import describe_commit, describe_machine
+from vllm_tap.vllm.launch import describe_devices
 
 PLAIN, IDLE = "plain vllm serve", "none"
 MODES = {"last position, all layers": ("all", "last"), "all positions, 4 layers": (4, "all")}
@@ -49,6 +52,12 @@ SERVER: dict[str, Any] = {
     "api_server_count": 1, "chat_template": None, "no_enable_prefix_caching": True, "served_model_name": "model",
 }  # fmt: skip
 """In float32: processors without instructions for bfloat16 take six times as long for it."""
+
+ON_GPU: dict[str, Any] = {
+    "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 4096, "max_num_batched_tokens": 8192,
+    "enforce_eager": None, "kv_cache_memory_bytes": 20 << 30, "gpu_memory_utilization": 0.4,
+}  # fmt: skip
+"""Of servers of a shape of `gpu_models.py`, both on one GPU: over those above."""
 
 
 class Arm(NamedTuple):
@@ -70,8 +79,8 @@ class Arm(NamedTuple):
 class Load:
     """What sends requests: vLLM's benchmark, in this process."""
 
-    def __init__(self, options: argparse.Namespace, servers: dict[bool, Server]) -> None:
-        self._options, self._servers = options, servers
+    def __init__(self, options: argparse.Namespace, model: Path, servers: dict[bool, Server]) -> None:
+        self._options, self._model, self._servers = options, model, servers
         OPENAI_COMPATIBLE_BACKENDS.append("vllm-tap")
         os.environ["OPENAI_API_KEY"] = KEY
 
@@ -84,7 +93,7 @@ class Load:
         vllm_bench.add_cli_args(parser)
         given = {
             "backend": "vllm-tap", "base_url": server.url.removesuffix("/v1"),
-            "model": options.model, "served_model_name": "model", "dataset_name": "random", "seed": seed,
+            "model": str(self._model), "served_model_name": "model", "dataset_name": "random", "seed": seed,
             "random_input_len": options.input, "random_output_len": options.output, "num_prompts": options.requests,
             "max_concurrency": options.at_a_time, "temperature": 0, "ready_check_timeout_sec": 0,
         }  # fmt: skip
@@ -95,7 +104,10 @@ class Load:
                 vllm_bench.main_async(parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"]))
             )
         if found["completed"] != options.requests:
-            raise SystemExit(f"{arm.name}: {found['completed']} of {options.requests} requests\n{told.getvalue()}")
+            raise SystemExit(
+                f"{arm.name}: {found['completed']} of {options.requests} requests\n{told.getvalue()}\n"
+                f"The server said last:\n{server.log.read_text()[-4000:]}"
+            )
         return {
             "requests_per_s": found["request_throughput"],
             "itl_ms": found["mean_itl_ms"],
@@ -176,7 +188,9 @@ def _row(name: str, mine: list[dict[str, float]], plain: list[dict[str, float]])
 def main() -> None:
     """Run the benchmark, print its results and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="folder of a model")
+    source.add_argument("--shape", choices=["llama-8b", "qwen3-30b-a3b"], help="dummy weights of this shape, on a GPU")
     parser.add_argument("--rounds", type=int, default=20, help="at most")
     parser.add_argument("--seconds", type=float, default=600, help="no round begins after so many")
     parser.add_argument("--requests", type=int, default=32, help="in a round, of each arm")
@@ -185,30 +199,35 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=32, help="tokens to generate for it")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
-    num_layers = json.loads((Path(options.model) / "config.json").read_text())["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        model, more = options.model, {}
+        if options.shape:
+            model, more = Path(folder) / options.shape, ON_GPU
+            write_config(model, options.shape)
+            write_tokenizer(model, options.shape)
 
         def start(is_plain: bool) -> Server:
-            server = Server(Path(options.model), Path(folder) / f"{is_plain}", is_plain=is_plain, **SERVER)
+            server = Server(model, Path(folder) / f"{is_plain}", is_plain=is_plain, **(SERVER | more))
             stack.callback(server.close)
             return server
 
         with ThreadPoolExecutor() as pool:
             servers = dict(zip((True, False), pool.map(start, (True, False)), strict=True))
-        rows = measure(Load(options, servers), arms(num_layers), options.rounds, options.seconds)
+        num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        rows = measure(Load(options, model, servers), arms(num_layers), options.rounds, options.seconds)
     results = {
         "benchmark": "serve",
         "command": shlex.join(["python", "bench/serve_load.py", *sys.argv[1:]]),
         "commit": describe_commit(),
-        "machine": {**describe_machine(), "vllm": vllm.__version__},
-        "model": Path(options.model).name,
+        "machine": {**describe_machine(), "vllm": vllm.__version__, **({"gpu": describe_devices()[0]} if options.shape else {})},
+        "model": model.name,
         "rounds": len(rows[0]["all_requests_per_s"]),
         **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output")},
         "rows": rows,
     }
-    print(json.dumps(results, indent=2))
     if options.out:
         options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Server:
         program = ["-m", launch.COMMAND] if is_plain else ["-c", COMMAND]
         command = [sys.executable, *program, "serve", str(folder), *arguments]
         variables = {**os.environ, **(PLAIN if is_plain else {})}
-        self._log = log
+        self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
         self._wait()
@@ -80,7 +80,7 @@ class Server:
                 except httpx.HTTPError:
                     time.sleep(0.2)
         self.close()
-        raise AssertionError(self._log.read_text()[-4000:])
+        raise AssertionError(self.log.read_text()[-4000:])
 
     def get(self, path: str, key: str = KEY, **options: Any) -> Any:
         """Return a reply of the server."""
