@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import vllm
+from gpu_models import write_config, write_tokenizer
 from vllm.benchmarks import serve as vllm_bench
 from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS, OPENAI_COMPATIBLE_BACKENDS
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from gpu_models import MODELS, write_config, write_tokenizer
 from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.bench.machine import describe_commit, describe_machine
@@ -219,7 +219,7 @@ def main() -> None:
         "benchmark": "serve",
         "command": shlex.join(["python", "bench/serve_load.py", *sys.argv[1:]]),
         "commit": describe_commit(),
-        "machine": {**describe_machine(), "vllm": vllm.__version__, **({"gpu": describe_devices()[0]} if options.shape else {})},
+        "machine": {**describe_machine(), "vllm": vllm.__version__, "devices": describe_devices()},
         "model": model.name,
         "rounds": len(rows[0]["all_requests_per_s"]),
         **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output")},

@@ -48,33 +48,34 @@ SOAK = ("tests/soak.py", "--rows", "20000")
 NO_DRAFTS = ("--engines", "preempting", "asynchronous")
 # The longest first. float32 unless it says bfloat16.
 LANES = (
-    Lane("V2 graphs, lifetimes", engine_files("lifetimes"), V2 | GRAPHS),
-    Lane("V1 eager, lifetimes", engine_files("lifetimes"), V1),
-    Lane("V1 graphs, rows", engine_files("rows"), V1 | GRAPHS | CACHE),
     Lane("V2 graphs, rows", engine_files("rows"), V2 | GRAPHS | NO_CACHE),
-    Lane("V1 graphs, legacy", engine_files("legacy"), V1 | GRAPHS),
-    Lane("V2 eager, legacy", engine_files("legacy"), V2),
-    Lane("V1 bfloat16", ("tests/on_device/test_bfloat16.py",), V1 | GRAPHS | CACHE),
-    Lane("V2 bfloat16", ("tests/on_device/test_bfloat16.py",), V2 | GRAPHS | NO_CACHE),
-    Lane("V1 bfloat16, tokens", ("tests/on_device/test_tokens.py",), V1 | GRAPHS),
+    Lane("V1 graphs, rows", engine_files("rows"), V1 | GRAPHS | CACHE),
+    Lane("V2 graphs, many captures", engine_files("many_captures", "streams"), V2 | GRAPHS),
+    Lane("V1 graphs, many captures", engine_files("many_captures", "streams"), V1 | GRAPHS),
     Lane("V2 bfloat16, tokens", ("tests/on_device/test_tokens.py",), V2 | GRAPHS),
+    Lane("V1 bfloat16, tokens", ("tests/on_device/test_tokens.py",), V1 | GRAPHS),
+    Lane("V2 eager, rows", engine_files("rows"), V2 | CACHE),
+    Lane("V1 eager, rows", engine_files("rows"), V1 | NO_CACHE),
+    Lane("V2 bfloat16", ("tests/on_device/test_bfloat16.py",), V2 | GRAPHS | NO_CACHE),
+    Lane("V1 bfloat16", ("tests/on_device/test_bfloat16.py",), V1 | GRAPHS | CACHE),
     Lane("V1 graphs, experts", engine_files("experts"), V1 | GRAPHS | CACHE),
     Lane("V2 graphs, experts", engine_files("experts"), V2 | GRAPHS | NO_CACHE),
+    Lane("V2 eager, experts", engine_files("experts"), V2 | CACHE),
+    Lane("V1, soak", SOAK, V1),
+    Lane("V2 eager, legacy", engine_files("legacy"), V2),
+    Lane("V1 graphs, legacy", engine_files("legacy"), V1 | GRAPHS),
+    Lane("V2 graphs, lifetimes", engine_files("lifetimes"), V2 | GRAPHS),
+    Lane("V2 graphs, async", engine_files("async"), V2 | GRAPHS),
+    Lane("V1 graphs, async", engine_files("async"), V1 | GRAPHS),
+    Lane("V1 eager, lifetimes", engine_files("lifetimes"), V1),
     Lane("V1 graphs, specs", engine_files("specs"), V1 | GRAPHS),
     Lane("V2 graphs, specs", engine_files("specs"), V2 | GRAPHS),
-    Lane("V1 graphs, many captures", engine_files("many_captures", "streams"), V1 | GRAPHS),
-    Lane("V2 graphs, many captures", engine_files("many_captures", "streams"), V2 | GRAPHS),
-    Lane("V1 graphs, a spec per prompt", engine_files("specs_per_prompt"), V1 | GRAPHS | CACHE),
     Lane("V2 graphs, a spec per prompt", engine_files("specs_per_prompt"), V2 | GRAPHS | NO_CACHE),
-    Lane("V1 graphs, async", engine_files("async"), V1 | GRAPHS),
-    Lane("V2 graphs, async", engine_files("async"), V2 | GRAPHS),
-    Lane("V1 graphs, scheduling", engine_files("rewritten_rows"), V1 | GRAPHS),
-    Lane("V1, soak", SOAK, V1),
+    Lane("V1 graphs, a spec per prompt", engine_files("specs_per_prompt"), V1 | GRAPHS | CACHE),
     Lane("V2, soak", (*SOAK, "--runner", "v2", *NO_DRAFTS), V2),
+    Lane("V1 graphs, scheduling", engine_files("rewritten_rows"), V1 | GRAPHS),
+    Lane("V1 eager, in process", engine_files("in_process", "pooling"), V1),
     Lane("scenarios of the simulated device", ("tests/on_device/test_scenarios.py",), {}),
-    Lane("V1 eager, rows", engine_files("rows"), V1 | NO_CACHE),
-    Lane("V2 eager, rows, experts", engine_files("rows", "experts"), V2 | CACHE),
-    Lane("V1 eager, specs, in process", engine_files("specs", "in_process", "pooling"), V1),
 )
 
 SMOKE = ("V1 bfloat16", "V1 bfloat16, tokens", "V1 eager, rows", "scenarios of the simulated device")
@@ -98,6 +99,7 @@ class Run:
 
     def __init__(self, lane: Lane, folder: Path, timeout_s: float, options: list[str], device: dict[str, str]) -> None:
         self.lane, self._timeout_s, self.begin = lane, timeout_s, time.monotonic()
+        self._is_cut = False
         name = re.sub(r"\W+", "-", lane.name)
         self.log, self.xml = folder / f"{name}.log", folder / f"{name}.xml"
         command = [sys.executable, *lane.words]
@@ -117,8 +119,10 @@ class Run:
 
     def is_over(self) -> bool:
         """Tell whether it has ended, or end it where its time has."""
-        if self._process.poll() is None and time.monotonic() - self.begin < self._timeout_s:
-            return False
+        if self._process.poll() is None:
+            if time.monotonic() - self.begin < self._timeout_s:
+                return False
+            self._is_cut = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -134,6 +138,7 @@ class Run:
             "words": self.lane.words,
             "environment": self.lane.environment,
             "status": self._process.returncode,
+            "cut": self._is_cut,
             "seconds": round(time.monotonic() - self.begin, 1),
             "counts": counts,
             "notes": [line for line in lines if line.startswith(("largest errors", "tokens:", '{"engine"', "no row"))],
@@ -161,7 +166,7 @@ class Run:
 def show(result: dict[str, Any]) -> None:
     """Print a line of the table."""
     counts = "  ".join(f"{number} {kind}" for kind, number in result["counts"].items())
-    fine = "pass" if result["status"] == 0 else f"FAIL ({result['status']})"
+    fine = "CUT" if result["cut"] else "pass" if result["status"] == 0 else f"FAIL ({result['status']})"
     print(f"{fine:10s} {result['lane']:36s} {result['seconds']:6.0f} s  {counts}", flush=True)
     for note in result["notes"]:
         print(f"{'':11s}{note[:220]}", flush=True)
@@ -170,7 +175,8 @@ def show(result: dict[str, Any]) -> None:
 def failures(result: dict[str, Any]) -> None:
     """Print which tests of a lane failed, and the end of its log."""
     failed = [name for name, outcome, _ in result["tests"] if outcome in ("failure", "error")]
-    print(f"\n---- {result['lane']}: {', '.join(failed) or 'no report'}")
+    why = "its time was over" if result["cut"] else "no report"
+    print(f"\n---- {result['lane']}: {', '.join(failed) or why}")
     errors = [line for line in result["tail"] if line.startswith(("E  ", "FAILED", "ERROR"))]
     print("\n".join(line[:200] for line in (errors or result["tail"])[-12:]), flush=True)
 
@@ -179,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lanes", nargs="+", metavar="BEGIN", help="those whose names begin so")
     parser.add_argument("--jobs", type=int, default=12, help="at once")
-    parser.add_argument("--seconds", type=float, default=510, help="for all; lanes that run then are ended")
+    parser.add_argument("--seconds", type=float, default=560, help="for all; lanes that run then are ended")
     parser.add_argument("--smoke", action="store_true", help="on a CPU, one by one, some lanes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("options", nargs="*", help="of pytest, after --")

@@ -18,7 +18,7 @@ PROGRAM = """
 import gc, os, sys, threading, weakref
 from engine.engines import TRANSPORTS, Engine, References, compare, prompts, wait_until
 from pathlib import Path
-from vllm_tap import Spec
+from vllm_tap import Spec, shutdown
 from vllm_tap.engine.capture import idle
 
 idle.PoolKeeper.poll_seconds = 0.1
@@ -40,6 +40,8 @@ core = engine.llm.llm_engine.engine_core.engine_core
 layer = weakref.ref(core.model_executor.driver_worker.worker.model_runner.get_model().model.layers[1])
 del core
 result = engine.capture(prompts(), Spec(hidden_states="all"))
+if not hasattr(engine.llm.llm_engine.engine_core, "_finalizer"):  # older vLLM keeps such an engine until it is ended
+    shutdown(engine.llm)
 engine.llm = None
 gc.collect()
 assert layer() is None
