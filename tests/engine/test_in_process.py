@@ -43,8 +43,12 @@ result = engine.capture(prompts(), Spec(hidden_states="all"))
 if not hasattr(engine.llm.llm_engine.engine_core, "_finalizer"):  # older vLLM keeps such an engine until it is ended
     shutdown(engine.llm)
 engine.llm = None
-gc.collect()
-assert layer() is None
+try:
+    wait_until(lambda: gc.collect() >= 0 and layer() is None, "the end of a layer", 5)
+except AssertionError:
+    for one in gc.get_referrers(layer()):
+        print(type(one), [type(two) for two in gc.get_referrers(one)], file=sys.stderr)
+    raise
 compare(result, known)
 listeners = {"vllm-tap-segments", "vllm-tap-calls", "vllm-tap-keeper", "vllm-tap-network", "vllm-tap-pulses"}
 wait_until(lambda: not listeners & {thread.name for thread in threading.enumerate()}, "the end of threads")

@@ -69,12 +69,14 @@ class HttpTap:
             raise SpecError(f"extra_body takes a vllm_tap.Spec, got {type(spec).__name__}.")
         return {"vllm_xargs": {KEY: spec.to_json()}}
 
-    def samples(self, response: Any) -> list[Sample]:
+    def samples(self, response: Any, *, delete: bool = False) -> list[Sample]:
         """Return the rows of all choices of a reply, in its order: prompts, and completions of each.
 
         Args:
             response: Of `completions.create` or `chat.completions.create`, or a dict of it; of a stream its id, or the
                 X-Request-Id that was sent.
+            delete: Have the server let go of the rows as it sends them, which saves a call of `delete`. Rows that are
+                lost on the way cannot be asked for again.
 
         Returns:
             list[Sample]: samples that own their rows; `output` has `prompt_token_ids`, and `outputs` with `token_ids`.
@@ -85,17 +87,17 @@ class HttpTap:
             TransportError: It cannot be reached, or refuses.
         """
         reader = Samples()
-        inline = _inline(response)
-        for frame in self._frames(_name_of(response)) if inline is None else inline:
+        inline = _inline(response, delete)
+        for frame in self._frames(_name_of(response), **_deleting(delete)) if inline is None else inline:
             reader.add(frame)
         return reader.samples()
 
-    async def samples_async(self, response: Any) -> list[Sample]:
+    async def samples_async(self, response: Any, *, delete: bool = False) -> list[Sample]:
         """Return what `samples` does."""
-        if _inline(response) is not None:
-            return self.samples(response)
+        if _inline(response, delete) is not None:
+            return self.samples(response, delete=delete)
         reader = Samples()
-        async for frame in self._frames_async(_name_of(response)):
+        async for frame in self._frames_async(_name_of(response), **_deleting(delete)):
             reader.add(frame)
         return reader.samples()
 
@@ -223,15 +225,21 @@ def _handle_of(response: Any) -> Mapping[str, Any]:
     return dict(handle)
 
 
+def _deleting(delete: bool) -> dict[str, str]:
+    """Return the parameters that have the server let go of what it sends."""
+    return {"delete": "true"} if delete else {}
+
+
 def _name_of(response: Any) -> str:
     """Return the name of the rows of a reply."""
     return response if isinstance(response, str) else str(_handle_of(response)["id"])
 
 
-def _inline(response: Any) -> list[body.Frame] | None:
-    """Return the frames that a reply has itself."""
-    data = None if isinstance(response, str) else _handle_of(response).get("data")
-    if data is None:
+def _inline(response: Any, delete: bool) -> list[body.Frame] | None:
+    """Return the frames that a reply has itself; not where the server has them, too, and is to let go of them."""
+    handle = {} if isinstance(response, str) else _handle_of(response)
+    data = handle.get("data")
+    if data is None or (delete and "href" in handle):
         return None
     with malformed():
         return body.frames(base64.b64decode(data, validate=True))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from vllm_tap.client.bounds import at_the_end, room_of
 from vllm_tap.client.collector import Collector
@@ -124,9 +125,9 @@ class Request:
             return None
         begin, self._sent = self._sent, end
         self._rests_until = time.monotonic() + REST_S
-        if not has_all:
-            await self._live.take()
-        result = await self._live.locked(lambda collector: collector.rows_until(self.sample, tokens, begin, end))
+        result = await self._live.ask(
+            lambda collector: collector.rows_until(self.sample, tokens, begin, end), takes=not has_all
+        )
         return result if result.num_rows or tokens.finished else None
 
     async def result(self, output: Any) -> Capture:
@@ -135,8 +136,7 @@ class Request:
         Raises:
             TapError: What ended the capture early, or rows are missing.
         """
-        await self._live.take()
-        return await self._live.locked(lambda collector: collector.result(self.sample, output))
+        return await self._live.ask(lambda collector: collector.result(self.sample, output))
 
 
 class Live:
@@ -146,14 +146,14 @@ class Live:
         self.spec, self.num_users, self.error = spec, 0, None
         self._connection, self._tasks = connection, tasks
         self._lock = threading.Lock()
+        self._wishes: list[_Wish] = []
+        self._asking: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
         self._options = {**options, "on_full": at_the_end(on_full)}
         self.budget_bytes = budget or default_budget_bytes()
         self.room = Room(None if on_full == "fail" else room_of(self.budget_bytes, on_full))
-        self._begun = self._done = 0
         self._dropped: list[int] = []  # samples of which the workers may have rows yet
-        self._taking: asyncio.Task[None] | None = None
         self._starting = tasks.run(asyncio.to_thread(self._start))
 
     error: BaseException | None
@@ -183,33 +183,39 @@ class Live:
         """Return a number that no other request has."""
         return next(self._numbers)
 
-    async def take(self) -> None:
-        """Have the rows taken that there are now. Requests that wait at the same time share a call.
+    async def ask(self, function: Callable[[Collector], T], *, takes: bool = True) -> T:
+        """Have the rows taken that there are now, if they are to be; then return what a function of them returns.
+
+        Requests that ask at the same time share a call to the workers, and a thread.
 
         Raises:
-            TapError: What ended the capture early.
+            TapError: What ended the capture early, or what the function raises.
         """
-        wanted = self._begun + 1
-        while self._done < wanted:
-            if self._taking is None or self._taking.done():
-                self._begun += 1
-                self._taking = self._tasks.run(self._take(self._begun))
-            await asyncio.shield(self._taking)
+        wish = _Wish(function, takes, asyncio.get_running_loop().create_future())
+        self._wishes.append(wish)
+        if self._asking is None or self._asking.done():
+            self._asking = self._tasks.run(self._ask())
+        answer: T = await wish.answer
+        return answer
 
-    async def _take(self, number: int) -> None:
-        dropped, self._dropped = self._dropped, []
-
-        def take(collector: Collector) -> None:
-            collector.take()
-            for sample in dropped:
-                collector.drop(sample)
-
-        try:
-            await self.locked(take)
-        except TapError as error:
-            self.error = error
-            raise
-        self._done = number
+    async def _ask(self) -> None:
+        """Answer until nobody asks."""
+        while self._wishes:
+            wishes, self._wishes = self._wishes, []
+            takes = any(wish.takes for wish in wishes)
+            dropped: list[int] = []
+            if takes:
+                dropped, self._dropped = self._dropped, []
+            answers = await self.locked(functools.partial(_answers, wishes, takes, dropped))
+            for wish, answer in zip(wishes, answers, strict=True):
+                if isinstance(answer, _Failed) and answer.ended:
+                    self.error = answer.error
+                if wish.answer.done():  # whoever asked was cancelled
+                    continue
+                if isinstance(answer, _Failed):
+                    wish.answer.set_exception(answer.error)
+                else:
+                    wish.answer.set_result(answer)
 
     async def locked(self, function: Callable[[Collector], T]) -> T:
         """Run a function of the collector in a thread, one at a time, and return what it returns."""
@@ -230,7 +236,7 @@ class Live:
     def _take_dropped(self) -> None:
         """Have rows taken where nobody has since; not when the capture ends, and they go with it."""
         if self._dropped and self.error is None and self.num_users:
-            self._tasks.run(self.take())
+            self._tasks.run(self.ask(lambda collector: None))
 
     async def close(self) -> None:
         """End the capture."""
@@ -240,6 +246,41 @@ class Live:
                 await self.locked(lambda collector: self.recording.stop())
             finally:
                 await self.locked(Collector.close)
+
+
+class _Wish(NamedTuple):
+    """What is wanted of a collector, whether with the rows of now, and who waits for it."""
+
+    function: Callable[[Collector], Any]
+    takes: bool
+    answer: asyncio.Future[Any]
+
+
+class _Failed(NamedTuple):
+    """What kept a wish from being answered, and whether it ended the capture of all."""
+
+    error: Exception
+    ended: bool = False
+
+
+def _answers(wishes: list[_Wish], takes: bool, dropped: list[int], collector: Collector) -> list[Any]:
+    """Answer wishes in a thread, behind one another."""
+    failed = None
+    try:
+        if takes:
+            collector.take()
+        for sample in dropped:
+            collector.drop(sample)
+    except Exception as error:
+        failed = _Failed(error, isinstance(error, TapError))
+    return [failed if failed and wish.takes else _answer(wish, collector) for wish in wishes]
+
+
+def _answer(wish: _Wish, collector: Collector) -> Any:
+    try:
+        return wish.function(collector)
+    except Exception as error:
+        return _Failed(error)
 
 
 class Tasks:

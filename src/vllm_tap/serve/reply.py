@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
-import torch
 
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import BudgetError
@@ -122,18 +120,18 @@ class Reply:
         flat = captured.sequences.wanted[start:stop]
         _, positions = captured.sequences.position_of(flat)
         labels = positions, captured.sequences.token_ids[flat]
-        pieces: list[Any] = [label.astype("<i4").tobytes() for label in labels]
+        pieces: list[bytes | memoryview] = [label.astype("<i4").tobytes() for label in labels]
         planes = []
         for stream, layers in captured.layers.items():
-            if layers:
-                rows = torch.stack([captured.rows(stream, layer, start, stop) for layer in layers])
-                dtype, width = str(rows.dtype).removeprefix("torch."), rows.shape[2]
-                planes += [(stream, layer, dtype, width) for layer in layers]
+            for layer in layers:
+                rows = captured.rows(stream, layer, start, stop)
+                dtype, width = str(rows.dtype).removeprefix("torch."), rows.shape[1]
+                planes.append((stream, layer, dtype, width))
                 pieces.append(bytes_of(rows).data)
                 self.handle["dtype"][stream], self.handle["width"][stream] = dtype, width
         frame = body.encode(
             "rows",
-            b"".join(pieces),
+            *pieces,
             prompt=prompt,
             completion=completion,
             finished=finished,
@@ -195,12 +193,12 @@ def _begin(name: str, captured: Capture) -> bytes:
     return body.encode(
         "begin",
         id=name,
-        spec=json.loads(captured.spec.to_json()),
+        spec=msgspec.Raw(captured.spec.to_json().encode()),
         num_layers=captured.num_layers,
         layers=captured.layers,
         conventions=captured.conventions,
         has_final_norm=captured.has_final_norm,
-        routing=msgspec.to_builtins(captured.routing, str_keys=True),
+        routing=captured.routing,
     )
 
 

@@ -23,6 +23,9 @@ from vllm_tap.serve.results import Results
 
 MOST_WAIT_S: Final = 60.0
 
+WHOLE_BYTES: Final = 1 << 20
+"""Most bytes of a body that is sent at once."""
+
 
 class Service:
     """Results of a server, and who may read them.
@@ -83,9 +86,12 @@ def new_router(holder: Any) -> APIRouter:
         layer: int = 0,
         prompt: int = 0,
         completion: int = 0,
+        delete: bool = False,
     ) -> Response:
         """Rows of a request: as they come, to its end."""
         service = _service(holder)
+        if delete and (format != "frames" or "range" in request.headers):
+            raise HTTPException(400, "delete=true is for a whole result: without Range, and as frames.")
         result = await service.finder.find(service.key_of(request.headers), name, min(wait, MOST_WAIT_S))
         if result is None:
             raise _unknown(name)
@@ -93,7 +99,9 @@ def new_router(holder: Any) -> APIRouter:
         total, pieces = result.total_bytes, result.read()
         if format == "frames":
             pieces = pieces if total is None else await _begun(pieces, name)
-            return _body(request, pieces, total, is_framed=True)
+            if delete:
+                pieces = sent(pieces, service, request, name)
+            return await _body(request, pieces, total, is_framed=True)
         if format not in formats.NAMES:
             raise HTTPException(400, f"format is one of frames, {', '.join(formats.NAMES)}, got {format!r}.")
         whole = [frame async for frame in pieces]
@@ -104,15 +112,25 @@ def new_router(holder: Any) -> APIRouter:
             raise HTTPException(404, str(error.args[0])) from None
         except DescriptorError:  # another process let go of it meanwhile
             raise _unknown(name) from None
-        return _body(request, _once(data), len(data))
+        return await _body(request, _once(data), len(data))
 
     async def delete(name: str, request: Request) -> None:
         """Let go of rows."""
         service = _service(holder)
-        key = service.key_of(request.headers)
-        if not (service.results.delete(key, name) or await service.peers.delete(key, name)):
+        if not await let_go(service, service.key_of(request.headers), name):
             raise _unknown(name)
-        service.metrics.deletes.inc()
+
+    async def let_go(service: Service, key: str, name: str) -> bool:
+        is_here = service.results.delete(key, name) or await service.peers.delete(key, name)
+        service.metrics.deletes.inc(is_here)
+        return is_here
+
+    async def sent(pieces: AsyncIterator[bytes], service: Service, request: Request, name: str) -> AsyncIterator[bytes]:
+        """Yield pieces, and let go of the rows behind the last one; not where the reader has left."""
+        async for piece in pieces:
+            yield piece
+        if not await request.is_disconnected():
+            await let_go(service, service.key_of(request.headers), name)
 
     router.add_api_route(ROUTE + "/{name:path}", read, methods=["GET"], response_class=StreamingResponse)
     router.add_api_route(ROUTE + "/{name:path}", delete, methods=["DELETE"], status_code=204)
@@ -136,7 +154,7 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-def _body(request: Request, pieces: AsyncIterator[bytes], total: int | None, is_framed: bool = False) -> Response:
+async def _body(request: Request, pieces: AsyncIterator[bytes], total: int | None, is_framed: bool = False) -> Response:
     """Return the reply of a body: what the request wants of it.
 
     Args:
@@ -165,6 +183,8 @@ def _body(request: Request, pieces: AsyncIterator[bytes], total: int | None, is_
         headers["Content-Encoding"] = name
     if total is not None:
         headers["Content-Length"] = str(total)
+        if total <= WHOLE_BYTES:  # each piece on its own would take as long as all of them
+            return Response(b"".join([piece async for piece in pieces]), status, headers, media_type=body.MEDIA_TYPE)
     return StreamingResponse(pieces, status, headers, media_type=body.MEDIA_TYPE)
 
 

@@ -31,10 +31,8 @@ class Live:
     def new_sample(self) -> int:
         return 0
 
-    async def take(self) -> None:
-        self.num_taken += 1
-
-    async def locked(self, function: Callable[[Any], Any]) -> Any:
+    async def ask(self, function: Callable[[Any], Any], *, takes: bool) -> Any:
+        self.num_taken += takes
         return function(self)
 
     def rows_until(self, sample: int, tokens: Tokens, begin: int, end: int) -> Any:

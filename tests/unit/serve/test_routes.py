@@ -36,7 +36,7 @@ from vllm_tap.serve.settings import Settings  # noqa: E402
 from vllm_tap.vllm.asynchronous import Tokens  # noqa: E402
 
 SPEC = Spec(hidden_states=[1, 3], positions="all")
-COUNTERS = SimpleNamespace(**{name: SimpleNamespace(inc=lambda: None) for name in ("reads", "deletes")})
+COUNTERS = SimpleNamespace(**{name: SimpleNamespace(inc=lambda number=1: None) for name in ("reads", "deletes")})
 
 
 class Process:
@@ -201,6 +201,34 @@ def test_a_range_of_a_body_is_cut_out_of_it(processes: list[Process], reader: in
         assert reply.read() == body.encode("begin") + body.encode("end")
 
 
+@pytest.mark.parametrize("num_bytes", [0, 3 << 20])
+@pytest.mark.parametrize("reader", [0, 1])
+def test_a_result_goes_as_it_is_sent_to_who_wants_that(processes: list[Process], reader: int, num_bytes: int) -> None:
+    """Whole, in one piece or in several; not where a part was asked for, or the reader left."""
+    name = f"once-{reader}-{num_bytes}"
+    url, headers = f"{processes[reader].url}/v1/tap/rows/{name}", {"Authorization": "Bearer mine"}
+    key, results = key_of(processes[0], "mine"), processes[0].results
+
+    def fill_up() -> None:
+        result = results.open(key, [name])
+        for number in range(3):
+            results.add(result, body.encode("rows", bytes([number]) * num_bytes))
+        results.end(result)
+
+    processes[0].do(fill_up)
+    whole = httpx.get(url, headers=headers).content
+    assert [len(frame.data) for frame in body.frames(whole)] == [num_bytes] * 3 + [0]
+    for params, more in ({"format": "npy"}, {}), ({}, {"Range": "bytes=0-9"}):
+        said = httpx.get(url, params={"delete": "true", **params}, headers=headers | more)
+        assert (said.status_code, "whole result" in said.text) == (400, True)
+    if num_bytes:
+        with httpx.stream("GET", url, params={"delete": "true"}, headers=headers) as reply:
+            next(reply.iter_raw(10))
+    assert httpx.get(url, params={"delete": "true"}, headers=headers).content == whole
+    for process in processes:
+        assert httpx.get(f"{process.url}/v1/tap/rows/{name}", headers=headers).status_code == 404
+
+
 @pytest.mark.parametrize("name", ["a/b", "a b?c#d", "%2F", "\u2603"])
 @pytest.mark.parametrize("reader", [0, 1])
 def test_a_name_may_have_any_letters(processes: list[Process], reader: int, name: str) -> None:
@@ -208,7 +236,9 @@ def test_a_name_may_have_any_letters(processes: list[Process], reader: int, name
     fill(processes[0], "mine", name)
     tap = processes[reader].tap("mine")
     assert len(tap.samples(name)[0]) == 6
-    tap.delete(name)
+    assert len(tap.samples(name, delete=True)[0]) == 6
+    with pytest.raises(TransportError, match="404"):
+        tap.samples(name)
 
 
 def test_what_a_tap_cannot_use_is_told() -> None:
