@@ -139,6 +139,8 @@ class Client:
 
     Attributes:
         found: {(sample, completion): what it got}, each a list of one sample or of blocks.
+        handed_out: {sample: (first position, position behind the last, all rows by then) of each block}. The rows of a
+            block stay as they are where its request is preempted later.
     """
 
     def __init__(self, engine: HostEngine, specs: Any, mine: dict[int, Prompt], how: str) -> None:
@@ -146,8 +148,9 @@ class Client:
         self._recording = Recording(self.engine, specs)
         self._specs, self._mine, self._how = specs, mine, how
         self._collector = Collector(self._recording)
-        self._sent = dict.fromkeys(mine, 0)
+        self._sent, self._truth = dict.fromkeys(mine, 0), engine.truth
         self.found: dict[tuple[int, int], list[Any]] = {}
+        self.handed_out: dict[int, list[tuple[int, int, Any]]] = {}
         for sample, prompt in mine.items():
             params = self._recording.mark(SimpleNamespace(**PARAMS, n=len(prompt.requests)), sample)
             for request in prompt.requests:
@@ -169,6 +172,7 @@ class Client:
     def _take_block(self, sample: int, output: Any) -> None:
         begin, end = self._sent[sample], len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
         self._sent[sample] = end
+        self.handed_out.setdefault(sample, []).append((begin, end, dict(self._truth)))
         block = self._collector.rows_until(sample, output, begin, end)
         self.found.setdefault((sample, 0), []).append(block.sample(0))
 
@@ -189,6 +193,21 @@ class Client:
 
     def _completions(self, sample: int) -> range:
         return range(len(self._mine[sample].requests))
+
+
+def as_handed_out(whole: Any, blocks: list[tuple[int, int, Any]], request: str) -> Any:
+    """Return a sequence with the rows that there were when blocks of it were handed out."""
+
+    def layers(stream: str) -> dict[int, torch.Tensor]:
+        rows = {layer: rows_of(whole, stream, layer).clone() for name, layer in places(whole) if name == stream}
+        for begin, end, truth in blocks:
+            for layer, tensor in rows.items():
+                for position in range(begin, end):
+                    row = truth[stream, request, layer, position]
+                    tensor[position] = torch.frombuffer(bytearray(row), dtype=tensor.dtype)
+        return rows
+
+    return SimpleNamespace(_layers=layers, token_ids=whole.token_ids, output=whole.output)
 
 
 def check_memory(client: Client, foreign: list[Any]) -> None:
@@ -226,7 +245,9 @@ def test_rows_are_those_of_everything_chosen_afterwards(chosen: list[Wish], how:
         client.end(len(prompts))
         assert {sample for sample, _ in client.found} == set(prompts) - set(foreign)
         for slot, parts in client.found.items():
-            check(parts, wish_of[slot[0]], whole[slot])
+            request = prompts[slot[0]].requests[slot[1]].name
+            then = as_handed_out(whole[slot], client.handed_out.get(slot[0], []), request)
+            check(parts, wish_of[slot[0]], then)
         check_memory(client, [rows for slot, rows in whole.items() if slot[0] in foreign])
     for client in (everything, *clients):
         client.engine.close()
