@@ -161,13 +161,14 @@ def measure(load: Load, given: list[Arm], rounds: int, seconds: float) -> list[d
     end = time.monotonic() + seconds
     draw = random.Random(0)
     for arm in given:
-        load.run(arm, 0)
+        print(f"# warming up, {arm.name}: {load.run(arm, 0)['requests_per_s']:.2f} requests/s", flush=True)
     found: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in given}
     for number in range(1, rounds + 1):
         if number > 1 and time.monotonic() > end:
             break
         for arm in draw.sample(given, len(given)):
             found[arm.name].append(load.run(arm, number))
+            print(f"# round {number}, {arm.name}: {found[arm.name][-1]['requests_per_s']:.2f} requests/s", flush=True)
     return [_row(name, of_arm, found[PLAIN]) for name, of_arm in found.items()]
 
 

@@ -139,8 +139,8 @@ class Fuzz:
     def _rows(self) -> tuple[str, str, dict[str, Any]]:
         draw = self._draw
         query = {
-            draw.choice(["format", "layer", "prompt", "stream", "completion", "wait"]): draw.choice(
-                ["0", "-1", "nan", "npy", "safetensors", "frames", "x", "9" * 30]
+            draw.choice(["format", "layer", "prompt", "stream", "completion", "wait", "delete"]): draw.choice(
+                ["0", "-1", "true", "nan", "npy", "safetensors", "frames", "x", "9" * 30]
             )
             for _ in range(draw.randrange(3))
         }

@@ -123,8 +123,10 @@ class Soak:
     async def _check(self, name: str, spec: Spec, number: int) -> None:
         """Compare all rows of a reply; let go of them in the server."""
         try:
-            (sample,) = await self._tap.samples_async(name)
-            await asyncio.to_thread(self._tap.delete, name)
+            at_once = self._draw.random() < 0.5
+            (sample,) = await self._tap.samples_async(name, delete=at_once)
+            if not at_once:
+                await asyncio.to_thread(self._tap.delete, name)
         except (CaptureError, TransportError) as failed:
             self.faults.append(f"{spec}: {failed}")
             return

@@ -25,6 +25,7 @@ from vllm_tap.frame.blocks import Places
 from vllm_tap.frame.layout import IntArray, Stream
 from vllm_tap.frame.messages import Descriptor, Request
 from vllm_tap.labels import NUM_LABELS
+from vllm_tap.store.dtypes import new_tensor
 
 SMALL_BYTES: Final = 1 << 18
 """Bytes of layers that are copied together: of fewer, the calls cost more than the bytes."""
@@ -246,7 +247,7 @@ def _copied(
     """Yield rows of layers of a stream, each in memory of its own: a layer that is kept does not keep the others."""
     step = max(1, SMALL_BYTES // max(1, len(chosen) * stream.row_bytes))
     for some in (planes[begin : begin + step] for begin in range(0, len(planes), step)):
-        rows = torch.empty(len(some), len(chosen), stream.width, dtype=getattr(torch, stream.dtype))
+        rows = new_tensor(stream.dtype, len(some), len(chosen), stream.width)
         _gather(pieces, chosen, number, np.array(some), rows)
         yield from rows if len(some) == 1 else (layer.clone() for layer in rows)
 

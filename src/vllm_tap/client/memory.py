@@ -14,6 +14,7 @@ from vllm_tap.errors import DescriptorError
 from vllm_tap.frame.blocks import Bytes, labels_of
 from vllm_tap.frame.layout import CACHE_LINE, IntArray, Layout, layout
 from vllm_tap.frame.messages import Chunk, Descriptor
+from vllm_tap.store.dtypes import new_tensor
 from vllm_tap.transport.segment.pool import Block
 from vllm_tap.transport.segment.reader import SegmentReader
 
@@ -52,7 +53,7 @@ class _Regions:
 
     def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
         regions = self._region_of[blocks]
-        out = torch.empty(len(index), width, dtype=dtype)
+        out = new_tensor(str(dtype).removeprefix("torch."), len(index), width)
         for number in np.unique(regions):
             rows = self._rows(int(number), dtype, width)
             if (regions == number).all():

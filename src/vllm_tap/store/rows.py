@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tap.store.dtypes import DTYPES, WIDENED, Bytes, to_numpy, to_torch
+from vllm_tap.store.dtypes import DTYPES, WIDENED, Bytes, new_tensor, to_numpy, to_torch
 from vllm_tap.store.facts import StreamFacts
 from vllm_tap.store.part import Part
 
@@ -108,7 +108,7 @@ class Rows:
         import torch
 
         wanted = self._checked(numbers)
-        out = torch.empty(len(wanted), self.shape[1], dtype=getattr(torch, self.dtype))
+        out = new_tensor(self.dtype, len(wanted), self.shape[1])
         parts = np.searchsorted(self._starts, wanted, side="right") - 1
         # Sorted numbers lie part after part: their rows are gathered right where they belong.
         is_sorted = bool((np.diff(parts) >= 0).all())
