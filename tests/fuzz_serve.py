@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import surroundings  # noqa: F401
 from models import ensure_model
-from servers import IDLE_S, KEY, Server
+from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.client.bodies import Blocks, Samples
 from vllm_tap.errors import TapError
@@ -106,7 +106,7 @@ class Fuzz:
     async def run(self, count: int) -> None:
         """Send so many requests."""
         left = iter(range(count))
-        limits = httpx.Limits(max_connections=2 * AT_A_TIME, keepalive_expiry=IDLE_S)
+        limits = httpx.Limits(max_connections=2 * AT_A_TIME, keepalive_expiry=600)
 
         async def send(client: httpx.AsyncClient) -> None:
             for number in left:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 import surroundings  # noqa: F401
 from engine.engines import TOLERANCE, References, error, expected_rows
 from models import ensure_model
-from servers import IDLE_S, KEY, Server
+from servers import KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
 from vllm_tap.errors import CaptureError, TransportError
 
@@ -66,7 +66,7 @@ class Soak:
     async def run(self, seconds: float, at_a_time: int) -> None:
         """Send requests for some time."""
         end = time.monotonic() + seconds
-        limits = httpx.Limits(max_connections=2 * at_a_time, keepalive_expiry=IDLE_S)
+        limits = httpx.Limits(max_connections=2 * at_a_time, keepalive_expiry=600)
         headers = {"Authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits, headers=headers) as client:
 

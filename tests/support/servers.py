@@ -23,9 +23,9 @@ httpx = pytest.importorskip("httpx")
 KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
 START_S = 540.0
-IDLE_S = 2.0
-"""Seconds for which a client of many requests keeps an idle connection. vLLM's server closes them after 5: a request
-that goes out at that moment is lost (`ReadError` of httpx, whose own time is 5 s as well)."""
+IDLE_S = 3600
+"""Seconds for which a server keeps idle connections. By default vLLM closes them after 5: a request that goes out at that
+moment is lost (`ReadError` of httpx)."""
 
 PLAIN = {"VLLM_TAP": "0", "VLLM_PLUGINS": ""}
 """Variables of a server without this package."""
@@ -64,7 +64,7 @@ class Server:
                 arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         program = ["-m", launch.COMMAND] if is_plain else ["-c", COMMAND]
         command = [sys.executable, *program, "serve", str(folder), *arguments]
-        variables = {**os.environ, **(PLAIN if is_plain else {})}
+        variables = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(IDLE_S), **os.environ, **(PLAIN if is_plain else {})}
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)

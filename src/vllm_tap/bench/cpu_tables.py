@@ -121,8 +121,13 @@ def _mb(bytes_per_second: float) -> str:
 
 
 def serve(results_dir: Path) -> str:
-    """Return the table of a server under load, a row for what is captured of how many requests."""
-    results, source = _read(results_dir, "serve")
+    """Return the tables of servers under load, for each machine one with a row for what is captured."""
+    return "\n\n".join(
+        _served(json.loads(source.read_text()), source) for source in sorted(results_dir.glob("serve-*"))
+    )
+
+
+def _served(results: dict[str, Any], source: Path) -> str:
     head = ["requests/s", "ratio", "between tokens", "ratio", "99 % of them within", "processor time", "ratio"]
     rows = [["captured", *head]]
     rows += [
@@ -141,6 +146,8 @@ def serve(results_dir: Path) -> str:
     load = f"{results['requests']} requests, {results['at_a_time']} at a time, of {results['input']} tokens"
     words = f"{results['model']}. {load}, {results['output']} generated for each; {results['rounds']} rounds."
     machine = cpu_machine(results, "torch", "vllm")
+    if devices := results["machine"].get("devices"):
+        machine = f"{', '.join(devices)}; {machine}"
     return "\n\n".join([table(rows), words, origin((results, source, machine))])
 
 
