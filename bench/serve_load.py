@@ -1,8 +1,8 @@
 """Requests per second and time between tokens of a server, with and without captures, by vLLM's own `vllm bench serve`.
 
 Two servers of one model, of which one works at a time: plain `vllm serve` without this package, and `vllm-tap serve`.
-In every round each arm sends the same prompts, in random order. Rows of captured requests are read to the end and
-deleted by the process that sends the requests, before the next request takes its place.
+In every round each arm sends the same prompts, in random order. The process that sends the requests reads the rows of
+captured ones to the end, beside requests that run, and has the server let go of them. Time runs until all are there.
 
 python bench/serve_load.py --model models/SmolLM2-135M-Instruct
 bash bench/gpu.sh python3 bench/serve_load.py --shape llama-8b --requests 256 --at-a-time 64 --output 128
@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+import surroundings  # noqa: F401, I001
+import aiohttp
 import vllm
 from gpu_models import write_config, write_tokenizer
 from vllm.benchmarks import serve as vllm_bench
@@ -40,6 +42,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
 from vllm_tap.bench.machine import describe_commit, describe_machine
+from vllm_tap.frame import body
 from vllm_tap.vllm.launch import describe_devices
 
 PLAIN, IDLE = "plain vllm serve", "none"
@@ -53,11 +56,18 @@ SERVER: dict[str, Any] = {
 }  # fmt: skip
 """In float32: processors without instructions for bfloat16 take six times as long for it."""
 
+SETTINGS = {"max_bytes": 8 << 30, "budget_bytes": 8 << 30}
+"""Of ours: with rows of all positions, requests that run at once have some gigabytes."""
+
 ON_GPU: dict[str, Any] = {
     "dtype": "bfloat16", "load_format": "dummy", "max_model_len": 4096, "max_num_batched_tokens": 8192,
     "enforce_eager": None, "kv_cache_memory_bytes": 20 << 30, "gpu_memory_utilization": 0.4,
 }  # fmt: skip
 """Of servers of a shape of `gpu_models.py`, both on one GPU: over those above."""
+
+
+ENDED = body.encode("end")
+"""The last bytes of rows that are complete."""
 
 
 class Arm(NamedTuple):
@@ -86,8 +96,6 @@ class Load:
 
     def run(self, arm: Arm, seed: int) -> dict[str, float]:
         """Send all requests of an arm; return what vLLM's benchmark measured, and what it cost the server."""
-        num_bytes = [0]
-        ASYNC_REQUEST_FUNCS["vllm-tap"] = _captured(arm, num_bytes)
         server = self._servers[arm.is_plain]
         options, parser = self._options, FlexibleArgumentParser()
         vllm_bench.add_cli_args(parser)
@@ -98,45 +106,76 @@ class Load:
             "max_concurrency": options.at_a_time, "temperature": 0, "ready_check_timeout_sec": 0,
         }  # fmt: skip
         arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        parsed = parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"])
+
+        async def whole() -> dict[str, Any]:
+            async with _Rows(arm) as rows:
+                ASYNC_REQUEST_FUNCS["vllm-tap"] = rows.request
+                found = dict(await vllm_bench.main_async(parsed))
+                begin = time.monotonic()
+                num_bytes = await rows.all()
+            duration = found["duration"] + time.monotonic() - begin
+            return {**found, "rate": options.requests / duration, "row_bytes": num_bytes}
+
         begin_s, own_s, begin = server.cpu_seconds(), time.process_time(), time.monotonic()
         with contextlib.redirect_stdout(io.StringIO()) as told:
-            found = asyncio.run(
-                vllm_bench.main_async(parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"]))
-            )
+            found = asyncio.run(whole())
         if found["completed"] != options.requests:
             raise SystemExit(
                 f"{arm.name}: {found['completed']} of {options.requests} requests\n{told.getvalue()}\n"
                 f"The server said last:\n{server.log.read_text()[-4000:]}"
             )
         return {
-            "requests_per_s": found["request_throughput"],
+            "requests_per_s": found["rate"],
             "itl_ms": found["mean_itl_ms"],
             "p99_itl_ms": found["p99_itl_ms"],
             "cpu_ms": (server.cpu_seconds() - begin_s) * 1e3 / options.requests,
             # Of a core: near 1 this process is what limits the rate, or adds to the time between tokens.
             "client_share": (time.process_time() - own_s) / (time.monotonic() - begin),
-            "row_bytes": num_bytes[0],
+            "row_bytes": found["row_bytes"],
         }
 
 
-def _captured(arm: Arm, num_bytes: list[int]) -> Any:
-    """Return vLLM's function that sends a request, around which some are captured."""
-    send, numbers = ASYNC_REQUEST_FUNCS["openai"], itertools.count()
+class _Rows:
+    """Requests by vLLM's own function, of which some are captured, and tasks that read their rows."""
 
-    async def request(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
-        if arm.spec is None or next(numbers) % arm.every:
-            return await send(request_func_input, session, pbar)
+    def __init__(self, arm: Arm) -> None:
+        self._arm, self._numbers = arm, itertools.count()
+        self._send = ASYNC_REQUEST_FUNCS["openai"]
+        self._reading: list[asyncio.Task[int]] = []
+
+    async def __aenter__(self) -> _Rows:
+        self._session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, raise_for_status=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def request(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
+        """Send a request."""
+        if self._arm.spec is None or next(self._numbers) % self._arm.every:
+            return await self._send(request_func_input, session, pbar)
         request_func_input.request_id = uuid.uuid4().hex
-        request_func_input.extra_body = {**(request_func_input.extra_body or {}), **HttpTap.extra_body(arm.spec)}
-        output = await send(request_func_input, session, pbar)
+        extra = HttpTap.extra_body(self._arm.spec)
+        request_func_input.extra_body = {**(request_func_input.extra_body or {}), **extra}
+        output = await self._send(request_func_input, session, pbar)
         url = request_func_input.api_url.replace("completions", f"tap/rows/{request_func_input.request_id}")
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with session.get(f"{url}?delete=true", headers=headers, raise_for_status=True) as reply:
-            async for piece in reply.content.iter_any():
-                num_bytes[0] += len(piece)
+        self._reading.append(asyncio.create_task(self._read(url)))
         return output
 
-    return request
+    async def _read(self, url: str) -> int:
+        """Return the bytes of a body, which has rows to the end."""
+        num_bytes, end = 0, b""
+        async with self._session.get(url, params={"delete": "true"}) as reply:
+            async for piece in reply.content.iter_any():
+                num_bytes, end = num_bytes + len(piece), (end + piece)[-2000:]
+        if not end.endswith(ENDED):
+            raise SystemExit(f"{self._arm.name}: no rows: {end!r}")
+        return num_bytes
+
+    async def all(self) -> int:
+        """Wait for all rows; return their bytes."""
+        return sum(await asyncio.gather(*self._reading))
 
 
 def arms(num_layers: int) -> list[Arm]:
@@ -209,7 +248,7 @@ def main() -> None:
             write_tokenizer(model, options.shape)
 
         def start(is_plain: bool) -> Server:
-            server = Server(model, Path(folder) / f"{is_plain}", is_plain=is_plain, **(SERVER | more))
+            server = Server(model, Path(folder) / f"{is_plain}", SETTINGS, is_plain=is_plain, **(SERVER | more))
             stack.callback(server.close)
             return server
 

@@ -31,6 +31,7 @@ pytestmark = [
 
 LAYERS = [1, 3]
 INLINE_BYTES = 16384
+BUDGET_BYTES = 2 << 20
 GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0.0}
 TWICE: dict[str, Any] = {**GREEDY, "n": 2, "temperature": 1.0}
 
@@ -44,6 +45,7 @@ class Files:
             "spec": {"hidden_states": [1, -1], "embeddings": True, "positions": "prompt"},
             "hidden_states_folder": str(self.folder),
             "inline_bytes": INLINE_BYTES,
+            "budget_bytes": BUDGET_BYTES,
         }
         self.server = Server(model, folder / "log", settings, api_server_count=1)
         self.client = openai.OpenAI(base_url=self.server.url, api_key=KEY, max_retries=0)
@@ -128,3 +130,18 @@ def test_small_results_are_in_the_reply(files: Files, references: Callable[[str]
     )
     (sample,) = files.tap.samples([chunk.id for chunk in stream].pop())
     assert torch.equal(sample.hidden_states[1], samples[0].hidden_states[1])
+
+
+def test_requests_wait_for_room_in_the_workers(files: Files, references: Callable[[str], References]) -> None:
+    """Rows of all that run at once are more than the budget: none is lost, and no capture ends."""
+    spec = Spec(hidden_states="all", embeddings=True)
+    prompts = [[number, *range(200)] for number in range(48)]
+    reply = files.client.completions.create(prompt=prompts, **GREEDY, extra_body=files.tap.extra_body(spec))
+    samples = files.tap.samples(reply, delete=True)
+    assert [sample.output.prompt_token_ids for sample in samples] == prompts
+    assert sum(tensor.nbytes for sample in samples for tensor in sample.hidden_states.values()) > 4 * BUDGET_BYTES
+    for sample in samples[::8]:
+        whole = references("llama").of([*sample.output.prompt_token_ids, *sample.output.outputs[0].token_ids])
+        for layer in LAYERS:
+            expected = expected_rows(whole, "hidden_states", layer)[: len(sample)]
+            assert error(sample.hidden_states[layer], expected, expected.square().mean().sqrt()) < TOLERANCE

@@ -24,8 +24,8 @@ KEY = "a-key"
 COMMAND = "import sys; from vllm_tap.cli import command; sys.exit(command())"
 START_S = 540.0
 IDLE_S = 3600
-"""Seconds for which a server keeps idle connections. By default vLLM closes them after 5: a request that goes out at that
-moment is lost (`ReadError` of httpx)."""
+"""Seconds for which a server keeps idle connections. By default vLLM closes them after 5: a request that goes out at
+that moment is lost (`ReadError` of httpx)."""
 
 PLAIN = {"VLLM_TAP": "0", "VLLM_PLUGINS": ""}
 """Variables of a server without this package."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 from fastapi import HTTPException  # vLLM answers to this one as to its own errors
 
 from vllm_tap.client import missing
+from vllm_tap.client.expected_rows import num_rows
 from vllm_tap.client.live import Lives
 from vllm_tap.client.recording import resolve
 from vllm_tap.client.reduced import streams_made
@@ -78,8 +79,9 @@ class Captures:
         if call.reply is None:
             call.reply = self._open(call, request_id, spec, sampling_params)
         running = Running(call.reply, sampling_params, self._metrics)
+        room = _most_rows(spec, len(prompt["prompt_token_ids"]), sampling_params)
         return self._captured(
-            running, spec, sampling_params, lambda params: self._generate(prompt, params, request_id, **options)
+            running, spec, sampling_params, room, lambda params: self._generate(prompt, params, request_id, **options)
         )
 
     def _route(self, asked: int | None) -> dict[str, Any]:
@@ -158,13 +160,23 @@ class Captures:
         return Reply(self._results, result, self._streams(spec), inline_bytes)
 
     async def _captured(
-        self, running: Running, spec: Spec, params: Any, start: Callable[[Any], AsyncGenerator[Any, None]]
+        self,
+        running: Running,
+        spec: Spec,
+        params: Any,
+        most_rows: int,
+        start: Callable[[Any], AsyncGenerator[Any, None]],
     ) -> AsyncGenerator[Any, None]:
-        """Yield the outputs of a request, whose rows go into its reply as they come."""
+        """Yield the outputs of a request, whose rows go into its reply as they come.
+
+        It begins when the workers have room for as many rows as may be there at once.
+        """
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     request = await stack.enter_async_context(self._lives.request(spec, params))
+                    stack.push_async_callback(request.left)
+                    await request.begin(most_rows)
                 except TapError as error:
                     running.error = str(error)
                     raise self._refused(_status_of(error), running.error) from error
@@ -178,6 +190,13 @@ class Captures:
     def _refused(self, status: HTTPStatus, message: str) -> HTTPException:
         self._metrics.refusals.inc()
         return HTTPException(status_code=status.value, detail=message)
+
+
+def _most_rows(spec: Spec, num_prompt: int, params: Any) -> int:
+    """Return how many rows of a request may be in the workers at once: of its prompt, or all where they stay there."""
+    completions = params.n or 1
+    stay = completions > 1 or spec.needs_end or spec.reduce is not None
+    return completions * num_rows(spec.positions, num_prompt, params.max_tokens or 1 if stay else 1)
 
 
 def _status_of(error: TapError) -> HTTPStatus:

@@ -55,6 +55,7 @@ class Running:
             elif self._reply.has_readers or request.is_due(self._tokens):
                 captured = await request.rows(self._tokens)
             if captured is not None:
+                await request.left()
                 num_rows, num_bytes = await self._reply.add(self._number, captured, self._tokens.finished)
                 self._metrics.rows.inc(num_rows)
                 self._metrics.bytes.inc(num_bytes)

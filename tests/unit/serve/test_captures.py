@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -42,6 +43,7 @@ class Lives:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
         self.specs: list[Spec] = []
         self.num_asked = 0
+        self.room: list[int] = []
 
     def __len__(self) -> int:
         return 0
@@ -54,8 +56,16 @@ class Lives:
         if self._start_error:
             raise self._start_error
         self.specs.append(spec)
-        rows, is_due = lambda tokens: self._rows(spec, tokens), lambda tokens: tokens.finished
-        yield SimpleNamespace(params=params, rows=rows, is_due=is_due, result=None)
+        request = SimpleNamespace(params=params, is_due=lambda tokens: tokens.finished, result=None)
+        request.rows = lambda tokens: self._rows(spec, tokens)
+        request.begin, request.left = self._enter, self._leave
+        yield request
+
+    async def _enter(self, num_rows: int) -> None:
+        self.room.append(num_rows)
+
+    async def _leave(self) -> None:
+        self.room.append(0)
 
     async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
         self.num_asked += 1
@@ -91,8 +101,9 @@ class Server:
     async def run(self, asked: str | None, name: str = "cmpl-1-0", kind: str = "CUMULATIVE", key: str = "") -> Any:
         """Return what the reply to a request has in `kv_transfer_params`."""
         params = SimpleNamespace(
-            extra_args=None if asked is None else {"vllm_tap": asked}, n=1, output_kind=SimpleNamespace(name=kind)
-        )
+            extra_args=None if asked is None else {"vllm_tap": asked}, n=1, output_kind=SimpleNamespace(name=kind),
+            max_tokens=5,
+        )  # fmt: skip
         captures.current.set(captures.Call("", key))
         return [output async for output in self.llm.generate(PROMPT, params, name)][-1].kv_transfer_params
 
@@ -209,6 +220,25 @@ def test_rows_of_a_name_that_is_taken_are_refused_by_the_name_that_was_sent(monk
     with pytest.raises(fastapi.HTTPException, match="rows of a request 'mine' already") as refused:
         asyncio.run(run())
     assert refused.value.status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_rows"),
+    [
+        ({}, 3),
+        ({"positions": "last"}, 1),
+        ({"positions": [0, -1]}, 2),
+        ({"positions": "all", "reduce": "mean"}, 7),
+    ],
+)
+def test_a_request_begins_where_the_workers_have_room_for_it(
+    monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any], num_rows: int
+) -> None:
+    """For its prompt, of which rows are taken with the first token, or for all that stays there to its end."""
+    server = Server(monkeypatch)
+    asyncio.run(server.run(json.dumps({"hidden_states": [1], "positions": "all", **spec})))
+    assert server.lives.room[0] == num_rows
+    assert set(server.lives.room[1:]) == {0}
 
 
 def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
