@@ -235,7 +235,7 @@ class HostClient(Connection):
 
         def take() -> HandedOver:
             is_end = isinstance(call, messages.Finish)
-            descriptor = self.session.finish() if is_end else self.session.take()
+            descriptor = self.session.finish() if is_end else self._taken()
             placed = descriptor.validate(call.capture_id, sys.byteorder)
             fetch = by_calls(lambda number, start, n: bytes(self.pool.segment(number).view[start : start + n]))
             memory = FetchedMemory(descriptor, placed, fetch)
@@ -244,6 +244,12 @@ class HostClient(Connection):
             return [(descriptor, memory)]
 
         return take
+
+    def _taken(self) -> messages.Descriptor:
+        descriptor, settling = self.session.begin_take()
+        settling.wait()
+        settling.check()
+        return descriptor
 
     def memory(self) -> list[bytes]:
         """Return the bytes of all its segments, as far as anything was written."""

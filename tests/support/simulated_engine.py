@@ -215,6 +215,7 @@ class Engine:
         self.random = np.random.default_rng(0)
         self.expected: list[Expected] = []  # of the capture that began last
         self._expected: dict[Session, list[Expected]] = {}
+        self._taken: dict[Session, list[str]] = {}
 
     def start(
         self,
@@ -291,7 +292,7 @@ class Engine:
 
     def _expect(self, session: Session, requests: dict[str, int], lengths: Any, positions: Any, token_ids: Any) -> None:
         """Keep what has to come out of a step for a capture."""
-        met = [request.request_id for request in session._table]
+        met = self._taken.get(session, []) + [request.request_id for request in session._table]
         numbers = np.repeat([met.index(r) if r in met else -1 for r in requests], lengths)
         prompt_lens = np.repeat([REQUESTS[request_id] for request_id in requests], lengths)
         taken = np.repeat([request_id in met for request_id in requests], lengths)
@@ -306,10 +307,29 @@ class Engine:
 
     def finish(self, session: Session) -> None:
         """End the capture, and compare what came with what was made."""
-        descriptor = session.finish()
+        self._compare(session, session.finish(), self._expected[session])
+        self.abandon(session)
+
+    def take(self, session: Session) -> Callable[[], None]:
+        """Have the capture let go of its rows; return a function that waits for them, and compares them."""
+        descriptor, settling = session.begin_take()
+        expected, self._expected[session] = self._expected[session], []
+        self._taken.setdefault(session, []).extend(request.request_id for request in descriptor.requests)
+
+        def end() -> None:
+            settling.wait()
+            settling.check()
+            self._compare(session, descriptor, expected)
+            for chunk in descriptor.chunks:
+                self.pool.release(chunk.block_id)
+
+        return end
+
+    def _compare(self, session: Session, descriptor: messages.Descriptor, made: list[Expected]) -> None:
+        """Compare rows that have come with those that were made."""
         table = descriptor.table()
-        assert len(table) == len(self._expected[session])
-        for (chunk, labels, num_rows), expected in zip(table.tolist(), self._expected[session], strict=True):
+        assert len(table) == len(made)
+        for (chunk, labels, num_rows), expected in zip(table.tolist(), made, strict=True):
             segment = self.pool.segment(descriptor.chunks[chunk].segment_id)
             placed = blocks.layout(labels, num_rows, session.streams)
             self.cuda.host_access(segment.address + labels, placed.end - labels, False, "client")
@@ -325,7 +345,6 @@ class Engine:
                 ).view(shape)
                 for layer, plane in zip(stream.layers, rows, strict=True):
                     assert torch.equal(plane, expected.rows[stream.name, layer].cpu()), (stream.name, layer)
-        self.abandon(session)
 
     def has_failed(self, session: Session, match: str) -> None:
         """Make sure that a capture ends with an error of the driver's, and that the next one is right."""

@@ -10,9 +10,10 @@ import functools
 import hmac
 import logging
 import os
+import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from vllm_tap.engine.capture.interfaces import Backend, Sink
 from vllm_tap.engine.capture.look import some_rows, with_labels
 from vllm_tap.engine.capture.memory import Pools
 from vllm_tap.engine.capture.profile import DMA, FORWARD, HOST, LABELS, Figures, ForwardProfile, Profile
-from vllm_tap.engine.capture.session import Session
+from vllm_tap.engine.capture.session import Session, Taking
 from vllm_tap.engine.capture.tally import Tally
 from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.residual import MODES
@@ -226,8 +227,15 @@ class TapWorker(vllm_runner.StepListener):
             return self.write(message)
         if isinstance(message, messages.Report):
             return self._writers.report(message.capture_id)
-        with self.lock, self._backend.on_stream() if self._backend else nullcontext():
+        if isinstance(message, messages.Take):
+            return self.take(message)
+        with self._between_steps():
             return self._answer(message)
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        with self.lock, self._backend.on_stream() if self._backend else nullcontext():
+            yield
 
     def _answer(self, message: messages.Call) -> messages.Message:
         if isinstance(message, messages.Greet):
@@ -235,8 +243,6 @@ class TapWorker(vllm_runner.StepListener):
             return self._hello()
         if isinstance(message, messages.Start):
             return self.start(message)
-        if isinstance(message, messages.Take):
-            return self.take(message)
         if isinstance(message, messages.Finish):
             return self.finish(message)
         assert isinstance(message, messages.Stop)
@@ -331,16 +337,38 @@ class TapWorker(vllm_runner.StepListener):
         return descriptor
 
     def take(self, take: messages.Take) -> messages.Descriptor:
-        """Hand over what a capture has taken since the last time; it goes on."""
-        session = self._require(take.capture_id)
+        """Hand over what a capture has taken since the last time; it goes on, and so do steps while rows arrive."""
+        with self._between_steps():
+            session = self._require(take.capture_id)
+            try:
+                taking = session.begin_take()
+            except Exception:
+                self._abandon(session)
+                raise
+        begin = time.perf_counter()
         try:
-            descriptor = self._with_routing(session, session.take())
-            if session.start.shared:
-                block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
-                self._served_by(session.client).publish(session.client, block_ids)
+            taking.settling.wait()
+            with self._between_steps():
+                return self._taken(session, taking, time.perf_counter() - begin)
         except Exception:
-            self._abandon(session)
+            with self._between_steps():
+                for chunk in taking.descriptor.chunks:  # nobody knows of them
+                    session.account.pool.release(chunk.block_id)
+                if self._sessions.get(take.capture_id) is session:
+                    self._abandon(session)
             raise
+
+    def _taken(self, session: Session, taking: Taking, wait_seconds: float) -> messages.Descriptor:
+        """Return what the client is told of rows that lie in their blocks now, which it may map from here on."""
+        if self._sessions.get(session.start.capture_id) is not session:
+            raise CaptureError(f"capture {session.start.capture_id} ended while its rows were taken.")
+        taking.settling.check()
+        descriptor = taking.descriptor
+        descriptor = structs.replace(descriptor, wait_seconds=descriptor.wait_seconds + wait_seconds)
+        descriptor = self._with_routing(session, descriptor)
+        if session.start.shared:
+            block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
+            self._served_by(session.client).publish(session.client, block_ids)
         return descriptor
 
     def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:

@@ -43,6 +43,33 @@ def test_rows_are_what_the_model_made_whatever_runs_first(
     assert (cuda.num_copies == 0) == (way == "direct")
 
 
+@pytest.mark.parametrize("way", ["staged", "ring", "direct"])
+@pytest.mark.parametrize("later", [0, 1, 4])
+def test_steps_go_on_while_rows_are_taken(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, way: str, later: int
+) -> None:
+    """Whoever takes them waits alone, for as many steps as there were: rows of later ones come with the next call."""
+    if way == "ring":
+        monkeypatch.setattr(device_sink, "WIDE_PLANE_BYTES", 1)
+    engine = Engine(cuda, LLAMA)
+    session = engine.start("direct" if way == "direct" else "staged")
+    others = [engine.start(requests=("b",)), session]
+    takes = []
+    for number, step in enumerate(STEPS):
+        engine.step(others, step)
+        if number % 3 == 2:
+            waits = cuda.num_host_waits
+            takes.append((number + later, engine.take(session)))
+            assert cuda.num_host_waits == waits
+        while takes and takes[0][0] <= number:
+            takes.pop(0)[1]()
+    for _, end in takes:
+        end()
+    for each in others:
+        engine.finish(each)
+    assert cuda.conflicts == []
+
+
 @pytest.mark.parametrize("places", [LLAMA, BLOCKS, ROUTER], ids=["llama", "blocks", "router"])
 def test_a_step_leaves_the_device_in_one_copy(
     cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, places: list[Place]

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.interfaces import Settling, Sink
 from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.capture.selection import Selection
 from vllm_tap.engine.model.tap import ADD, GATHER_ABOVE, Group, Plane, Rows, Tap, Taps
@@ -92,12 +92,20 @@ class CpuSink:
     def synchronize(self) -> None:
         """Wait until all rows lie in their blocks: they already do."""
 
+    def queued(self) -> Settling:
+        """Return what settles rows: there is nothing to wait for."""
+        return Settling(_nothing, _nothing)
+
     def close(self) -> None:
         """Let go of the taps."""
         for _, taps in self._streams:
             for tap in taps:
                 tap.planes.pop(self._group, None)
         self._rows.groups.remove(self._group)
+
+
+def _nothing() -> None:
+    pass
 
 
 class CpuBackend:

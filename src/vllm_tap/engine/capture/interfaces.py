@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vllm_tap.engine.capture.profile import Profile
 from vllm_tap.engine.capture.selection import Selection
@@ -12,6 +12,19 @@ from vllm_tap.engine.model.tap import Rows, Tap, Taps
 from vllm_tap.frame.layout import Layout, Stream
 from vllm_tap.transport.segment.pool import Block, SegmentPool
 from vllm_tap.vllm.runner import Batch
+
+
+class Settling(NamedTuple):
+    """Rows on their way into their blocks.
+
+    Attributes:
+        wait: Returns when they are there. Once, in any thread, while steps go on.
+        check: After it, between steps, makes sure that all steps of these rows went through every tap; raises
+            `CaptureError`.
+    """
+
+    wait: Callable[[], None]
+    check: Callable[[], None]
 
 
 class Sink(Protocol):
@@ -41,7 +54,11 @@ class Sink(Protocol):
         """Queue what `synchronize` waits for: no step is known to follow."""
 
     def synchronize(self) -> None:
-        """Wait until all rows lie in their blocks."""
+        """Wait until all rows lie in their blocks, and make sure that every step went through every tap."""
+
+    def queued(self) -> Settling:
+        """Queue what is left of the rows so far. Steps may go on before they lie in their blocks."""
+        ...
 
     def close(self) -> None:
         """Give back what the sink holds besides the blocks."""

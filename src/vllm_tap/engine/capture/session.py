@@ -12,12 +12,12 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_tap.engine.capture.interfaces import Sink
+from vllm_tap.engine.capture.interfaces import Settling, Sink
 from vllm_tap.engine.capture.selection import Selection, Selector
 from vllm_tap.errors import BudgetError, CaptureError, SpecError, TapError
 from vllm_tap.frame import messages
@@ -34,6 +34,13 @@ MAX_CHUNK_BYTES: Final = 64 << 20
 MOST_CHUNKS: Final = 16
 """Small steps share a reservation, of a small part of the budget: each costs the worker and the client some
 microseconds, and steps that lie together leave a device together."""
+
+
+class Taking(NamedTuple):
+    """Rows that a capture has let go of, and when they are where they are said to be."""
+
+    descriptor: messages.Descriptor
+    settling: Settling
 
 
 class Session:
@@ -277,13 +284,19 @@ class Session:
             wait_seconds=wait_seconds,
         )
 
-    def take(self) -> messages.Descriptor:
+    def begin_take(self) -> Taking:
         """Describe the rows that have come since the last time, and go on in memory of its own.
+
+        They lie in their blocks when the wait is over, which the next steps need not wait for. Where rows may have to
+        be moved to files, they do.
 
         Raises:
             TapError: What ended the capture early.
         """
-        wait_seconds = self._settle()
+        wait_seconds = self._settle() if self._files is not None else 0.0
+        if self.error is not None:
+            raise self.error
+        settling = self._sink.queued()
         if self._chunks and self._num_spilled < len(self._chunks):
             last = self._chunks[-1]
             self._chunks[-1] = self.account.pool.shorten(last, self._free_offset - last.offset)
@@ -296,7 +309,7 @@ class Session:
         self._table, self._chunks, self._blocks, self._num_spilled = [], [], [], 0
         self._free_offset = self._free_end = 0
         self._last = None
-        return taken
+        return Taking(taken, settling)
 
     @property
     def stalled_seconds(self) -> float:

@@ -15,8 +15,9 @@ from vllm_tap.errors import DeviceError, EngineUnsupportedError
 _OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _AUTO_FREE: Final = 1  # CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH
 _NODE_PRIORITIES: Final = 8  # CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
-_TIMING: Final = 0  # CU_EVENT_DEFAULT
-_NO_TIMING: Final = 2  # CU_EVENT_DISABLE_TIMING
+TIMED: Final = 0  # CU_EVENT_DEFAULT
+UNTIMED: Final = 2  # CU_EVENT_DISABLE_TIMING
+SLEEPING: Final = 2 | 1  # CU_EVENT_BLOCKING_SYNC: who waits lets go of the processor
 _KERNEL: Final = 0  # CU_GRAPH_NODE_TYPE_KERNEL
 _FULL: Final = 0  # CUgraphEdgeData of a dependency that ends when all work of the first node has
 _EARLY: Final = 1 | 1 << 16  # from CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
@@ -123,9 +124,9 @@ class Event:
     record one, 30 to wait, 46 for a new one (one H100).
     """
 
-    def __init__(self, timed: bool = False) -> None:
+    def __init__(self, kind: int = UNTIMED) -> None:
         handle = ctypes.c_void_p()
-        check(_driver().cuEventCreate(ctypes.byref(handle), _TIMING if timed else _NO_TIMING), "cuEventCreate")
+        check(_driver().cuEventCreate(ctypes.byref(handle), kind), "cuEventCreate")
         self._handle = int(handle.value or 0)
 
     def record(self, stream: int) -> None:
@@ -150,13 +151,13 @@ class Event:
 class Events:
     """Events that are recorded again and again."""
 
-    def __init__(self, timed: bool = False) -> None:
-        self._timed = timed
+    def __init__(self, kind: int = UNTIMED) -> None:
+        self._kind = kind
         self._spare: list[Event] = []
 
     def recorded(self, stream: int) -> Event:
         """Return an event behind what is queued on a stream."""
-        event = self._spare.pop() if self._spare else Event(self._timed)
+        event = self._spare.pop() if self._spare else Event(self._kind)
         event.record(stream)
         return event
 

@@ -25,7 +25,7 @@ class DmaProfile(Profile):
         self._idle = torch.cuda.Stream()  # whose events pass at once
         # Not PyTorch's, which lets go of the interpreter's lock to record one: while another thread had it, before the
         # copy is queued, the stream would have nothing to do, and the copy would seem to take as long.
-        self._events = driver.Events(timed=True)
+        self._events = driver.Events(driver.TIMED)
         self._taken: list[driver.Event] = []
         self._copies: list[tuple[driver.Event, driver.Event, int]] = []
         self._forward_end: driver.Event | None = None

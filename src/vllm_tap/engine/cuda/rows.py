@@ -53,6 +53,7 @@ class DeviceRows(Rows[DeviceGroup]):
         refusal: Why the kernels do not run here, or an empty string.
         events: For sinks, one after the other.
         passed: Recorded and waited for at once.
+        settled: For threads that wait while steps go on.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class DeviceRows(Rows[DeviceGroup]):
         self.slabs = SlabKeeper(device, headroom, self.is_quiet, self.switch.forget, self._complete_pieces)
         self.refusal = ""
         self.events, self.passed = driver.Events(), driver.Event()
+        self.settled = driver.Events(driver.SLEEPING)
         self._side: torch.cuda.Stream | None = None
         self._context = driver.current_context()
 

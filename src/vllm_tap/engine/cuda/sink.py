@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
+from vllm_tap.engine.capture.interfaces import Settling
 from vllm_tap.engine.capture.selection import Selection
 from vllm_tap.engine.cuda import driver, kernel
 from vllm_tap.engine.cuda.burst import Burst, Transfer
@@ -317,13 +318,32 @@ class DeviceSink:
         """
         self.on_idle()
         self._wait_for_side()
-        seen = self._seen
-        silent = [place for place in self._place_of if seen[place - self._rows.first_tap] != self._num_steps]
+        self._check(self._num_counted)
+
+    def queued(self) -> Settling:
+        """Queue the copies of what is staged.
+
+        The wait is behind all steps that are queued now, and holds up none that come later.
+        """
+        self.on_idle()
+        event, num_steps = self._rows.settled.recorded(self._side), self._num_counted
+
+        def wait() -> None:
+            event.synchronize()
+            self._rows.settled.give(event)
+
+        return Settling(wait, lambda: self._check(num_steps))
+
+    def _check(self, num_steps: int) -> None:
+        """Make sure that every tap has counted so many steps, or more where counts were asked for again."""
+        seen = {place: int(self._seen[place - self._rows.first_tap]) for place in self._place_of}
+        is_last = self._num_counted == num_steps
+        silent = [place for place, count in seen.items() if count < num_steps or (is_last and count > num_steps)]
         if silent:
             tap = REGISTRY[silent[0]]
             raise CaptureError(
-                f"{len(silent)} taps saw another number of steps than the {self._num_steps} of this capture; the first "
-                f"is {tap.stream}[{tap.layer}] with {seen[tap.index - self._rows.first_tap]}: this model or step runs "
+                f"{len(silent)} taps saw another number of steps than the {num_steps} of this capture; the first "
+                f"is {tap.stream}[{tap.layer}] with {seen[silent[0]]}: this model or step runs "
                 "its layers in a way that cannot be tapped. Set enforce_eager=True, and report the model."
             )
 
