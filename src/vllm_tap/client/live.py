@@ -249,7 +249,7 @@ class Live:
 
 
 class _Wish(NamedTuple):
-    """What is wanted of a collector, whether with the rows of now, and who waits for it."""
+    """A function of a collector, whether it wants the rows of now, and who waits for the answer."""
 
     function: Callable[[Collector], Any]
     takes: bool
@@ -257,7 +257,7 @@ class _Wish(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    """What kept a wish from being answered, and whether it ended the capture of all."""
+    """The error of a wish, and whether it ended the capture of all."""
 
     error: Exception
     ended: bool = False
