@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import difflib
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
@@ -30,6 +31,8 @@ from vllm_tap.vllm import asynchronous
 
 BEAM: Final = re.compile(r"-[0-9a-f]+-beam-\d+$")
 """End of the ids of requests that vLLM makes for the beams of one."""
+
+SPELT_ALIKE: Final = 0.9
 
 TEXT: Final = """a Spec as JSON text, such as '{"hidden_states": [8, -1]}'"""
 
@@ -114,9 +117,10 @@ class Captures:
             raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is {TEXT}: {error}") from None
 
     def _refuse_misspelt(self, extra: Mapping[str, Any]) -> None:
-        """Refuse our key in another spelling, which would be dropped without a word."""
+        """Refuse our key in another spelling or with a letter more or less: it would be dropped without a word."""
         for name in extra:
-            if name.lower().replace("-", "").replace("_", "") == KEY.replace("_", ""):
+            letters = name.lower().replace("-", "").replace("_", "")
+            if difflib.SequenceMatcher(None, letters, KEY.replace("_", "")).ratio() > SPELT_ALIKE:
                 raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs has {name!r}. Did you mean {KEY!r}?")
 
     def _check(self, spec: Spec, prompt: Any, params: Any) -> None:

@@ -189,6 +189,8 @@ def test_rows_are_taken_with_each_token_while_somebody_reads(
         ({"vllm_tap": '{"hiden_states": [1]}'}, "no field 'hiden_states'. Did you mean 'hidden_states'"),
         ({"vllmtap": ASKED}, "has 'vllmtap'. Did you mean 'vllm_tap'"),
         ({"vllm-Tap": ASKED}, "has 'vllm-Tap'. Did you mean 'vllm_tap'"),
+        ({"vllm_ap": ASKED}, "has 'vllm_ap'. Did you mean 'vllm_tap'"),
+        ({"vllm_taps": ASKED}, "has 'vllm_taps'. Did you mean 'vllm_tap'"),
     ],
 )
 def test_a_wrong_wish_is_refused_with_what_is_right(monkeypatch: pytest.MonkeyPatch, extra: Any, says: str) -> None:
@@ -202,7 +204,7 @@ def test_a_wrong_wish_is_refused_with_what_is_right(monkeypatch: pytest.MonkeyPa
     with pytest.raises(fastapi.HTTPException, match=says) as refused:
         asyncio.run(run(given))
     assert refused.value.status_code == 400
-    given.extra_args = {"tap": 1, "other": "x"}
+    given.extra_args = {"tap": 1, "other": "x", "vllm_map": "y"}
     asyncio.run(run(given))
     assert server.counted() == {"refusals": 1}
 
