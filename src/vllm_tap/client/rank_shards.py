@@ -13,7 +13,7 @@ from vllm_tap.client.owned import Place
 from vllm_tap.client.rank_rows import RankRows
 from vllm_tap.client.replies import expect
 from vllm_tap.client.result import Capture
-from vllm_tap.errors import DatasetError, TapError
+from vllm_tap.errors import CaptureError, DatasetError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.store import shard
 from vllm_tap.store.facts import StreamFacts
@@ -97,7 +97,7 @@ def written(
     try:
         expect(messages.Written, connection.ask_each(calls, way), "Write")
         while True:
-            replies = expect(messages.Written, connection.ask_each(reports, way), "Report")
+            replies = _reported(connection, way, reports)
             files = [reply.files for reply in replies if reply.files is not None]
             if len(files) == len(calls):
                 return [FileFacts(name=one.name, nbytes=one.nbytes, crc32=one.crc32) for each in files for one in each]
@@ -108,6 +108,15 @@ def written(
     except BaseException:
         for rank, report in reports.items():
             _stop(connection, way, rank, report)
+        raise
+
+
+def _reported(connection: Connection, way: str, reports: Mapping[int, messages.Report]) -> list[messages.Written]:
+    """Return how far the workers are."""
+    try:
+        return expect(messages.Written, connection.ask_each(reports, way), "Report")
+    except CaptureError:
+        connection.ask_each({}, way)  # raises where a connection has ended meanwhile: the worker knows of nothing then
         raise
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -22,10 +23,11 @@ import pytest
 from host_worker import ServedEngine, prompts_of
 from proxy import Proxy
 from vllm_tap import Recording, Spec, Spill
-from vllm_tap.client.rank_shards import RankShards
+from vllm_tap.client.rank_shards import RankShards, written
 from vllm_tap.client.writers import Writers
 from vllm_tap.engine.capture import session
 from vllm_tap.errors import CaptureError, DatasetError, DescriptorError, EngineDiedError, SpecError
+from vllm_tap.frame import messages
 from vllm_tap.store import files, guest, local
 from vllm_tap.store.dataset import open_dataset
 from vllm_tap.store.facts import facts_of
@@ -197,6 +199,22 @@ def test_a_client_that_is_gone_stops_its_writing(
     wait_until(lambda: not writer_threads(), "the end of the threads")
     wait_until(lambda: len(engine.workers[0]._pools.stats()) == 1, "the end of the client's memory")
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(("is_lost", "error"), [(True, EngineDiedError), (False, CaptureError)])
+def test_a_worker_that_knows_of_nothing_may_have_lost_its_client(is_lost: bool, error: type[Exception]) -> None:
+    """The connection ended while a report was under way: that is told, not what came of it."""
+
+    class Lost:
+        def ask_each(self, calls: Any, way: str) -> list[Any]:
+            if not calls and is_lost:
+                raise EngineDiedError("the engine is gone")
+            if isinstance(calls.get(0), SimpleNamespace):
+                return [messages.Written(rank=0)]
+            return [messages.Failure(rank=0, error="CaptureError", message="no rows are written here", identity={})]
+
+    with pytest.raises(error):
+        written(Lost(), "segment", {0: SimpleNamespace(capture_id="x")})  # type: ignore[arg-type, dict-item]
 
 
 def test_a_writer_that_is_stopped_has_stopped_in_the_workers(
