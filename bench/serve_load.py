@@ -92,6 +92,7 @@ class Load:
     def __init__(self, options: argparse.Namespace, model: Path, servers: dict[bool, Server]) -> None:
         self._options, self._model, self._servers = options, model, servers
         OPENAI_COMPATIBLE_BACKENDS.append("vllm-tap")
+        ASYNC_REQUEST_FUNCS["vllm-tap"] = ASYNC_REQUEST_FUNCS["openai"]  # a choice; each arm has its own
         os.environ["OPENAI_API_KEY"] = KEY
 
     def run(self, arm: Arm, seed: int) -> dict[str, float]:
