@@ -65,7 +65,6 @@ ON_GPU: dict[str, Any] = {
 }  # fmt: skip
 """Of servers of a shape of `gpu_models.py`, both on one GPU: over those above."""
 
-
 ENDED = body.encode("end")
 """The last bytes of rows that are complete."""
 

@@ -509,9 +509,8 @@ class TapWorker(vllm_runner.StepListener):
         return self._servers
 
     def _client_gone(self, client: int) -> None:
-        assert self._backend is not None
         self._writers.stop_client(client)
-        with self.lock, self._backend.on_stream():
+        with self._between_steps():
             for session in list(self._sessions.values()):
                 if session.start.shared and session.client == client:
                     self._abandon(session)

@@ -33,6 +33,7 @@ BEAM: Final = re.compile(r"-[0-9a-f]+-beam-\d+$")
 """End of the ids of requests that vLLM makes for the beams of one."""
 
 SPELT_ALIKE: Final = 0.9
+"""Likeness of two keys, of which 1 is the most: above it, a letter of ours is missing or there is one more."""
 
 TEXT: Final = """a Spec as JSON text, such as '{"hidden_states": [8, -1]}'"""
 
@@ -82,10 +83,12 @@ class Captures:
         if call.reply is None:
             call.reply = self._open(call, request_id, spec, sampling_params)
         running = Running(call.reply, sampling_params, self._metrics)
-        room = _most_rows(spec, len(prompt["prompt_token_ids"]), sampling_params)
-        return self._captured(
-            running, spec, sampling_params, room, lambda params: self._generate(prompt, params, request_id, **options)
-        )
+        most_rows = _most_rows(spec, len(prompt["prompt_token_ids"]), sampling_params)
+
+        def start(params: Any) -> AsyncGenerator[Any, None]:
+            return self._generate(prompt, params, request_id, **options)  # type: ignore[no-any-return]
+
+        return self._captured(running, spec, sampling_params, most_rows, start)
 
     def _route(self, asked: int | None) -> dict[str, Any]:
         """Return the arguments of `generate` that send a request to the engine that captures."""

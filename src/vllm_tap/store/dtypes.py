@@ -80,10 +80,10 @@ def to_torch(data: Bytes, name: str, width: int) -> Any:
 
 
 def new_tensor(name: str, *shape: int) -> torch.Tensor:
-    """Return a tensor to be filled, in memory of numpy's.
+    """Return a tensor of a dtype and shape to be filled, on the CPU, in memory of numpy's.
 
-    numpy asks for huge pages and torch does not: of a large tensor, the first write to all its small pages takes five
-    times as long as the copy.
+    numpy asks for huge pages and torch does not: of a large tensor, the first write to all its small pages takes
+    several times as long as the copy.
     """
     import torch
 

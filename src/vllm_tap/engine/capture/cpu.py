@@ -1,8 +1,8 @@
 """The sink of a CPU engine: taps write straight into the block of the step. Runs in the worker process.
 
 A sink is told of a step `before_forward`, or to `repeat` the one before, or to `clear`; then `after_forward`,
-`after_sampling` and `on_idle` (no step is known to follow). At the end, `synchronize` waits until all rows lie in their
-blocks, and `close` lets go of the rest.
+`after_sampling` and `on_idle` (no step is known to follow). `queued` tells of rows that are taken while steps go on. At
+the end, `synchronize` waits until all rows lie in their blocks, and `close` lets go of the rest.
 """
 
 from __future__ import annotations
