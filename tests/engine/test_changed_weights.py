@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
 
 from engine.engines import Engine, References, compare, prompts
 from routing import check_followed
-from vllm_tap import Spec
+from vllm_tap import Recording, Spec
+from vllm_tap.client.collector import Collector
 from vllm_tap.client.connection import connect
 from vllm_tap.vllm.facts import vllm_version
 
@@ -105,3 +107,23 @@ def test_a_capture_without_experts_says_the_bias_and_does_not_call_it_confirmed(
     assert not any(routing.checked for routing in result.routing.values())
     result = moe.capture(prompts(), Spec(router_logits="all", routed_experts="all"))
     assert all(routing.checked for routing in result.routing.values())
+
+
+def test_a_capture_that_waits_for_requests_has_the_bias_of_the_next_ones(moe, tiny_model, tmp_path):
+    """As a server's does, which stays for a while after its last request. Plain requests run meanwhile."""
+    first = tiny_model("glm4_moe")
+    second = changed(first, tmp_path / "second")
+    reload(moe, first)
+    with Recording(moe.llm, Spec(router_logits="all", routed_experts="all")) as recording:
+        collector = Collector(recording)
+        for sample, folder in enumerate((first, second, first)):
+            if sample:
+                reload(moe, folder)
+            moe.llm.generate([{"prompt_token_ids": [5, 6]}], SamplingParams(max_tokens=1), use_tqdm=False)
+            params = recording.mark(SamplingParams(max_tokens=3, temperature=0.0), sample)
+            (output,) = moe.llm.generate([{"prompt_token_ids": [7, 8, 9]}], params, use_tqdm=False)
+            moe.llm.generate([{"prompt_token_ids": [5, 6]}], SamplingParams(max_tokens=1), use_tqdm=False)
+            collector.take()
+            result = collector.result(sample, output)
+            assert {layer: routing.bias for layer, routing in result.routing.items()} == biases(folder)
+            check_followed(result)

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from typing import Any, Final, NamedTuple, TypeVar
 
 from vllm_tap.client.bounds import at_the_end, room_of
@@ -22,7 +23,7 @@ from vllm_tap.client.recording import Recording, default_budget_bytes
 from vllm_tap.client.replies import expect, explain, not_loaded
 from vllm_tap.client.result import Capture
 from vllm_tap.client.room import Room
-from vllm_tap.errors import PluginNotLoadedError, TapError
+from vllm_tap.errors import CaptureError, PluginNotLoadedError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.spec import Spec, takes_generated
 from vllm_tap.vllm import asynchronous
@@ -37,6 +38,9 @@ SHARE: Final = 8
 
 MOST_LATE_S: Final = 0.05
 """Seconds after which the rows of a request that was left are let go of, if nobody has had rows taken by then."""
+
+POLL_S: Final = 0.25
+"""Seconds between two tries to begin a capture for which there is no place yet."""
 
 
 async def connect_async(llm: Any) -> Connection:
@@ -140,10 +144,30 @@ class Request:
 
 
 class Live:
-    """A capture under way, as long as requests use it."""
+    """A capture under way, as long as requests use it, and for a while after.
 
-    def __init__(self, connection: Connection, spec: Spec, options: dict[str, Any], tasks: Tasks) -> None:
+    Args:
+        connection: To the workers.
+        spec: What is captured.
+        options: As `Recording` takes them.
+        tasks: Runs what goes on when nobody waits for it.
+        after: Captures that are to have ended before this one begins.
+        patience_s: Seconds for which it waits for a place where the engine has none left.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        spec: Spec,
+        options: dict[str, Any],
+        tasks: Tasks,
+        after: Collection[asyncio.Task[None]] = (),
+        patience_s: float = 0.0,
+    ) -> None:
         self.spec, self.num_users, self.error = spec, 0, None
+        self.idle_since = 0.0
+        self._ending: asyncio.TimerHandle | None = None
+        self._has_ended = False
         self._connection, self._tasks = connection, tasks
         self._lock = threading.Lock()
         self._wishes: list[_Wish] = []
@@ -154,11 +178,25 @@ class Live:
         self.budget_bytes = budget or default_budget_bytes()
         self.room = Room(None if on_full == "fail" else room_of(self.budget_bytes, on_full))
         self._dropped: list[int] = []  # samples of which the workers may have rows yet
-        self._starting = tasks.run(asyncio.to_thread(self._start))
+        self._starting = tasks.run(self._begin(after, patience_s))
 
     error: BaseException | None
     recording: Recording
     row_bytes: int
+
+    async def _begin(self, after: Collection[asyncio.Task[None]], patience_s: float) -> None:
+        if after:
+            await asyncio.wait(after)
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                await asyncio.to_thread(self._start)
+            except CaptureError as error:
+                if "places" not in error.identity or time.monotonic() > end:
+                    raise
+            else:
+                return
+            await asyncio.sleep(POLL_S)
 
     def _start(self) -> None:
         if self._connection.may_change:
@@ -175,9 +213,21 @@ class Live:
         """
         try:
             await asyncio.shield(self._starting)
-        except TapError as error:
+        except Exception as error:
             self.error = error
             raise
+
+    def use(self) -> None:
+        """Take note of one more request."""
+        self.num_users += 1
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+
+    def end_later(self, seconds: float, end: Callable[[Live], None]) -> None:
+        """Have it ended when so many seconds have gone by without a request."""
+        self.idle_since = time.monotonic()
+        self._ending = asyncio.get_running_loop().call_later(seconds, end, self)
 
     def new_sample(self) -> int:
         """Return a number that no other request has."""
@@ -235,11 +285,14 @@ class Live:
 
     def _take_dropped(self) -> None:
         """Have rows taken where nobody has since; not when the capture ends, and they go with it."""
-        if self._dropped and self.error is None and self.num_users:
+        if self._dropped and self.error is None and not self._has_ended:
             self._tasks.run(self.ask(lambda collector: None))
 
     async def close(self) -> None:
         """End the capture."""
+        self._has_ended = True
+        if self._ending is not None:
+            self._ending.cancel()
         with contextlib.suppress(TapError):
             await asyncio.shield(self._starting)
             try:
@@ -307,24 +360,33 @@ class Lives:
 
     Args:
         connection: To the workers.
+        linger_s: Seconds for which a capture stays when its last request has ended: to begin one takes steps' time. It
+            ends before that where another needs its place.
+        most: Captures that there is a place for; without it, as many as the engine begins.
         **options: As `Recording` takes them.
     """
 
-    def __init__(self, connection: Connection, **options: Any) -> None:
+    def __init__(
+        self, connection: Connection, *, linger_s: float = 0.0, most: int = sys.maxsize, **options: Any
+    ) -> None:
         self.connection, self._options = connection, options
+        self._linger_s, self._most = linger_s, most
         self._by_spec: dict[Spec, Live] = {}
         self.tasks = Tasks()
         self._closing: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._by_spec)
+        """Return how many captures requests use."""
+        return sum(spec in self for spec in self._by_spec)
 
     async def idle(self) -> None:
-        """Wait until captures that nobody uses have ended."""
+        """Wait until captures that are to end have ended."""
         await asyncio.shield(asyncio.gather(*self._closing, return_exceptions=True))
 
     def __contains__(self, spec: object) -> bool:
-        return spec in self._by_spec
+        """Tell whether requests use a capture of a Spec."""
+        live = self._by_spec.get(spec)  # type: ignore[call-overload]
+        return live is not None and live.num_users > 0 and live.error is None
 
     @contextlib.asynccontextmanager
     async def request(self, spec: Spec, params: Any) -> AsyncIterator[Request]:
@@ -333,10 +395,8 @@ class Lives:
         Raises:
             TapError: It cannot be captured.
         """
-        live = self._by_spec.get(spec)
-        if live is None or live.error is not None:
-            live = self._by_spec[spec] = Live(self.connection, spec, self._options, self.tasks)
-        live.num_users += 1
+        live = self._of(spec)
+        live.use()
         request = None
         try:
             await live.started()
@@ -346,10 +406,33 @@ class Lives:
             if request is not None:
                 live.drop(request)
             live.num_users -= 1
-            if not live.num_users or live.error is not None:
-                if self._by_spec.get(spec) is live:
-                    del self._by_spec[spec]
-                if not live.num_users:
-                    closing = self.tasks.run(live.close())
-                    self._closing.add(closing)
-                    closing.add_done_callback(self._closing.discard)
+            if not live.num_users:
+                if self._linger_s and live.error is None:
+                    live.end_later(self._linger_s, self._end)
+                else:
+                    self._end(live)
+
+    def _of(self, spec: Spec) -> Live:
+        """Return the capture of a Spec, which begins if there is none."""
+        live = self._by_spec.get(spec)
+        if live is not None and live.error is not None and not live.num_users:
+            self._end(live)
+        if live is None or live.error is not None:
+            after = self._make_place()
+            live = Live(self.connection, spec, self._options, self.tasks, after, self._linger_s)
+            self._by_spec[spec] = live
+        return live
+
+    def _make_place(self) -> Collection[asyncio.Task[None]]:
+        """Have captures end that nobody uses, if their places are needed; return what a new one is to wait for."""
+        idle = sorted((one for one in self._by_spec.values() if not one.num_users), key=lambda one: one.idle_since)
+        for live in idle[: max(0, len(self._by_spec) + 1 - self._most)]:
+            self._end(live)
+        return set(self._closing) if len(self._by_spec) + len(self._closing) >= self._most else ()
+
+    def _end(self, live: Live) -> None:
+        if self._by_spec.get(live.spec) is live:
+            del self._by_spec[live.spec]
+        closing = self.tasks.run(live.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)

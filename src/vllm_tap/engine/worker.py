@@ -172,7 +172,7 @@ class TapWorker(vllm_runner.StepListener):
             self._taps.end_pass()
 
     def _note_routers(self, session: Session) -> None:
-        """Before the first step of a capture, when the weights are those that it runs with."""
+        """Before a step from which on all rows of a capture come, when the weights are those that it runs with."""
         session.is_new = False
         try:
             assert self._taps is not None

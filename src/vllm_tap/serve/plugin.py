@@ -51,7 +51,13 @@ class TapEndpoints:
             logger.warning("vllm-tap captures nothing in this server: %s", error)
             return
         metrics, results = Metrics(), Results(given)
-        lives = Lives(connection, budget_bytes=given.budget_bytes, on_full="wait")
+        lives = Lives(
+            connection,
+            linger_s=settings.LINGER_S,
+            most=given.max_specs,
+            budget_bytes=given.budget_bytes,
+            on_full="wait",
+        )
         Captures(engine_client, lives, results, given, metrics)
         keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
         peers = Peers(results, connection.addresses, asyncio.get_running_loop())

@@ -14,6 +14,9 @@ from vllm_tap.spec import Spec
 KEY: Final = "vllm_tap_serve"
 """Entry of vLLM's `additional_config`."""
 
+LINGER_S: Final = 5.0
+"""Seconds for which a capture stays that no request uses: the next one of its Spec then finds it under way."""
+
 FILED: Final = {"hidden_states", "embeddings"}
 """Streams that go into files."""
 

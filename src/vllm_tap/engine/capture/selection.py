@@ -95,6 +95,9 @@ class Selector:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def select(self, batch: Batch) -> Selection | None:
         """Choose the rows of a step that are asked for, or None when there are none.
 

@@ -58,7 +58,7 @@ class Session:
         self.start, self.rank, self.streams = start, rank, tuple(streams)
         self.client = start.clients.get(rank, 0)
         self.num_rows = 0
-        self.is_new = True  # no step has run since it began
+        self.is_new = True  # all rows that are not taken yet come from the next step on
         self.biases: torch.Tensor | None = None  # of routers, when its first step ran
         self.error: TapError | None = None
         self.account = account
@@ -97,6 +97,7 @@ class Session:
         if mark.capture_id != self.start.capture_id or request_id in self._selector:
             return
         positions = self._positions_of(mark)
+        self.is_new = self.is_new or not (self._selector or self._blocks)
         self._selector.add(request_id, self._first_request + len(self._table), prompt_len, positions)
         self._table.append(messages.Request(request_id, mark.sample, completion_of(request_id, mark.num_completions)))
         # A rank without a layer of this capture ships nothing, not even labels.

@@ -136,7 +136,7 @@ class DeviceRows(Rows[DeviceGroup]):
             EngineUnsupportedError: There are taps for which there is none.
         """
         if len(self.groups) == len(self._places):
-            raise CaptureError(FULL.format(len(self._places)))
+            raise CaptureError(FULL.format(len(self._places)), places=len(self._places))
         num_taps = max(indices, default=self.first_tap) - self.first_tap + 1
         if num_taps > len(self.tables.table):
             raise EngineUnsupportedError(
