@@ -102,7 +102,8 @@ class Load:
         given = {
             "backend": "vllm-tap", "base_url": server.url.removesuffix("/v1"),
             "model": str(self._model), "served_model_name": "model", "dataset_name": "random", "seed": seed,
-            "random_input_len": options.input, "random_output_len": options.output, "num_prompts": options.requests,
+            "random_input_len": options.input, "random_output_len": options.output,
+            "random_range_ratio": options.spread, "num_prompts": options.requests,
             "max_concurrency": options.at_a_time, "temperature": 0, "ready_check_timeout_sec": 0,
         }  # fmt: skip
         arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--at-a-time", type=int, default=16)
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens to generate for it")
+    parser.add_argument("--spread", type=float, default=0.5, help="part of these two by which requests differ from them")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -263,7 +265,7 @@ def main() -> None:
         "machine": {**describe_machine(), "vllm": vllm.__version__, "devices": describe_devices()},
         "model": model.name,
         "rounds": len(rows[0]["all_requests_per_s"]),
-        **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output")},
+        **{name: getattr(options, name) for name in ("requests", "at_a_time", "input", "output", "spread")},
         "rows": rows,
     }
     if options.out:
