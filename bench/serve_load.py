@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--at-a-time", type=int, default=16)
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens to generate for it")
-    parser.add_argument("--spread", type=float, default=0.5, help="part of these two by which requests differ from them")
+    parser.add_argument("--spread", type=float, default=0.5, help="part of these by which requests differ")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from vllm_tap.engine.cuda import sink as device_sink
 from vllm_tap.engine.cuda.profile import DmaProfile
 from vllm_tap.engine.cuda.ring import Ring
 from vllm_tap.engine.cuda.slab import LINGER_SECONDS
+from vllm_tap.errors import CaptureError
 from vllm_tap.frame import layout as blocks
 
 
@@ -68,6 +71,37 @@ def test_steps_go_on_while_rows_are_taken(
     for each in others:
         engine.finish(each)
     assert cuda.conflicts == []
+
+
+def test_taps_may_have_counted_later_steps_when_their_counts_arrive(
+    cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the counts waits for large ones before it, and steps go on; not for more than were launched."""
+    late: list[Callable[[], None]] = []
+    copy_now = device_group.driver.memcpy_dtoh
+    monkeypatch.setattr(
+        device_group.driver, "memcpy_dtoh", lambda *copy: late.append(functools.partial(copy_now, *copy))
+    )
+    engine = Engine(cuda, LLAMA)
+    session = engine.start("staged")
+
+    def arrive() -> None:
+        while late:
+            late.pop()()
+
+    for num_later in (1, 0, 3):
+        engine.step(session, STEPS[0])
+        end = engine.take(session)
+        for step in STEPS[1 : 1 + num_later]:
+            engine.step(session, step)
+        arrive()
+        end()
+    engine.step(session, STEPS[0])
+    end = engine.take(session)
+    session._sink._num_steps -= 1
+    arrive()
+    with pytest.raises(CaptureError, match="another number of steps"):
+        end()
 
 
 @pytest.mark.parametrize("places", [LLAMA, BLOCKS, ROUTER], ids=["llama", "blocks", "router"])

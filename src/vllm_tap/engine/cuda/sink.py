@@ -335,10 +335,12 @@ class DeviceSink:
         return Settling(wait, lambda: self._check(num_steps))
 
     def _check(self, num_steps: int) -> None:
-        """Make sure that every tap has counted so many steps, or more where counts were asked for again."""
+        """Make sure that every tap has counted so many steps, or some of those more that were launched since.
+
+        Steps that follow do not wait for the copy of the counts. Nobody launches one meanwhile.
+        """
         seen = {place: int(self._seen[place - self._rows.first_tap]) for place in self._place_of}
-        is_last = self._num_counted == num_steps
-        silent = [place for place, count in seen.items() if count < num_steps or (is_last and count > num_steps)]
+        silent = [place for place, count in seen.items() if not num_steps <= count <= self._num_steps]
         if silent:
             tap = REGISTRY[silent[0]]
             raise CaptureError(
