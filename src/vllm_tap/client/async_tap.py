@@ -249,7 +249,7 @@ class AsyncTap:
                                 await ready.put(item)
                             await ready.put(request)
                         except BaseException:
-                            await request.left()
+                            request.left()
                             raise
                 await ready.put(None)
             except Exception as error:
@@ -265,7 +265,7 @@ class AsyncTap:
                         finally:
                             del item  # which has this frame in its traceback
                     if isinstance(item, Request):  # all that came of it has been read
-                        await item.left()
+                        item.left()
                     else:
                         yield item
         finally:
@@ -274,7 +274,7 @@ class AsyncTap:
             await asyncio.gather(*workers, return_exceptions=True)
             while not ready.empty():
                 if isinstance(item := ready.get_nowait(), Request):
-                    await item.left()
+                    item.left()
             await lives.idle()
 
     async def _connected(self) -> Lives:

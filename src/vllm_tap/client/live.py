@@ -90,9 +90,10 @@ class Request:
         self._live = live
         self.sample = live.new_sample()
         self.params = live.recording.mark(params, self.sample)
+        self._is_whole = live.spec.needs_end or live.spec.reduce is not None
         self._most_bytes = 0  # of its rows, for which it has taken room
         self._sent = 0  # rows of positions before have been handed out
-        self._rests_until = time.monotonic() + REST_S
+        self._rests_until = 0.0
 
     async def begin(self, most_rows: int) -> None:
         """Wait for room for so many rows."""
@@ -100,15 +101,26 @@ class Request:
         await self._live.room.enter(nbytes)
         self._most_bytes = nbytes
 
-    async def left(self) -> None:
+    def left(self) -> None:
         """Give the room back: the reader has what came of the request, or none wants it."""
         nbytes, self._most_bytes = self._most_bytes, 0
         if nbytes:
-            await self._live.room.leave(nbytes)
+            self._live.room.leave(nbytes)
+
+    @property
+    def has_all(self) -> bool:
+        """Whether all rows have been handed out, or are about to be: those of a prompt are when a token follows it."""
+        return self._sent > 0 and not takes_generated(self._live.spec.positions)
 
     def is_due(self, tokens: asynchronous.Tokens) -> bool:
         """Tell whether `rows` is to be called though nobody waits for them: those of a while cost as much as one."""
-        if tokens.finished or time.monotonic() > self._rests_until:
+        if self.has_all or tokens.finished or self._is_whole or not tokens.outputs:
+            return tokens.finished
+        if not takes_generated(self._live.spec.positions):
+            return True
+        now = time.monotonic()
+        self._rests_until = self._rests_until or now + REST_S
+        if now > self._rests_until:
             return True
         num_rows = len(tokens.prompt_token_ids) + sum(len(one.token_ids) for one in tokens.outputs) - self._sent
         return num_rows * self._live.row_bytes * self._live.num_users * SHARE > self._live.budget_bytes
@@ -122,10 +134,8 @@ class Request:
         completions = tokens.outputs
         generated = len(completions[0].token_ids) if completions else 0
         end = len(tokens.prompt_token_ids) + generated - 1
-        spec = self._live.spec
-        has_all = self._sent > 0 and not takes_generated(spec.positions)
-        waits = spec.needs_end or spec.reduce is not None
-        if not generated or (not tokens.finished and (waits or has_all or end <= self._sent)):
+        has_all = self.has_all
+        if not generated or (not tokens.finished and (self._is_whole or has_all or end <= self._sent)):
             return None
         begin, self._sent = self._sent, end
         self._rests_until = time.monotonic() + REST_S

@@ -20,18 +20,16 @@ class Room:
     def __init__(self, budget_bytes: int | None) -> None:
         self._most = None if budget_bytes is None else budget_bytes // PART_OF_BUDGET
         self._used = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     async def enter(self, nbytes: int) -> None:
         """Wait until there is room for so many bytes, or nobody else has any."""
-        async with self._changed:
-            most = self._most
-            if most is not None:
-                await self._changed.wait_for(lambda: not self._used or self._used + nbytes <= most)
-            self._used += nbytes
+        while self._most is not None and self._used and self._used + nbytes > self._most:
+            await self._changed.wait()
+        self._used += nbytes
 
-    async def leave(self, nbytes: int) -> None:
+    def leave(self, nbytes: int) -> None:
         """Give bytes back."""
-        async with self._changed:
-            self._used -= nbytes
-            self._changed.notify_all()
+        self._used -= nbytes
+        self._changed.set()
+        self._changed = asyncio.Event()

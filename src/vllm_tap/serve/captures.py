@@ -15,7 +15,7 @@ from fastapi import HTTPException  # vLLM answers to this one as to its own erro
 
 from vllm_tap.client import missing
 from vllm_tap.client.expected_rows import num_rows
-from vllm_tap.client.live import Lives
+from vllm_tap.client.live import Lives, Tasks
 from vllm_tap.client.recording import resolve
 from vllm_tap.client.reduced import streams_made
 from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError
@@ -65,6 +65,7 @@ class Captures:
     def __init__(self, llm: Any, lives: Lives, results: Results, settings: Settings, metrics: Metrics) -> None:
         self._llm, self._lives, self._results, self._metrics = llm, lives, results, metrics
         self._settings, self._default = settings, settings.default_spec
+        self._tasks = Tasks()
         self._generate = llm.generate
         llm.generate = self.generate
 
@@ -82,7 +83,7 @@ class Captures:
         call = current.get() or Call("", "")
         if call.reply is None:
             call.reply = self._open(call, request_id, spec, sampling_params)
-        running = Running(call.reply, sampling_params, self._metrics)
+        running = Running(call.reply, sampling_params, self._metrics, self._tasks)
         most_rows = _most_rows(spec, len(prompt["prompt_token_ids"]), sampling_params)
 
         def start(params: Any) -> AsyncGenerator[Any, None]:
@@ -182,7 +183,7 @@ class Captures:
             async with contextlib.AsyncExitStack() as stack:
                 try:
                     request = await stack.enter_async_context(self._lives.request(spec, params))
-                    stack.push_async_callback(request.left)
+                    stack.callback(request.left)
                     await request.begin(most_rows)
                 except TapError as error:
                     running.error = str(error)

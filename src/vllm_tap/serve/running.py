@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
+from vllm_tap.client.live import Tasks
 from vllm_tap.errors import TapError
 from vllm_tap.serve.metrics import Metrics
 from vllm_tap.serve.reply import ABORTED, Replies
 from vllm_tap.vllm.asynchronous import Tokens, is_delta
+
+logger = logging.getLogger("vllm_tap")
 
 
 class Running:
@@ -17,17 +22,19 @@ class Running:
         reply: Of the HTTP request.
         params: Sampling parameters.
         metrics: Count what becomes of it.
+        tasks: Run what goes on beside the tokens.
 
     Attributes:
         error: Sentence on what keeps its rows from the client.
     """
 
-    def __init__(self, reply: Replies, params: Any, metrics: Metrics) -> None:
-        self._reply, self._metrics = reply, metrics
+    def __init__(self, reply: Replies, params: Any, metrics: Metrics, tasks: Tasks) -> None:
+        self._reply, self._metrics, self._tasks = reply, metrics, tasks
         self._number = reply.expect()
         self._tokens = Tokens(is_delta(params))
         self._is_one = (params.n or 1) == 1
-        self._has_begun = self._has_ended = False
+        self._taking: asyncio.Task[None] | None = None
+        self._has_begun = self._has_ended = self._has_all = False
         self.error = ""
 
     def begin(self) -> None:
@@ -36,32 +43,46 @@ class Running:
         self._metrics.requests.inc()
 
     async def take(self, request: Any, output: Any) -> None:
-        """Take an output, and the rows that there are; the last one gets the handle of the reply."""
-        self._tokens.add(output)
-        if not self.error:
-            self.error = await self._take(request)
-        if output.finished:
-            self._has_ended = True
-            self.error = self._reply.end(self._number, self._tokens, self.error)
-            (self._metrics.failures if self.error else self._metrics.completed).inc()
-            output.kv_transfer_params = {**(output.kv_transfer_params or {}), **self._reply.fields}
+        """Take an output, and the rows that there are; the last one gets the handle of the reply.
 
-    async def _take(self, request: Any) -> str:
-        """Put rows that there are into the reply; return what kept them from it."""
+        Tokens wait for no rows but the last.
+        """
+        self._tokens.add(output)
+        if not output.finished:
+            if self._wants_rows(request):
+                self._taking = self._tasks.run(self._take(request, self._tokens.copy()))
+            return
+        if self._taking is not None:
+            await asyncio.shield(self._taking)
+        if not (self.error or self._has_all):
+            await self._take(request, self._tokens)
+        self._has_ended = True
+        self.error = self._reply.end(self._number, self._tokens, self.error)
+        (self._metrics.failures if self.error else self._metrics.completed).inc()
+        output.kv_transfer_params = {**(output.kv_transfer_params or {}), **self._reply.fields}
+
+    def _wants_rows(self, request: Any) -> bool:
+        if self._taking is not None or self.error or self._has_all or not self._is_one:
+            return False
+        return self._reply.has_readers or bool(request.is_due(self._tokens))
+
+    async def _take(self, request: Any, tokens: Tokens) -> None:
+        """Put rows that there are into the reply, or keep what kept them from it."""
         try:
-            captured = None
-            if not self._is_one:
-                captured = await request.result(self._tokens) if self._tokens.finished else None
-            elif self._reply.has_readers or request.is_due(self._tokens):
-                captured = await request.rows(self._tokens)
+            captured = await (request.rows(tokens) if self._is_one else request.result(tokens))
             if captured is not None:
-                await request.left()
-                num_rows, num_bytes = await self._reply.add(self._number, captured, self._tokens.finished)
+                request.left()
+                self._has_all = tokens.finished or request.has_all
+                num_rows, num_bytes = await self._reply.add(self._number, captured, self._has_all)
                 self._metrics.rows.inc(num_rows)
                 self._metrics.bytes.inc(num_bytes)
         except TapError as error:
-            return str(error)
-        return ""
+            self.error = self.error or str(error)
+        except Exception as error:
+            logger.exception("vllm-tap: rows of a request were lost")
+            self.error = self.error or f"unexpected {type(error).__name__}: {error}"
+        finally:
+            self._taking = None
 
     def leave(self) -> None:
         """End what has not ended: the client left, or the request failed."""

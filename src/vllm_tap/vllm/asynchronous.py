@@ -50,6 +50,16 @@ class Tokens:
                 completion.token_ids.clear()
             completion.token_ids.extend(one.token_ids)
 
+    def copy(self) -> Tokens:
+        """Return the tokens that are known now, for another thread."""
+        copied = Tokens(self._is_delta)
+        copied.request_id, copied.finished = self.request_id, self.finished
+        copied.prompt_token_ids = self.prompt_token_ids
+        copied._completions = {
+            index: Completion(index, list(one.token_ids)) for index, one in self._completions.items()
+        }
+        return copied
+
     @property
     def outputs(self) -> list[Completion]:
         """The completions, ascending."""

@@ -30,7 +30,7 @@ def test_requests_wait_until_others_have_left() -> None:
             assert running <= 100 or running == nbytes
             await asyncio.sleep(0)
             running -= nbytes
-            await room.leave(nbytes)
+            room.leave(nbytes)
 
         await asyncio.wait_for(asyncio.gather(*(request(n) for n in [40, 70, 30, 500, 10, 60, 100, 1] * 8)), 20)
         assert running == 0
@@ -48,7 +48,7 @@ def test_who_is_cancelled_while_it_waits_takes_nothing() -> None:
         waiting = [asyncio.create_task(room.enter(50)) for _ in range(2)]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        await room.leave(100)
+        room.leave(100)
         await asyncio.wait_for(waiting[1], 20)
         await asyncio.wait_for(room.enter(50), 20)
 

@@ -64,7 +64,7 @@ class Lives:
     async def _enter(self, num_rows: int) -> None:
         self.room.append(num_rows)
 
-    async def _leave(self) -> None:
+    def _leave(self) -> None:
         self.room.append(0)
 
     async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
