@@ -19,6 +19,7 @@ Nothing else stands between them. A reader refuses a body that ends without `end
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ KINDS: Final = ("begin", "rows", "choice", "error", "end")
 MAX_HEAD_BYTES: Final = 16 << 20
 MAX_DATA_BYTES: Final = 1 << 36
 
+JOINED_BYTES: Final = 1 << 16
+"""Smaller pieces are put together: to send each alone takes longer than to copy it."""
+
+Piece = bytes | memoryview
+"""Bytes of a body."""
+
 _PREFIX = struct.Struct("<4sIQ")
 _MAGIC = b"vtr1"
 
@@ -46,11 +53,40 @@ class Frame(NamedTuple):
     data: bytes
 
 
-def encode(kind: str, *data: bytes | memoryview, **head: Any) -> bytes:
+class Encoded:
+    """A frame as bytes in pieces: `bytes` of it puts them together.
+
+    Attributes:
+        pieces: Behind one another.
+    """
+
+    __slots__ = ("_num_bytes", "pieces")
+
+    def __init__(self, *pieces: Piece) -> None:
+        self.pieces = pieces
+        self._num_bytes = sum(map(len, pieces))
+
+    def __len__(self) -> int:
+        return self._num_bytes
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+def encode(kind: str, *data: Piece, **head: Any) -> bytes:
     """Return a frame as bytes: of a head in plain values, and data behind one another, which are copied once."""
+    return bytes(encode_around(kind, *data, **head))
+
+
+def encode_around(kind: str, *data: Piece, **head: Any) -> Encoded:
+    """Return a frame whose large data, of one byte an element, are not copied: nobody may change them any more."""
     text = msgspec.json.encode({"kind": kind, **head})
-    num_data = sum(memoryview(piece).nbytes for piece in data)
-    return b"".join([_PREFIX.pack(_MAGIC, len(text), num_data), text, *data])
+    prefix = _PREFIX.pack(_MAGIC, len(text), sum(map(len, data)))
+    pieces: list[Piece] = []
+    for is_small, some in itertools.groupby((prefix, text, *data), lambda piece: len(piece) < JOINED_BYTES):
+        alike = list(some)
+        pieces += [b"".join(alike)] if is_small else alike
+    return Encoded(*pieces)
 
 
 class Reader:
@@ -60,7 +96,7 @@ class Reader:
         self._pending = bytearray()
         self.has_ended = False
 
-    def feed(self, piece: bytes) -> Iterator[Frame]:
+    def feed(self, piece: Piece) -> Iterator[Frame]:
         """Yield the frames that are complete now.
 
         Raises:

@@ -20,6 +20,9 @@ LEAST_BYTES: Final = 1 << 10
 """Frames of less data go as they are."""
 
 
+Pieces = AsyncIterator[body.Piece]
+
+
 class UnsatisfiableError(ValueError):
     """A range of bytes that a body does not have."""
 
@@ -44,7 +47,7 @@ def byte_range(header: str, total: int) -> tuple[int, int] | None:
     return begin, end
 
 
-async def cut(pieces: AsyncIterator[bytes], begin: int, end: int) -> AsyncIterator[bytes]:
+async def cut(pieces: Pieces, begin: int, end: int) -> Pieces:
     """Yield a range of the bytes of pieces behind one another."""
     at = 0
     async for piece in pieces:
@@ -77,20 +80,20 @@ def _weight(parts: list[str]) -> float:
     return 1.0
 
 
-async def encoded(frames: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+async def encoded(pieces: Pieces, name: str) -> AsyncIterator[bytes]:
     """Yield frames in a content coding of ours: their data are encoded by a codec."""
-    encode = _encoder(name.removeprefix(OURS))
-    async for frame in frames:
-        yield await asyncio.to_thread(encode, frame)
+    encode, reader = _encoder(name.removeprefix(OURS)), body.Reader()
+    async for piece in pieces:
+        for frame in await asyncio.to_thread(list, reader.feed(piece)):
+            yield await asyncio.to_thread(encode, frame)
 
 
-def _encoder(name: str) -> Callable[[bytes], bytes]:
+def _encoder(name: str) -> Callable[[body.Frame], bytes]:
     encoder = codec.get(name)
 
-    def encode(piece: bytes) -> bytes:
-        (frame,) = body.Reader().feed(piece)
+    def encode(frame: body.Frame) -> bytes:
         if len(frame.data) < LEAST_BYTES:
-            return piece
+            return body.encode(frame.head.pop("kind"), frame.data, **frame.head)
         itemsize = _itemsize(frame.head)
         data = encoder.encode(memoryview(frame.data), itemsize)
         head = {**frame.head, "codec": [name, len(frame.data), itemsize]}

@@ -32,14 +32,14 @@ class Plane(NamedTuple):
     pieces: list[bytes]
 
 
-def planes(frames: Iterable[bytes]) -> dict[tuple[int, int, str, int], Plane]:
+def planes(pieces: Iterable[body.Piece]) -> dict[tuple[int, int, str, int], Plane]:
     """Return the tensors of a result by prompt, completion, stream and layer; labels are streams of layer -1.
 
     Raises:
         LookupError: The result ended early.
     """
     found: dict[tuple[int, int, str, int], Plane] = {}
-    for head, data in body.frames(b"".join(frames)):
+    for head, data in body.frames(b"".join(pieces)):
         if head["kind"] == "error":
             raise LookupError(f"these rows ended early: {head['message']}")
         if head["kind"] != "rows":
@@ -65,7 +65,7 @@ def _pieces(head: dict[str, Any], data: bytes) -> Iterator[tuple[tuple[str, int]
         begin = end
 
 
-def safetensors(frames: Sequence[bytes], _: Choice) -> bytes:
+def safetensors(frames: Sequence[body.Piece], _: Choice) -> bytes:
     """Return a safetensors file of all choices: `<prompt>.<completion>.<stream>.<layer>`, `....positions` and so on."""
     header: dict[str, Any] = {}
     pieces: list[bytes] = []
@@ -80,7 +80,7 @@ def safetensors(frames: Sequence[bytes], _: Choice) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, *pieces])
 
 
-def npy(frames: Sequence[bytes], choice: Choice) -> bytes:
+def npy(frames: Sequence[body.Piece], choice: Choice) -> bytes:
     """Return a numpy file of one layer of one choice; bfloat16 comes as float32, without loss.
 
     Raises:
@@ -100,7 +100,7 @@ def npy(frames: Sequence[bytes], choice: Choice) -> bytes:
     return file.getvalue()
 
 
-def _places(frames: Sequence[bytes], choice: Choice) -> Iterator[tuple[int, int, str, int]]:
+def _places(frames: Sequence[body.Piece], choice: Choice) -> Iterator[tuple[int, int, str, int]]:
     """Yield where a choice may lie: labels have no layer, and negative layers count from the last one."""
     yield choice.prompt, choice.completion, choice.stream, -1
     (begin,) = body.Reader().feed(frames[0])
@@ -108,4 +108,4 @@ def _places(frames: Sequence[bytes], choice: Choice) -> Iterator[tuple[int, int,
     yield choice.prompt, choice.completion, choice.stream, choice.layer + num_layers
 
 
-NAMES: Final[dict[str, Callable[[Sequence[bytes], Choice], bytes]]] = {"safetensors": safetensors, "npy": npy}
+NAMES: Final[dict[str, Callable[[Sequence[body.Piece], Choice], bytes]]] = {"safetensors": safetensors, "npy": npy}

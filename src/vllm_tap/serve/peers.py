@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from vllm_tap.errors import TapError
-from vllm_tap.serve.results import Results
+from vllm_tap.serve.results import Frame, Results
 from vllm_tap.transport.calls import Caller, CallServer
 
 POLL_S: Final = 0.02
@@ -143,7 +143,7 @@ class Peers:
         has_ended = result.has_ended  # before the frames are looked at
         frames = result.frames[min(question.begin, len(result.frames) - has_ended) :]
         num = _fitting(frames)
-        return Answer(True, frames[:num], has_ended and num == len(frames))
+        return Answer(True, [bytes(frame) for frame in frames[:num]], has_ended and num == len(frames))
 
     async def _delete(self, question: Question) -> bool:
         return self._results.delete(question.key, question.name)
@@ -185,7 +185,7 @@ async def _ask(caller: Caller, question: Search | Question, otherwise: T) -> T:
         return otherwise
 
 
-def _fitting(frames: list[bytes]) -> int:
+def _fitting(frames: Sequence[Frame]) -> int:
     """Return how many of these frames go into a reply."""
     num_bytes = 0
     for number, frame in enumerate(frames):

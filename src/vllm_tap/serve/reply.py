@@ -115,7 +115,7 @@ class Reply:
 
     def _rows(
         self, prompt: int, completion: int, captured: Capture, number: int, finished: bool
-    ) -> tuple[bytes, list[int]]:
+    ) -> tuple[body.Encoded, list[int]]:
         start, stop = (int(bound) for bound in captured.sequences.wanted_starts[number : number + 2])
         flat = captured.sequences.wanted[start:stop]
         _, positions = captured.sequences.position_of(flat)
@@ -129,7 +129,7 @@ class Reply:
                 planes.append((stream, layer, dtype, width))
                 pieces.append(bytes_of(rows).data)
                 self.handle["dtype"][stream], self.handle["width"][stream] = dtype, width
-        frame = body.encode(
+        frame = body.encode_around(
             "rows",
             *pieces,
             prompt=prompt,
@@ -182,7 +182,7 @@ class Reply:
         """Put a small result into the reply. Whoever chose a name may still read it; else it is not kept."""
         if (self.result.total_bytes or 0) > self._inline_bytes:
             return
-        self.handle["data"] = base64.b64encode(b"".join(self.result.frames)).decode()
+        self.handle["data"] = base64.b64encode(b"".join(map(bytes, self.result.frames))).decode()
         if not self.result.is_named:
             del self.handle["href"]
             self._results.delete(self.result.key, self.result.id)

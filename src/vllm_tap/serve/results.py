@@ -19,6 +19,8 @@ MARGIN_S: Final = 0.05
 ASKS_S: Final = 1.0
 """Seconds within which another process that reads a result asks for frames again, many times over."""
 
+Frame = bytes | body.Encoded
+
 
 class Result:
     """Rows of one HTTP request.
@@ -27,7 +29,7 @@ class Result:
         id: Random; whoever has it and the API key may read.
         names: Other names of it, such as the X-Request-Id that the client chose.
         is_named: Whether its client chose a name.
-        frames: What there is; no frame changes.
+        frames: What there is, each encoded; none changes.
         asked: When another process asked for frames.
     """
 
@@ -35,7 +37,7 @@ class Result:
         self.key, self.is_named = key, is_named
         self.id = f"tap-{secrets.token_urlsafe(18)}"
         self.names = list(names)
-        self.frames: list[bytes] = []
+        self.frames: list[Frame] = []
         self.num_bytes = 0
         self.has_ended = False
         self.expires: float | None = None
@@ -58,17 +60,19 @@ class Result:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def read(self) -> AsyncGenerator[bytes, None]:
-        """Yield all frames, as they come, to the end."""
+    async def read(self) -> AsyncGenerator[body.Piece, None]:
+        """Yield all frames, as they come, to the end, in pieces."""
         self._num_readers += 1
         try:
             async for frame in self._read():
-                yield frame
+                for piece in frame.pieces if isinstance(frame, body.Encoded) else (frame,):
+                    yield piece
         finally:
             self._num_readers -= 1
 
-    async def _read(self) -> AsyncIterator[bytes]:
-        number, sent = 0, b""
+    async def _read(self) -> AsyncIterator[Frame]:
+        number = 0
+        sent: Frame = b""
         while True:
             changed = self._changed
             while number < len(self.frames):
@@ -133,7 +137,7 @@ class Results:
         """Return what `find` does, in any thread."""
         return self._by_name.get((key, name))
 
-    def add(self, result: Result, frame: bytes) -> None:
+    def add(self, result: Result, frame: Frame) -> None:
         """Add a frame.
 
         Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from fastapi import APIRouter, HTTPException, Request
@@ -96,7 +95,8 @@ def new_router(holder: Any) -> APIRouter:
         if result is None:
             raise _unknown(name)
         service.metrics.reads.inc()
-        total, pieces = result.total_bytes, result.read()
+        total = result.total_bytes
+        pieces: bodies.Pieces = result.read()
         if format == "frames":
             pieces = pieces if total is None else await _begun(pieces, name)
             if delete:
@@ -125,7 +125,7 @@ def new_router(holder: Any) -> APIRouter:
         service.metrics.deletes.inc(is_here)
         return is_here
 
-    async def sent(pieces: AsyncIterator[bytes], service: Service, request: Request, name: str) -> AsyncIterator[bytes]:
+    async def sent(pieces: bodies.Pieces, service: Service, request: Request, name: str) -> bodies.Pieces:
         """Yield pieces, and let go of the rows behind the last one; not where the reader has left."""
         async for piece in pieces:
             yield piece
@@ -137,24 +137,24 @@ def new_router(holder: Any) -> APIRouter:
     return router
 
 
-async def _begun(pieces: AsyncIterator[bytes], name: str) -> AsyncIterator[bytes]:
+async def _begun(pieces: bodies.Pieces, name: str) -> bodies.Pieces:
     """Return pieces of which the first one is there: the result may have gone since it was found."""
     async for first in pieces:
         return _chained(first, pieces)
     raise _unknown(name)
 
 
-async def _chained(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _chained(first: body.Piece, pieces: bodies.Pieces) -> bodies.Pieces:
     yield first
     async for piece in pieces:
         yield piece
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _once(data: bytes) -> bodies.Pieces:
     yield data
 
 
-async def _body(request: Request, pieces: AsyncIterator[bytes], total: int | None, is_framed: bool = False) -> Response:
+async def _body(request: Request, pieces: bodies.Pieces, total: int | None, is_framed: bool = False) -> Response:
     """Return the reply of a body: what the request wants of it.
 
     Args:

@@ -65,3 +65,15 @@ def test_a_changed_byte_is_read_or_refused(at: int, byte: int) -> None:
     changed[at] = byte
     with contextlib.suppress(TapError):
         body.frames(bytes(changed))
+
+
+def test_large_data_stay_where_they_are_and_small_ones_are_put_together() -> None:
+    """The bytes are those of any other frame."""
+    large, small = memoryview(bytes(body.JOINED_BYTES)), [memoryview(bytes([number] * 100)) for number in range(5)]
+    data = [*small[:2], large, *small[2:], large, large]
+    frame = body.encode_around("rows", *data, rows=1)
+    assert bytes(frame) == body.encode("rows", *data, rows=1)
+    assert len(frame) == len(bytes(frame))
+    assert [piece is large for piece in frame.pieces] == [False, True, False, True, True]
+    (read,) = body.Reader().feed(bytes(frame))
+    assert read.data == b"".join(data)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +43,8 @@ class Lives:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
         self.specs: list[Spec] = []
         self.num_asked = 0
+        self.is_due: Callable[[Any], bool] = lambda tokens: bool(tokens.finished)
+        self.blocked: asyncio.Event | None = None
         self.room: list[int] = []
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ class Lives:
         if self._start_error:
             raise self._start_error
         self.specs.append(spec)
-        request = SimpleNamespace(params=params, is_due=lambda tokens: tokens.finished, result=None)
+        request = SimpleNamespace(params=params, is_due=self.is_due, result=None, has_all=False)
         request.rows = lambda tokens: self._rows(spec, tokens)
         request.begin, request.left = self._enter, self._leave
         yield request
@@ -69,6 +71,8 @@ class Lives:
 
     async def _rows(self, spec: Spec, tokens: Any) -> Capture | None:
         self.num_asked += 1
+        if self.blocked is not None:
+            await self.blocked.wait()
         if self._error:
             raise self._error
         if not tokens.finished:
@@ -334,3 +338,32 @@ def test_what_fails_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(leave())
     assert server.counted() == {"requests": 1, "aborts": 1}
+
+
+@pytest.mark.parametrize("error", [None, TransportError("it broke"), RuntimeError("a fault")])
+def test_tokens_do_not_wait_for_rows_but_for_the_last(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """Rows that come meanwhile are asked for once at a time; what goes wrong with them is told at the end."""
+    lives = Lives(error)
+    lives.is_due = lambda tokens: True
+    server = Server(monkeypatch, lives)
+
+    async def run() -> Any:
+        lives.blocked = asyncio.Event()
+        captures.current.set(captures.Call("", ""))
+        params = SimpleNamespace(
+            extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="CUMULATIVE"), max_tokens=5
+        )
+        outputs = server.llm.generate(PROMPT, params, "cmpl-1-0")
+        first = await asyncio.wait_for(anext(outputs), 20)
+        assert not first.finished
+        last = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0.01)
+        assert lives.num_asked == 1
+        assert not last.done()
+        lives.blocked.set()
+        return (await asyncio.wait_for(last, 20)).kv_transfer_params["vllm_tap"]
+
+    handle = asyncio.run(run())
+    assert (str(error) in handle["error"]) if error else ("error" not in handle)
+    assert lives.num_asked == (1 if error else 2)
+    assert server.counted()["failures" if error else "completed"] == 1

@@ -39,7 +39,7 @@ def test_a_client_reads_the_row_that_was_captured(reduce: str, positions: Any) -
     asyncio.run(reply.add(reply.expect(), captured, True))
     assert not reply.end(0, output)
     reader = Samples()
-    for frame in body.Reader().feed(b"".join(frames)):
+    for frame in body.Reader().feed(b"".join(map(bytes, frames))):
         reader.add(frame)
     (sample,) = reader.samples()
     assert len(sample) == 1

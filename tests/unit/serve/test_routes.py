@@ -421,4 +421,4 @@ def test_what_ended_early_or_lacks_rows_is_told(processes: list[Process]) -> Non
         HttpTap("http://127.0.0.1:9").samples("x")
     with pytest.raises(SpecError, match="no codec 'gzip'"):
         HttpTap("http://127.0.0.1:9", codec="gzip")
-    assert body.frames(b"".join(reply.result.frames))[-1].head == {"kind": "end"}
+    assert body.frames(b"".join(map(bytes, reply.result.frames)))[-1].head == {"kind": "end"}
