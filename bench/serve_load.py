@@ -1,8 +1,8 @@
 """Requests per second and time between tokens of a server, with and without captures, by vLLM's own `vllm bench serve`.
 
 Two servers of one model, of which one works at a time: plain `vllm serve` without this package, and `vllm-tap serve`.
-In every round each arm sends the same prompts, in random order. The process that sends the requests reads the rows of
-captured ones to the end, beside requests that run, and has the server let go of them. Time runs until all are there.
+In every round each arm sends the same prompts, in random order. Two processes read the rows of captured requests to the
+end, beside requests that run, and have the server let go of them. Time runs until all are there.
 
 python bench/serve_load.py --model models/SmolLM2-135M-Instruct
 bash bench/gpu.sh python3 bench/serve_load.py --shape llama-8b --requests 256 --at-a-time 64 --output 128
@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import surroundings  # noqa: F401, I001
-import aiohttp
 import vllm
 from gpu_models import write_config, write_tokenizer
 from vllm.benchmarks import serve as vllm_bench
@@ -67,6 +66,9 @@ ON_GPU: dict[str, Any] = {
 
 ENDED = body.encode("end")
 """The last bytes of rows that are complete."""
+
+NUM_READERS = 2
+"""Processes that read rows."""
 
 
 class Arm(NamedTuple):
@@ -110,7 +112,7 @@ class Load:
         parsed = parser.parse_args([*arguments, "--ignore-eos", "--disable-tqdm"])
 
         async def whole() -> dict[str, Any]:
-            async with _Rows(arm) as rows:
+            async with _Rows(arm, server) as rows:
                 ASYNC_REQUEST_FUNCS["vllm-tap"] = rows.request
                 found = dict(await vllm_bench.main_async(parsed))
                 begin = time.monotonic()
@@ -138,19 +140,25 @@ class Load:
 
 
 class _Rows:
-    """Requests by vLLM's own function, of which some are captured, and tasks that read their rows."""
+    """Requests by vLLM's own function, of which some are captured, and processes that read their rows."""
 
-    def __init__(self, arm: Arm) -> None:
-        self._arm, self._numbers = arm, itertools.count()
+    def __init__(self, arm: Arm, server: Server) -> None:
+        self._arm, self._address, self._numbers = arm, server.url.split("/")[2], itertools.count()
         self._send = ASYNC_REQUEST_FUNCS["openai"]
+        self._readers: list[tuple[asyncio.subprocess.Process, asyncio.Lock]] = []
         self._reading: list[asyncio.Task[int]] = []
 
     async def __aenter__(self) -> _Rows:
-        self._session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, raise_for_status=True)
+        command = [sys.executable, str(Path(__file__).with_name("row_reader.py")), self._address, KEY, ENDED.hex()]
+        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+        for _ in range(NUM_READERS if self._arm.spec else 0):
+            self._readers.append((await asyncio.create_subprocess_exec(*command, **pipes), asyncio.Lock()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        for process, _ in self._readers:
+            process.stdin.close()
+            await process.wait()
 
     async def request(self, request_func_input: Any, session: Any, pbar: Any = None) -> Any:
         """Send a request."""
@@ -160,19 +168,18 @@ class _Rows:
         extra = HttpTap.extra_body(self._arm.spec)
         request_func_input.extra_body = {**(request_func_input.extra_body or {}), **extra}
         output = await self._send(request_func_input, session, pbar)
-        url = request_func_input.api_url.replace("completions", f"tap/rows/{request_func_input.request_id}")
-        self._reading.append(asyncio.create_task(self._read(url)))
+        self._reading.append(asyncio.create_task(self._read(request_func_input.request_id)))
         return output
 
-    async def _read(self, url: str) -> int:
-        """Return the bytes of a body, which has rows to the end."""
-        num_bytes, end = 0, b""
-        async with self._session.get(url, params={"delete": "true"}) as reply:
-            async for piece in reply.content.iter_any():
-                num_bytes, end = num_bytes + len(piece), (end + piece)[-2000:]
-        if not end.endswith(ENDED):
-            raise SystemExit(f"{self._arm.name}: no rows: {end!r}")
-        return num_bytes
+    async def _read(self, name: str) -> int:
+        """Have the rows of a request read; return their bytes."""
+        process, lock = self._readers[len(self._reading) % len(self._readers)]
+        async with lock:
+            process.stdin.write(f"/v1/tap/rows/{name}?delete=true\n".encode())
+            told = await process.stdout.readline()
+        if not told:
+            raise SystemExit(f"{self._arm.name}: rows could not be read")
+        return int(told)
 
     async def all(self) -> int:
         """Wait for all rows; return their bytes."""
