@@ -22,12 +22,13 @@ def simulate(worker: Any) -> None:
     from vllm_tap.engine.capture.session import Session
     from vllm_tap.engine.cuda import kernel, operator
     from vllm_tap.engine.cuda.backend import DeviceBackend
-    from vllm_tap.engine.model.tap import LIBRARY
+    from vllm_tap.engine.model import tap
     from vllm_tap.errors import CaptureError
 
     cuda = _for_ever.enter_context(simulated_cuda())
-    LIBRARY.impl("tap", operator._tap_cuda, "CPU", allow_override=True)
-    LIBRARY.impl("tap_experts", operator._tap_experts_cuda, "CPU", allow_override=True)
+    tap._is_called = lambda control: False
+    tap.LIBRARY.impl("tap", operator._tap_cuda, "CPU", allow_override=True)
+    tap.LIBRARY.impl("tap_experts", operator._tap_experts_cuda, "CPU", allow_override=True)
     worker.choose_backend = DeviceBackend
     kernel.LARGE_ROWS = 4  # a program of many rows takes the interpreter no longer than one of one row
     finish = Session.finish
