@@ -58,15 +58,16 @@ class Part:
         for first, end in itertools.pairwise([*firsts.tolist(), len(order)]):
             yield int(numbers[order[first]]), order[first:end]
 
-    def gather(self, stream: int, planes: IntArray, rows: IntArray) -> torch.Tensor:
-        """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D]."""
+    def gather(self, stream: int, planes: IntArray, rows: IntArray, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D], or one that lies together."""
         described = self.descriptor.streams[stream]
         places = self._places.at(rows)
         starts = self._memory.placed.streams[stream]
         index = places.numbers(starts, self._counts, planes[:, None], described.row_bytes).ravel()
         dtype = getattr(torch, described.dtype)
         blocks = np.tile(places.blocks, len(planes))
-        found = self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width)
+        flat = None if out is None else out.view(-1, described.width)
+        found = self._memory.gather(blocks, torch.from_numpy(index), dtype, described.width, flat)
         return found.view(len(planes), len(rows), described.width)
 
 
@@ -258,6 +259,11 @@ def _gather(pieces: Sequence[Piece], chosen: IntArray, stream: int, planes: IntA
     of_piece = np.searchsorted(firsts, chosen, "right") - 1
     for number, piece in enumerate(pieces):
         at = np.flatnonzero(of_piece == number)
-        if len(at):
-            rows = piece.part.gather(stream, planes, piece.rows[chosen[at] - firsts[number]])
-            out[:, torch.from_numpy(at)] = rows
+        if not len(at):
+            continue
+        rows = piece.rows[chosen[at] - firsts[number]]
+        target = out[:, at[0] : at[-1] + 1]
+        if target.shape[1] == len(at) and target.is_contiguous():
+            piece.part.gather(stream, planes, rows, target)
+        else:
+            out[:, torch.from_numpy(at)] = piece.part.gather(stream, planes, rows)

@@ -53,7 +53,9 @@ class LeftMemory:
     def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
         raise DatasetError(_LEFT)
 
-    def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
+    def gather(
+        self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         raise DatasetError(_LEFT)
 
     def write(self, folder: str, shards: Sequence[tuple[int, int]] = (), rows: IntArray = _NO_ROWS) -> messages.Write:

@@ -34,8 +34,13 @@ class RankMemory(Protocol):
     def view(self, block: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes of a block without a copy; the tensor keeps them."""
 
-    def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
-        """Return rows [R, width] by their numbers, counted in rows from the start of each block's region."""
+    def gather(
+        self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return rows [R, width] by their numbers, counted in rows from the start of each block's region.
+
+        They are copied into `out`, if it is given, which lies together.
+        """
 
 
 class _Regions:
@@ -51,9 +56,12 @@ class _Regions:
     def labels(self, num_rows: IntArray) -> npt.NDArray[np.int32]:
         return labels_of(self._region_of, self.placed.labels, num_rows, self._region)
 
-    def gather(self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:
+    def gather(
+        self, blocks: IntArray, index: torch.Tensor, dtype: torch.dtype, width: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         regions = self._region_of[blocks]
-        out = new_tensor(str(dtype).removeprefix("torch."), len(index), width)
+        if out is None:
+            out = new_tensor(str(dtype).removeprefix("torch."), len(index), width)
         for number in np.unique(regions):
             rows = self._rows(int(number), dtype, width)
             if (regions == number).all():
