@@ -93,7 +93,6 @@ class Request:
         self._is_whole = live.spec.needs_end or live.spec.reduce is not None
         self._most_bytes = 0  # of its rows, for which it has taken room
         self._sent = 0  # rows of positions before have been handed out
-        self._rests_until = 0.0
 
     async def begin(self, most_rows: int) -> None:
         """Wait for room for so many rows."""
@@ -112,16 +111,20 @@ class Request:
         """Whether all rows have been handed out, or are about to be: those of a prompt are when a token follows it."""
         return self._sent > 0 and not takes_generated(self._live.spec.positions)
 
-    def is_due(self, tokens: asynchronous.Tokens) -> bool:
-        """Tell whether `rows` is to be called though nobody waits for them: those of a while cost as much as one."""
-        if self.has_all or tokens.finished or self._is_whole or not tokens.outputs:
-            return tokens.finished
-        if not takes_generated(self._live.spec.positions):
-            return True
-        now = time.monotonic()
-        self._rests_until = self._rests_until or now + REST_S
-        if now > self._rests_until:
-            return True
+    def has_more(self, tokens: asynchronous.Tokens) -> bool:
+        """Tell whether `rows` may return some before the request has ended."""
+        return not (self.has_all or self._is_whole) and any(one.token_ids for one in tokens.outputs)
+
+    async def rest(self) -> None:
+        """Wait until rows are taken for others too, or for a while: those of a while cost as much as one."""
+        await self._live.rest()
+
+    def hurry(self) -> None:
+        """End the rest of all: somebody waits for rows."""
+        self._live.hurry()
+
+    def is_crowded(self, tokens: asynchronous.Tokens) -> bool:
+        """Tell whether the rows of this request, if others have as many, fill too much of the workers' memory."""
         num_rows = len(tokens.prompt_token_ids) + sum(len(one.token_ids) for one in tokens.outputs) - self._sent
         return num_rows * self._live.row_bytes * self._live.num_users * SHARE > self._live.budget_bytes
 
@@ -138,7 +141,6 @@ class Request:
         if not generated or (not tokens.finished and (self._is_whole or has_all or end <= self._sent)):
             return None
         begin, self._sent = self._sent, end
-        self._rests_until = time.monotonic() + REST_S
         result = await self._live.ask(
             lambda collector: collector.rows_until(self.sample, tokens, begin, end), takes=not has_all
         )
@@ -182,6 +184,7 @@ class Live:
         self._lock = threading.Lock()
         self._wishes: list[_Wish] = []
         self._asking: asyncio.Task[None] | None = None
+        self._rest: asyncio.Event | None = None
         self._numbers = itertools.count()
         on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
         self._options = {**options, "on_full": at_the_end(on_full)}
@@ -251,6 +254,8 @@ class Live:
         Raises:
             TapError: What ended the capture early, or what the function raises.
         """
+        if takes:
+            self.hurry()
         wish = _Wish(function, takes, asyncio.get_running_loop().create_future())
         self._wishes.append(wish)
         if self._asking is None or self._asking.done():
@@ -258,9 +263,23 @@ class Live:
         answer: T = await wish.answer
         return answer
 
+    async def rest(self) -> None:
+        """Wait until somebody asks, or for a while, which begins with the first who waits."""
+        if self._rest is None:
+            self._rest = asyncio.Event()
+            asyncio.get_running_loop().call_later(REST_S, self.hurry, self._rest)
+        await self._rest.wait()
+
+    def hurry(self, rest: asyncio.Event | None = None) -> None:
+        """End the rest of all who wait; or a certain one, if it has not ended."""
+        if self._rest is not None and rest in (None, self._rest):
+            self._rest.set()
+            self._rest = None
+
     async def _ask(self) -> None:
         """Answer until nobody asks."""
         while self._wishes:
+            await asyncio.sleep(0)  # for those whose rest has ended
             wishes, self._wishes = self._wishes, []
             takes = any(wish.takes for wish in wishes)
             dropped: list[int] = []

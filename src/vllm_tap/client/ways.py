@@ -34,6 +34,7 @@ class Ways:
         self._readers: dict[tuple[int, str], SegmentReader | NetworkReader] = {}
         self._callers: dict[tuple[int, str], Caller] = {}
         self._network: dict[int, str] = {}  # addresses by rank, where these were given
+        self._host = host_id().hex()
 
     def greet_at(self, addresses: Sequence[str]) -> list[messages.Hello]:
         """Ask the workers at addresses what can be captured; they are reached there from now on."""
@@ -104,7 +105,7 @@ class Ways:
         if way == SEGMENT or way in NETWORKS:
             return way
         hello = next(hello for hello in self.hellos if hello.rank.rank == rank)
-        is_elsewhere = bool(hello.host) and hello.host != host_id().hex()
+        is_elsewhere = bool(hello.host) and hello.host != self._host
         is_served = bool(self._network.get(rank) or hello.network)
         return NETWORK if rank in self._network or (is_elsewhere and is_served) else SEGMENT
 

@@ -34,7 +34,7 @@ class Running:
         self._tokens = Tokens(is_delta(params))
         self._is_one = (params.n or 1) == 1
         self._taking: asyncio.Task[None] | None = None
-        self._has_begun = self._has_ended = self._has_all = False
+        self._has_begun = self._has_ended = self._has_all = self._has_left = False
         self.error = ""
 
     def begin(self) -> None:
@@ -49,10 +49,10 @@ class Running:
         """
         self._tokens.add(output)
         if not output.finished:
-            if self._wants_rows(request):
-                self._taking = self._tasks.run(self._take(request, self._tokens.copy()))
+            self._take_some(request)
             return
         if self._taking is not None:
+            request.hurry()
             await asyncio.shield(self._taking)
         if not (self.error or self._has_all):
             await self._take(request, self._tokens)
@@ -61,10 +61,19 @@ class Running:
         (self._metrics.failures if self.error else self._metrics.completed).inc()
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), **self._reply.fields}
 
-    def _wants_rows(self, request: Any) -> bool:
-        if self._taking is not None or self.error or self._has_all or not self._is_one:
-            return False
-        return self._reply.has_readers or bool(request.is_due(self._tokens))
+    def _take_some(self, request: Any) -> None:
+        """Have rows taken in a while, together with those of others; now where somebody waits, or they are many."""
+        if self.error or self._has_all or not self._is_one:
+            return
+        if self._taking is None and request.has_more(self._tokens):
+            self._taking = self._tasks.run(self._take_after_rest(request))
+        if self._reply.has_readers or request.is_crowded(self._tokens):
+            request.hurry()
+
+    async def _take_after_rest(self, request: Any) -> None:
+        await request.rest()
+        if not self._has_left:
+            await self._take(request, self._tokens.copy())
 
     async def _take(self, request: Any, tokens: Tokens) -> None:
         """Put rows that there are into the reply, or keep what kept them from it."""
@@ -86,6 +95,7 @@ class Running:
 
     def leave(self) -> None:
         """End what has not ended: the client left, or the request failed."""
+        self._has_left = True
         if not self._has_ended:
             self._reply.end(self._number, self._tokens, self.error or ABORTED)
             self._metrics.aborts.inc(self._has_begun)

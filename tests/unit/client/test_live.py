@@ -73,32 +73,38 @@ def test_rows_of_prompts_are_not_asked_for_with_every_token(
     assert live.num_taken == num_taken
 
 
-def test_rows_that_nobody_waits_for_are_due_after_a_while_or_when_they_are_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_that_nobody_waits_for_are_crowded_when_they_are_many() -> None:
     """Of two requests, each may have a sixteenth of the budget in the workers: 5 rows."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    request, tokens = Request(Live(Spec(hidden_states=[0], positions="all")), None), Tokens(is_delta=True)  # type: ignore[arg-type]
+    crowded = []
+    for number in range(4):
+        one = SimpleNamespace(index=0, token_ids=[number])
+        tokens.add(SimpleNamespace(request_id="", finished=False, prompt_token_ids=PROMPT, outputs=[one]))
+        crowded.append(request.is_crowded(tokens))
+    assert crowded == [False, False, True, True]
+    asyncio.run(request.rows(tokens))
+    assert not request.is_crowded(tokens)
 
-    async def run() -> None:
-        request, tokens = Request(Live(Spec(hidden_states=[0], positions="all")), None), Tokens(True)  # type: ignore[arg-type]
 
-        def come(*ids: int, finished: bool = False) -> bool:
-            one = SimpleNamespace(index=0, token_ids=list(ids))
-            tokens.add(SimpleNamespace(request_id="", finished=finished, prompt_token_ids=PROMPT, outputs=[one]))
-            return request.is_due(tokens)
-
-        assert not come(1, 2)
-        assert come(3)
-        await request.rows(tokens)
-        assert not come(4)
-        clock.now += 2 * live.REST_S
-        assert come(5)
-        await request.rows(tokens)
-        assert not come(6)
-        assert come(7, finished=True)
-
-    asyncio.run(run())
+@pytest.mark.parametrize(
+    ("spec", "has_more"),
+    [
+        (Spec(hidden_states=[0], positions="all"), [False, True, True]),
+        (Spec(hidden_states=[0], positions="last"), [False, True, False]),
+        (Spec(hidden_states=[0], positions="all", reduce="mean"), [False, False, False]),
+        (Spec(hidden_states=[0], positions="last_generated"), [False, False, False]),
+    ],
+)
+def test_a_request_may_have_more_rows_from_its_first_token_on(spec: Spec, has_more: list[bool]) -> None:
+    """Those of a prompt once; what is known at the end, then."""
+    request, tokens = Request(Live(spec), None), Tokens(is_delta=True)  # type: ignore[arg-type]
+    found = [request.has_more(tokens)]
+    one = SimpleNamespace(index=0, token_ids=[1])
+    tokens.add(SimpleNamespace(request_id="", finished=False, prompt_token_ids=PROMPT, outputs=[one]))
+    found.append(request.has_more(tokens))
+    asyncio.run(request.rows(tokens))
+    found.append(request.has_more(tokens))
+    assert found == has_more
 
 
 class Recordings:
@@ -222,3 +228,33 @@ def test_a_capture_that_failed_while_none_used_it_is_not_used_again(monkeypatch:
         assert recordings.under_way == [SPECS[0]]
 
     run_lives(run, linger_s=60.0)
+
+
+def test_requests_that_rest_share_what_is_taken_for_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or for the first whose time is over."""
+    Recordings(monkeypatch)
+    taken: list[int] = []
+    collector = SimpleNamespace(take=lambda: taken.append(len(told)), drop=lambda sample: None, close=lambda: None)
+    monkeypatch.setattr(live, "Collector", lambda recording: collector)
+    told: list[int] = []
+
+    async def run(lives: Lives) -> None:
+        async with lives.request(SPECS[0], None) as request:
+            used = request._live
+
+            async def ask(number: int, rests: bool) -> None:
+                if rests:
+                    await used.rest()
+                await used.ask(lambda collector: told.append(number))
+
+            resting = [asyncio.create_task(ask(number, True)) for number in range(3)]
+            await asyncio.sleep(0)
+            await ask(3, False)
+            await asyncio.gather(*resting)
+            assert taken == [0]
+            assert sorted(told) == [0, 1, 2, 3]
+            monkeypatch.setattr(live, "REST_S", 0.02)
+            await asyncio.gather(*(ask(number, True) for number in range(4, 7)))
+            assert taken == [0, 4]
+
+    run_lives(run)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +43,7 @@ class Lives:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
         self.specs: list[Spec] = []
         self.num_asked = 0
-        self.is_due: Callable[[Any], bool] = lambda tokens: bool(tokens.finished)
+        self.is_crowded = False
         self.blocked: asyncio.Event | None = None
         self.room: list[int] = []
 
@@ -58,7 +58,11 @@ class Lives:
         if self._start_error:
             raise self._start_error
         self.specs.append(spec)
-        request = SimpleNamespace(params=params, is_due=self.is_due, result=None, has_all=False)
+        request = SimpleNamespace(params=params, result=None, has_all=False)
+        request.has_more = lambda tokens: True
+        request.is_crowded = lambda tokens: self.is_crowded
+        rested = asyncio.Event()
+        request.rest, request.hurry = rested.wait, rested.set
         request.rows = lambda tokens: self._rows(spec, tokens)
         request.begin, request.left = self._enter, self._leave
         yield request
@@ -170,7 +174,7 @@ def test_rows_are_taken_with_each_token_while_somebody_reads(
         reading = asyncio.create_task(anext(frames)) if reader == "here" else None
         await asyncio.sleep(0)  # it waits for the first frame
         async for _ in outputs:
-            pass
+            await asyncio.sleep(0.01)
         if reading is not None:
             await reading
         assert server.lives.num_asked == num_asked
@@ -344,7 +348,7 @@ def test_what_fails_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_do_not_wait_for_rows_but_for_the_last(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
     """Rows that come meanwhile are asked for once at a time; what goes wrong with them is told at the end."""
     lives = Lives(error)
-    lives.is_due = lambda tokens: True
+    lives.is_crowded = True
     server = Server(monkeypatch, lives)
 
     async def run() -> Any:
