@@ -144,7 +144,8 @@ def _served(results: dict[str, Any], source: Path) -> str:
         for row in results["rows"]
     ]
     load = f"{results['requests']} requests, {results['at_a_time']} at a time, of {results['input']} tokens"
-    words = f"{results['model']}. {load}, {results['output']} generated for each; {results['rounds']} rounds."
+    more = f"{results['output']} generated for each, give or take {results['spread']:.0%}"
+    words = f"{results['model']}. {load}, {more}; {results['rounds']} rounds."
     machine = cpu_machine(results, "torch", "vllm")
     if devices := results["machine"].get("devices"):
         machine = f"{', '.join(devices)}; {machine}"

@@ -108,7 +108,7 @@ class Request:
 
     @property
     def has_all(self) -> bool:
-        """Whether all rows have been handed out, or are about to be: those of a prompt are when a token follows it."""
+        """True if all rows have been handed out, or are about to be: those of a prompt are when a token follows it."""
         return self._sent > 0 and not takes_generated(self._live.spec.positions)
 
     def has_more(self, tokens: asynchronous.Tokens) -> bool:
