@@ -246,7 +246,7 @@ class HostClient(Connection):
         return take
 
     def _taken(self) -> messages.Descriptor:
-        descriptor, settling = self.session.begin_take()
+        descriptor, settling, _ = self.session.begin_take()
         settling.wait()
         settling.check()
         return descriptor

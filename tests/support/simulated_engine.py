@@ -312,7 +312,7 @@ class Engine:
 
     def take(self, session: Session) -> Callable[[], None]:
         """Have the capture let go of its rows; return a function that waits for them, and compares them."""
-        descriptor, settling = session.begin_take()
+        descriptor, settling, _ = session.begin_take()
         expected, self._expected[session] = self._expected[session], []
         self._taken.setdefault(session, []).extend(request.request_id for request in descriptor.requests)
 

@@ -18,13 +18,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from vllm_tap.client.bounds import at_the_end, room_of
 from vllm_tap.client.collector import Collector
-from vllm_tap.client.connection import PROBE_TOKENS, Connection
+from vllm_tap.client.connection import Connection
 from vllm_tap.client.recording import Recording, default_budget_bytes
-from vllm_tap.client.replies import expect, explain, not_loaded
 from vllm_tap.client.result import Capture
 from vllm_tap.client.room import Room
-from vllm_tap.errors import CaptureError, PluginNotLoadedError, TapError
-from vllm_tap.frame import messages
+from vllm_tap.errors import TapError
 from vllm_tap.spec import Spec, takes_generated
 from vllm_tap.vllm import asynchronous
 
@@ -43,42 +41,6 @@ POLL_S: Final = 0.25
 """Seconds between two tries to begin a capture for which there is no place yet."""
 
 
-async def connect_async(llm: Any) -> Connection:
-    """Return a connection to the workers of an `AsyncLLM`.
-
-    Raises:
-        PluginNotLoadedError: The workers do not know this package.
-        EngineUnsupportedError: They know it and cannot capture.
-        EngineDiedError: The engine ended.
-    """
-    asynchronous.require_async(llm)
-    addresses = await _addresses(llm)
-    connection = await asyncio.to_thread(Connection.at, addresses)
-    if connection.wants_rows:
-        longest = llm.vllm_config.model_config.max_model_len - 1
-        ids = list(itertools.islice(itertools.cycle(PROBE_TOKENS), min(connection.wants_rows, longest)))
-        params = asynchronous.new_params(llm, None, {"max_tokens": 1, "temperature": 0.0}, "FINAL_ONLY")
-        params.skip_reading_prefix_cache = True
-        async for _ in asynchronous.generate(llm, {"prompt_token_ids": ids}, params, f"vllm-tap-probe-{id(params)}"):
-            pass
-        await asyncio.to_thread(connection.greet)
-    return connection
-
-
-async def _addresses(llm: Any) -> list[str]:
-    try:
-        replies = await asynchronous.call(llm, "vllm_tap_open")
-        hellos = expect(messages.Hello, [messages.decode_reply(data) for data in replies], "vllm_tap_open")
-    except PluginNotLoadedError as error:
-        raise not_loaded(str(error)) from error
-    except TapError:
-        raise
-    except Exception as error:
-        told = explain(error)
-        raise not_loaded(str(told)) if isinstance(told, PluginNotLoadedError) else told from error
-    return [hello.calls for hello in hellos]
-
-
 class Request:
     """A request that is captured.
 
@@ -93,6 +55,7 @@ class Request:
         self._is_whole = live.spec.needs_end or live.spec.reduce is not None
         self._most_bytes = 0  # of its rows, for which it has taken room
         self._sent = 0  # rows of positions before have been handed out
+        self._wanted = asyncio.Event()
 
     async def begin(self, most_rows: int) -> None:
         """Wait for room for so many rows."""
@@ -116,12 +79,14 @@ class Request:
         return not (self.has_all or self._is_whole) and any(one.token_ids for one in tokens.outputs)
 
     async def rest(self) -> None:
-        """Wait until rows are taken for others too, or for a while: those of a while cost as much as one."""
-        await self._live.rest()
+        """Wait until rows are taken for others too, which costs as much as for one; or until somebody wants them."""
+        self._live.rest(self._wanted)
+        await self._wanted.wait()
+        self._wanted.clear()
 
     def hurry(self) -> None:
-        """End the rest of all: somebody waits for rows."""
-        self._live.hurry()
+        """End the rest of this request, or the next one: somebody waits for its rows."""
+        self._wanted.set()
 
     def is_crowded(self, tokens: asynchronous.Tokens) -> bool:
         """Tell whether the rows of this request, if others have as many, fill too much of the workers' memory."""
@@ -184,7 +149,7 @@ class Live:
         self._lock = threading.Lock()
         self._wishes: list[_Wish] = []
         self._asking: asyncio.Task[None] | None = None
-        self._rest: asyncio.Event | None = None
+        self._resting: list[asyncio.Event] = []
         self._numbers = itertools.count()
         on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
         self._options = {**options, "on_full": at_the_end(on_full)}
@@ -204,8 +169,9 @@ class Live:
         while True:
             try:
                 await asyncio.to_thread(self._start)
-            except CaptureError as error:
-                if "places" not in error.identity or time.monotonic() > end:
+            except Exception as error:
+                if "places" not in getattr(error, "identity", ()) or time.monotonic() > end:
+                    self.error = error
                     raise
             else:
                 return
@@ -224,15 +190,15 @@ class Live:
         Raises:
             TapError: They could not.
         """
-        try:
-            await asyncio.shield(self._starting)
-        except Exception as error:
-            self.error = error
-            raise
+        await asyncio.shield(self._starting)
 
     def use(self) -> None:
         """Take note of one more request."""
         self.num_users += 1
+        self.stay()
+
+    def stay(self) -> None:
+        """Have nothing end it later."""
         if self._ending is not None:
             self._ending.cancel()
             self._ending = None
@@ -254,8 +220,6 @@ class Live:
         Raises:
             TapError: What ended the capture early, or what the function raises.
         """
-        if takes:
-            self.hurry()
         wish = _Wish(function, takes, asyncio.get_running_loop().create_future())
         self._wishes.append(wish)
         if self._asking is None or self._asking.done():
@@ -263,23 +227,20 @@ class Live:
         answer: T = await wish.answer
         return answer
 
-    async def rest(self) -> None:
-        """Wait until somebody asks, or for a while, which begins with the first who waits."""
-        if self._rest is None:
-            self._rest = asyncio.Event()
-            asyncio.get_running_loop().call_later(REST_S, self.hurry, self._rest)
-        await self._rest.wait()
+    def rest(self, ended: asyncio.Event) -> None:
+        """Have an event set in a while, which begins with the first who rests: all of them then ask together."""
+        if not self._resting:
+            asyncio.get_running_loop().call_later(REST_S, self._end_rest)
+        self._resting.append(ended)
 
-    def hurry(self, rest: asyncio.Event | None = None) -> None:
-        """End the rest of all who wait; or a certain one, if it has not ended."""
-        if self._rest is not None and rest in (None, self._rest):
-            self._rest.set()
-            self._rest = None
+    def _end_rest(self) -> None:
+        resting, self._resting = self._resting, []
+        for ended in resting:
+            ended.set()
 
     async def _ask(self) -> None:
         """Answer until nobody asks."""
         while self._wishes:
-            await asyncio.sleep(0)  # for those whose rest has ended
             wishes, self._wishes = self._wishes, []
             takes = any(wish.takes for wish in wishes)
             dropped: list[int] = []
@@ -320,8 +281,6 @@ class Live:
     async def close(self) -> None:
         """End the capture."""
         self._has_ended = True
-        if self._ending is not None:
-            self._ending.cancel()
         with contextlib.suppress(TapError):
             await asyncio.shield(self._starting)
             try:
@@ -391,7 +350,7 @@ class Lives:
         connection: To the workers.
         linger_s: Seconds for which a capture stays when its last request has ended: to begin one takes steps' time. It
             ends before that where another needs its place.
-        most: Captures that there is a place for; without it, as many as the engine begins.
+        most: Captures up to which some may stay so: the places of an engine that its API processes share.
         **options: As `Recording` takes them.
     """
 
@@ -401,7 +360,7 @@ class Lives:
         self.connection, self._options = connection, options
         self._linger_s, self._most = linger_s, most
         self._by_spec: dict[Spec, Live] = {}
-        self.tasks = Tasks()
+        self._tasks = Tasks()
         self._closing: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -436,7 +395,7 @@ class Lives:
                 live.drop(request)
             live.num_users -= 1
             if not live.num_users:
-                if self._linger_s and live.error is None:
+                if self._linger_s and live.error is None and len(self._by_spec) <= self._most:
                     live.end_later(self._linger_s, self._end)
                 else:
                     self._end(live)
@@ -448,7 +407,7 @@ class Lives:
             self._end(live)
         if live is None or live.error is not None:
             after = self._make_place()
-            live = Live(self.connection, spec, self._options, self.tasks, after, self._linger_s)
+            live = Live(self.connection, spec, self._options, self._tasks, after, 2 * self._linger_s)
             self._by_spec[spec] = live
         return live
 
@@ -460,8 +419,9 @@ class Lives:
         return set(self._closing) if len(self._by_spec) + len(self._closing) >= self._most else ()
 
     def _end(self, live: Live) -> None:
+        live.stay()
         if self._by_spec.get(live.spec) is live:
             del self._by_spec[live.spec]
-        closing = self.tasks.run(live.close())
+        closing = self._tasks.run(live.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)

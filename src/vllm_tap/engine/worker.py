@@ -325,7 +325,7 @@ class TapWorker(vllm_runner.StepListener):
         """End a capture and hand its blocks over."""
         session = self._require(finish.capture_id)
         try:
-            descriptor = self._with_routing(session, session.finish())
+            descriptor = self._with_routing(session, session.biases, session.finish())
             if finish.labels:
                 descriptor = with_labels(descriptor, session.account.pool)
             if session.start.shared:
@@ -365,13 +365,15 @@ class TapWorker(vllm_runner.StepListener):
         taking.settling.check()
         descriptor = taking.descriptor
         descriptor = structs.replace(descriptor, wait_seconds=descriptor.wait_seconds + wait_seconds)
-        descriptor = self._with_routing(session, descriptor)
+        descriptor = self._with_routing(session, taking.biases, descriptor)
         if session.start.shared:
             block_ids = [chunk.block_id for chunk in descriptor.chunks]  # may have moved to files
             self._served_by(session.client).publish(session.client, block_ids)
         return descriptor
 
-    def _with_routing(self, session: Session, descriptor: messages.Descriptor) -> messages.Descriptor:
+    def _with_routing(
+        self, session: Session, biases: torch.Tensor | None, descriptor: messages.Descriptor
+    ) -> messages.Descriptor:
         """Add how routers choose, as it holds for the rows of a capture, unless the client knows it."""
         assert self._taps is not None
         pool = session.account.pool
@@ -379,7 +381,7 @@ class TapWorker(vllm_runner.StepListener):
         def rows_of(layer: int) -> list[torch.Tensor]:
             return some_rows(descriptor, lambda number: pool.segment(number).view, layer, ROUTER_STREAMS)
 
-        version, routing = self._taps.routers.check(session.biases, rows_of)
+        version, routing = self._taps.routers.check(biases, rows_of)
         if version == session.start.routing_versions.get(self.rank):
             return descriptor
         return structs.replace(descriptor, routing_version=version, routing=offer.share_of(self._worker, routing))

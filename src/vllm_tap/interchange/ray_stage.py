@@ -16,9 +16,9 @@ from typing import Any, Final
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from vllm_tap.client import missing
+from vllm_tap.client.async_connection import connect_async
 from vllm_tap.client.connection import Connection
 from vllm_tap.client.identity import full_model_facts, versions
-from vllm_tap.client.live import connect_async
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.errors import SpecError

@@ -19,7 +19,6 @@ OURS: Final = "vtr-"
 LEAST_BYTES: Final = 1 << 10
 """Frames of less data go as they are."""
 
-
 Pieces = AsyncIterator[body.Piece]
 
 

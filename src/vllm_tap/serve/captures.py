@@ -11,6 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from fastapi import HTTPException  # vLLM answers to this one as to its own errors
 
 from vllm_tap.client import missing
@@ -104,6 +105,7 @@ class Captures:
     def _spec_of(self, params: Any, request_id: str) -> Spec | None:
         """Return what a request asks for."""
         extra = getattr(params, "extra_args", None) or {}
+        self._refuse_no_text(extra)
         if KEY not in extra:
             self._refuse_misspelt(extra)
             return None if self._settings.captures == "forbid" or BEAM.search(request_id) else self._default
@@ -119,6 +121,15 @@ class Captures:
             raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap: {error}") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs: vllm_tap is {TEXT}: {error}") from None
+
+    def _refuse_no_text(self, extra: Mapping[str, Any]) -> None:
+        """Refuse what has letters that no encoding has: vLLM fails when it sends them to the engine."""
+        try:
+            msgspec.json.encode([*extra, *extra.values()])
+        except UnicodeEncodeError as error:
+            raise self._refused(HTTPStatus.BAD_REQUEST, f"vllm_xargs has letters that are no text: {error}") from None
+        except TypeError:  # other programs' objects
+            return
 
     def _refuse_misspelt(self, extra: Mapping[str, Any]) -> None:
         """Refuse our key in another spelling or with a letter more or less: it would be dropped without a word."""

@@ -41,6 +41,8 @@ class FileReply:
     def __init__(self, folder: Path, ttl_s: float) -> None:
         self._folder, self._ttl_s = folder, ttl_s
         self._pieces: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._paths: dict[int, Path] = {}
+        self._failed: set[int] = set()
         self._handle: dict[str, Any] = {"files": []}
         self.fields: dict[str, Any] = {KEY: self._handle}
 
@@ -75,16 +77,27 @@ class FileReply:
         except OSError as error:
             raise BudgetError(f"{path.parent} does not take a file of rows: {error}") from error
         asyncio.get_running_loop().call_later(self._ttl_s, path.unlink, True)
-        self._handle["files"].append({"prompt": prompt, "path": str(path)})
-        if not prompt:
-            self.fields[FIELD] = str(path)
+        self._paths[prompt] = path
+        if prompt in self._failed:
+            self._let_go(prompt)
+
+    def _let_go(self, prompt: int) -> None:
+        """Remove the file of a prompt, of which nobody was told."""
+        if (path := self._paths.pop(prompt, None)) is not None:
+            path.unlink(missing_ok=True)
 
     def end(self, prompt: int, tokens: Tokens, error: str = "") -> str:
-        """Say that a prompt has ended; the first error is in the reply."""
+        """Say that a prompt has ended; the first error is in the reply. With one, its file goes."""
         self._pieces[prompt] = []
         if error:
             self._handle.setdefault("error", error)
-        return error
+            self._failed.add(prompt)
+            self._let_go(prompt)
+            return error
+        told = self._handle["files"] = [{"prompt": n, "path": str(path)} for n, path in sorted(self._paths.items())]
+        if told and not told[0]["prompt"]:
+            self.fields[FIELD] = told[0]["path"]
+        return ""
 
     def close(self) -> None:
         """Nothing waits to be read here."""

@@ -35,7 +35,8 @@ class TapEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Connect to the workers. A server that cannot capture serves all the same."""
-        from vllm_tap.client.live import Lives, connect_async
+        from vllm_tap.client.async_connection import connect_async
+        from vllm_tap.client.live import Lives
         from vllm_tap.serve import settings
         from vllm_tap.serve.captures import Captures
         from vllm_tap.serve.metrics import Metrics
@@ -54,7 +55,7 @@ class TapEndpoints:
         lives = Lives(
             connection,
             linger_s=settings.LINGER_S,
-            most=given.max_specs,
+            most=max(1, given.max_specs // (getattr(args, "api_server_count", None) or 1)),
             budget_bytes=given.budget_bytes,
             on_full="wait",
         )

@@ -145,7 +145,7 @@ class Results:
         """
         if result.has_ended:
             return
-        if result.id in self._by_id:  # else it was deleted: readers under way get the rest, nobody else will
+        if result.id in self._by_id:
             mine = self._settings.max_bytes_per_key or self._settings.max_bytes
             if (
                 self.num_bytes + len(frame) > self._settings.max_bytes
@@ -156,7 +156,9 @@ class Results:
                     "DELETE results that you have read, or ask for fewer positions or layers."
                 )
             self._count(result, len(frame))
-            result.frames.append(frame)
+        elif not result.has_readers:  # it was deleted: readers under way get the rest, nobody else will
+            return
+        result.frames.append(frame)
         result.wake()
 
     def end(self, result: Result, error: str = "") -> None:

@@ -161,7 +161,7 @@ async def _body(request: Request, pieces: bodies.Pieces, total: int | None, is_f
         request: May have Range, which holds for a body whose end is known, and Accept-Encoding.
         pieces: Of the body.
         total: Bytes of it; None while more may come.
-        is_framed: Whether it is one of frames, a piece each.
+        is_framed: Whether it is one of frames.
     """
     headers = {"Vary": "Accept-Encoding"}
     wanted, status = None, 200

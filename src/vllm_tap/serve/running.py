@@ -49,7 +49,7 @@ class Running:
         """
         self._tokens.add(output)
         if not output.finished:
-            self._take_some(request)
+            self._take_along(request)
             return
         if self._taking is not None:
             request.hurry()
@@ -61,37 +61,37 @@ class Running:
         (self._metrics.failures if self.error else self._metrics.completed).inc()
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), **self._reply.fields}
 
-    def _take_some(self, request: Any) -> None:
-        """Have rows taken in a while, together with those of others; now where somebody waits, or they are many."""
-        if self.error or self._has_all or not self._is_one:
-            return
-        if self._taking is None and request.has_more(self._tokens):
-            self._taking = self._tasks.run(self._take_after_rest(request))
+    def _take_along(self, request: Any) -> None:
+        """Have rows taken while tokens come: now and then, or now where somebody reads them or they are many."""
+        if self._taking is None:
+            if not self._is_one or not request.has_more(self._tokens):
+                return
+            self._taking = self._tasks.run(self._take_rest_by_rest(request))
         if self._reply.has_readers or request.is_crowded(self._tokens):
             request.hurry()
 
-    async def _take_after_rest(self, request: Any) -> None:
-        await request.rest()
-        if not self._has_left:
-            await self._take(request, self._tokens.copy())
+    async def _take_rest_by_rest(self, request: Any) -> None:
+        while not (self.error or self._has_all or self._has_left):
+            await request.rest()
+            if not self._has_left:
+                await self._take(request, self._tokens.copy())
 
     async def _take(self, request: Any, tokens: Tokens) -> None:
         """Put rows that there are into the reply, or keep what kept them from it."""
         try:
             captured = await (request.rows(tokens) if self._is_one else request.result(tokens))
-            if captured is not None:
-                request.left()
-                self._has_all = tokens.finished or request.has_all
-                num_rows, num_bytes = await self._reply.add(self._number, captured, self._has_all)
-                self._metrics.rows.inc(num_rows)
-                self._metrics.bytes.inc(num_bytes)
+            if captured is None or self._has_left:
+                return
+            request.left()
+            self._has_all = tokens.finished or request.has_all
+            num_rows, num_bytes = await self._reply.add(self._number, captured, self._has_all)
+            self._metrics.rows.inc(num_rows)
+            self._metrics.bytes.inc(num_bytes)
         except TapError as error:
             self.error = self.error or str(error)
         except Exception as error:
             logger.exception("vllm-tap: rows of a request were lost")
             self.error = self.error or f"unexpected {type(error).__name__}: {error}"
-        finally:
-            self._taking = None
 
     def leave(self) -> None:
         """End what has not ended: the client left, or the request failed."""

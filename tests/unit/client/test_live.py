@@ -6,6 +6,8 @@ No engine runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -230,31 +232,74 @@ def test_a_capture_that_failed_while_none_used_it_is_not_used_again(monkeypatch:
     run_lives(run, linger_s=60.0)
 
 
-def test_requests_that_rest_share_what_is_taken_for_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or for the first whose time is over."""
+def test_requests_that_rest_share_a_call_and_one_that_is_wanted_waits_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest of the others goes on. Whoever is wanted before it rests does not."""
     Recordings(monkeypatch)
+    told: list[int] = []
     taken: list[int] = []
     collector = SimpleNamespace(take=lambda: taken.append(len(told)), drop=lambda sample: None, close=lambda: None)
     monkeypatch.setattr(live, "Collector", lambda recording: collector)
-    told: list[int] = []
+    monkeypatch.setattr(live, "REST_S", 0.05)
 
     async def run(lives: Lives) -> None:
-        async with lives.request(SPECS[0], None) as request:
-            used = request._live
+        async with contextlib.AsyncExitStack() as stack:
+            requests = [await stack.enter_async_context(lives.request(SPECS[0], None)) for _ in range(5)]
 
-            async def ask(number: int, rests: bool) -> None:
-                if rests:
-                    await used.rest()
-                await used.ask(lambda collector: told.append(number))
+            async def ask(number: int) -> None:
+                await requests[number].rest()
+                await requests[number]._live.ask(lambda collector: told.append(number))
 
-            resting = [asyncio.create_task(ask(number, True)) for number in range(3)]
-            await asyncio.sleep(0)
-            await ask(3, False)
-            await asyncio.gather(*resting)
-            assert taken == [0]
-            assert sorted(told) == [0, 1, 2, 3]
-            monkeypatch.setattr(live, "REST_S", 0.02)
-            await asyncio.gather(*(ask(number, True) for number in range(4, 7)))
-            assert taken == [0, 4]
+            requests[0].hurry()
+            asking = [asyncio.create_task(ask(number)) for number in range(5)]
+            await asking[0]
+            requests[1].hurry()
+            await asking[1]
+            assert taken == [0, 1]
+            await asyncio.gather(*asking)
+            assert taken == [0, 1, 2]
+            assert sorted(told) == [0, 1, 2, 3, 4]
 
     run_lives(run)
+
+
+def test_a_start_that_fails_when_nobody_waits_is_not_the_next_request_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose own start may go well."""
+    recordings = Recordings(monkeypatch)
+    begin = recordings.begin
+
+    def fail(connection: Any, spec: Spec, **options: Any) -> Any:
+        time.sleep(0.05)
+        raise CaptureError("it broke")
+
+    async def run(lives: Lives) -> None:
+        async def use() -> None:
+            async with lives.request(SPECS[0], None):
+                pass
+
+        monkeypatch.setattr(live, "Recording", fail)
+        first = asyncio.create_task(use())
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr(live, "Recording", begin)
+        await use()
+
+    run_lives(run, linger_s=60.0)
+
+
+def test_no_more_captures_wait_for_requests_than_there_are_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the engine's API processes share: what this one uses beyond ends at once."""
+    recordings = Recordings(monkeypatch)
+
+    async def run(lives: Lives) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for spec in SPECS:
+                await stack.enter_async_context(lives.request(spec, None))
+            assert recordings.under_way == SPECS
+        await lives.idle()
+        assert len(recordings.under_way) == 2
+
+    run_lives(run, linger_s=60.0, most=2)

@@ -61,8 +61,13 @@ class Lives:
         request = SimpleNamespace(params=params, result=None, has_all=False)
         request.has_more = lambda tokens: True
         request.is_crowded = lambda tokens: self.is_crowded
-        rested = asyncio.Event()
-        request.rest, request.hurry = rested.wait, rested.set
+        wanted = asyncio.Event()
+
+        async def rest() -> None:
+            await wanted.wait()
+            wanted.clear()
+
+        request.rest, request.hurry = rest, wanted.set
         request.rows = lambda tokens: self._rows(spec, tokens)
         request.begin, request.left = self._enter, self._leave
         yield request
@@ -152,7 +157,7 @@ def test_requests_are_captured_that_ask_or_by_default(
 def test_rows_are_taken_with_each_token_while_somebody_reads(
     monkeypatch: pytest.MonkeyPatch, reader: str, num_asked: int
 ) -> None:
-    """Otherwise when the request says that they are due, such as at its end."""
+    """Otherwise at its end, if that comes before its rest is over."""
     server, results = Server(monkeypatch), []
     opened = server.results.open
 
@@ -371,3 +376,15 @@ def test_tokens_do_not_wait_for_rows_but_for_the_last(monkeypatch: pytest.Monkey
     assert (str(error) in handle["error"]) if error else ("error" not in handle)
     assert lives.num_asked == (1 if error else 2)
     assert server.counted()["failures" if error else "completed"] == 1
+
+
+def test_letters_that_no_encoding_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under whatever key: vLLM would fail when it sends them to the engine."""
+    server = Server(monkeypatch)
+    for extra in ({"other": "\ud800"}, {"\ud800": 1}, {"other": ["a", "\ud800"]}):
+        params = SimpleNamespace(extra_args=extra, n=1, output_kind=SimpleNamespace(name="DELTA"))
+        with pytest.raises(fastapi.HTTPException, match="no text") as refused:
+            server.llm.generate(PROMPT, params, "cmpl-1-0")
+        assert refused.value.status_code == 400
+    params = SimpleNamespace(extra_args={"other": [object(), "text"]}, n=1, output_kind=SimpleNamespace(name="DELTA"))
+    server.llm.generate(PROMPT, params, "cmpl-1-0")

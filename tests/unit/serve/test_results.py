@@ -178,3 +178,31 @@ def test_positions_are_told_as_ranges() -> None:
     """Half-open ones."""
     assert ranges([]) == []
     assert ranges([0, 1, 2, 5, 7, 8]) == [[0, 3], [5, 6], [7, 9]]
+
+
+def test_who_reads_a_result_that_is_deleted_gets_the_rest() -> None:
+    """And whoever comes later nothing; what nobody reads is not kept."""
+
+    async def run() -> None:
+        results = Results(Settings())
+        result = results.open("", ["a"])
+        results.add(result, b"0")
+        found: list[bytes] = []
+
+        async def read() -> None:
+            found.extend([bytes(piece) async for piece in result.read()])
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        assert results.delete("", "a")
+        results.add(result, b"1")
+        results.end(result)
+        await asyncio.wait_for(reading, 20)
+        assert found == [b"0", b"1", body.encode("end")]
+        assert results.num_bytes == 0
+        alone = results.open("", ["b"])
+        results.delete("", "b")
+        results.add(alone, b"0")
+        assert alone.frames == []
+
+    asyncio.run(run())

@@ -41,6 +41,7 @@ class Taking(NamedTuple):
 
     descriptor: messages.Descriptor
     settling: Settling
+    biases: torch.Tensor | None
 
 
 class Session:
@@ -310,7 +311,7 @@ class Session:
         self._table, self._chunks, self._blocks, self._num_spilled = [], [], [], 0
         self._free_offset = self._free_end = 0
         self._last = None
-        return Taking(taken, settling)
+        return Taking(taken, settling, self.biases)
 
     @property
     def stalled_seconds(self) -> float:
