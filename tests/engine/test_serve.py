@@ -241,11 +241,17 @@ def test_counters_add_up(server: Server, client: Any, tap: HttpTap) -> None:
     )  # fmt: skip
     next(iter(stream))
     stream.close()
-    with pytest.raises(CaptureError, match="aborted"):
-        tap.samples("counted")
-    while (found := change())["aborts"] < 1:
+    aborts = 1
+    try:
+        (sample,) = tap.samples("counted")
+    except CaptureError as error:
+        assert "aborted" in str(error)
+    else:  # a busy machine may have computed all of its tokens before it sees that the client has gone
+        assert len(sample.output.outputs[0].token_ids) == 240
+        aborts = 0
+    while (found := change())["aborts"] < aborts or found["completed"] < 3 - aborts:
         time.sleep(0.05)
-    assert [found[name] for name in ("requests", "completed", "failures", "aborts")] == [4, 2, 1, 1]
+    assert [found[name] for name in ("requests", "completed", "failures", "aborts")] == [4, 3 - aborts, 1, aborts]
     assert [found[name] for name in ("reads", "deletes", "refusals")] == [2, 1, 1]
 
 

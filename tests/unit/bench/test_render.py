@@ -301,7 +301,7 @@ def test_a_server_under_load_has_a_row_for_each_arm(tmp_path: Path) -> None:
     row = {"requests_per_s": 12.345, "itl_ms": 40.0, "p99_itl_ms": 1500.0, "cpu_ms": 250.0, "row_bytes": 0}
     results = {
         "command": "python bench/serve_load.py --model M", "commit": "abc1234", "model": "M", "rounds": 3,
-        "requests": 64, "at_a_time": 16, "input": 60, "output": 30,
+        "requests": 64, "at_a_time": 16, "input": 60, "output": 30, "spread": 0.5,
         "machine": {"cpu": "X", "cores": 2, "kernel": "L", "python": "3.11", "torch": "2.13", "vllm": "0.32"},
         "rows": [
             {"arm": "plain vllm serve", "requests_ratio": 1.0, "itl_ratio": 1.0, "cpu_ratio": 1.0, **row},
@@ -312,5 +312,5 @@ def test_a_server_under_load_has_a_row_for_each_arm(tmp_path: Path) -> None:
     text = render(MARKED.replace("gpu-tables", "serve"), tmp_path)
     assert "| plain vllm serve | 12.3 | 1.000 | 40 ms | 1.000 | 1.5 s | 250 ms | 1.000 |" in text
     assert "| all of requests | 12.3 | 0.988 | 40 ms | 0.900 | 1.5 s | 250 ms | 0.970 |" in text
-    assert "M. 64 requests, 16 at a time, of 60 tokens, 30 generated for each; 3 rounds." in text
+    assert "M. 64 requests, 16 at a time, of 60 tokens, 30 generated for each, give or take 50%; 3 rounds." in text
     assert "| [serve-cpu.json](bench/results/serve-cpu.json) | `abc1234` |" in text
