@@ -104,7 +104,7 @@ def test_a_servers_frames_keep_them(results: tuple[Capture, Capture]) -> None:
     asyncio.run(reply.add(reply.expect(), small, True))
     assert reply.handle["dtype"] == dict(zip(PAIR, ("float8_e4m3fn", "float32"), strict=True))
     reader = Samples()
-    for frame in body.Reader().feed(b"".join(frames)):
+    for frame in body.Reader().feed(b"".join(map(bytes, frames))):
         reader.add(frame)
     rows = reader._rows[0, 0][0].tensors
     assert rows[PAIR[0], 2].view(torch.uint8).equal(small[0].hidden_states_fp8[2].view(torch.uint8))
