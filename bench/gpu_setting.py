@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import platform
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -278,7 +276,7 @@ class Report:
         import torch
         import vllm
 
-        from vllm_tap.bench.machine import describe_commit
+        from vllm_tap.bench.machine import describe_command, describe_commit
 
         self._out = setting.out
         self.content: dict[str, Any] = {
@@ -289,7 +287,7 @@ class Report:
                 "torch": torch.__version__,
                 "vllm": vllm.__version__,
             },
-            "command": command(sys.argv),
+            "command": describe_command(sys.argv),
             "commit": describe_commit(),
             "shape": setting.shape,
             "plan": arguments.plan,
@@ -300,12 +298,3 @@ class Report:
         self.content.update(parts)
         if self._out:
             self._out.write_text(json.dumps(self.content, indent=1))
-
-
-def command(words: list[str]) -> str:
-    """Return the command without the places of files, which are this machine's own."""
-    kept = ["bench/gpu.py"]
-    for before, word in itertools.pairwise(words):
-        if "--models" not in (before, word) and "--out" not in (before, word):
-            kept.append(word)
-    return shlex.join(kept)

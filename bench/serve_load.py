@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from servers import KEY, Server
 from vllm_tap import HttpTap, Spec
-from vllm_tap.bench.machine import describe_commit, describe_machine
+from vllm_tap.bench.machine import describe_command, describe_commit, describe_machine
 from vllm_tap.frame import body
 from vllm_tap.vllm.launch import describe_devices
 
@@ -267,7 +266,7 @@ def main() -> None:
         rows = measure(Load(options, model, servers), arms(num_layers), options.rounds, options.seconds)
     results = {
         "benchmark": "serve",
-        "command": shlex.join(["python", "bench/serve_load.py", *sys.argv[1:]]),
+        "command": f"python {describe_command(sys.argv)}",
         "commit": describe_commit(),
         "machine": {**describe_machine(), "vllm": vllm.__version__, "devices": describe_devices()},
         "model": model.name,

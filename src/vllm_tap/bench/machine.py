@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+
+FILES: Final = {"--models", "--out"}
+"""Arguments of benchmarks that name files."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -38,6 +44,18 @@ def describe_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def describe_command(words: Sequence[str]) -> str:
+    """Return the command of a benchmark, given its program and arguments.
+
+    The places of files that it is given or writes are left out: they are this machine's own.
+    """
+    kept = [f"bench/{Path(words[0]).name}"]
+    for before, word in itertools.pairwise(words):
+        if not {before, word} & FILES and not word.startswith(tuple(f"{name}=" for name in FILES)):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _cpu_model() -> str:

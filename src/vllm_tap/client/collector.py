@@ -59,7 +59,7 @@ class Part:
             yield int(numbers[order[first]]), order[first:end]
 
     def gather(self, stream: int, planes: IntArray, rows: IntArray, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D], or one that lies together."""
+        """Copy rows of some layers, by their numbers in this part: a tensor [L, R, D]; `out` if that is given."""
         described = self.descriptor.streams[stream]
         places = self._places.at(rows)
         starts = self._memory.placed.streams[stream]

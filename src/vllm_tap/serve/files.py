@@ -41,7 +41,7 @@ class FileReply:
     def __init__(self, folder: Path, ttl_s: float) -> None:
         self._folder, self._ttl_s = folder, ttl_s
         self._pieces: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self._paths: dict[int, Path] = {}
+        self._paths: dict[int, Path] = {}  # of prompts that have not ended
         self._failed: set[int] = set()
         self._handle: dict[str, Any] = {"files": []}
         self.fields: dict[str, Any] = {KEY: self._handle}
@@ -94,9 +94,11 @@ class FileReply:
             self._failed.add(prompt)
             self._let_go(prompt)
             return error
-        told = self._handle["files"] = [{"prompt": n, "path": str(path)} for n, path in sorted(self._paths.items())]
-        if told and not told[0]["prompt"]:
-            self.fields[FIELD] = told[0]["path"]
+        if (path := self._paths.pop(prompt, None)) is not None:
+            self._handle["files"].append({"prompt": prompt, "path": str(path)})
+            self._handle["files"].sort(key=lambda file: file["prompt"])
+            if not prompt:
+                self.fields[FIELD] = str(path)
         return ""
 
     def close(self) -> None:

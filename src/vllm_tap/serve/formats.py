@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from vllm_tap.frame import body
 from vllm_tap.store.dtypes import DTYPES, to_numpy
+
+Pieces = Sequence[body.Piece]
+"""Of a whole result."""
 
 
 class Choice(NamedTuple):
@@ -32,14 +35,14 @@ class Plane(NamedTuple):
     pieces: list[bytes]
 
 
-def planes(pieces: Iterable[body.Piece]) -> dict[tuple[int, int, str, int], Plane]:
+def planes(whole: Pieces) -> dict[tuple[int, int, str, int], Plane]:
     """Return the tensors of a result by prompt, completion, stream and layer; labels are streams of layer -1.
 
     Raises:
         LookupError: The result ended early.
     """
     found: dict[tuple[int, int, str, int], Plane] = {}
-    for head, data in body.frames(b"".join(pieces)):
+    for head, data in body.frames(b"".join(whole)):
         if head["kind"] == "error":
             raise LookupError(f"these rows ended early: {head['message']}")
         if head["kind"] != "rows":
@@ -65,12 +68,12 @@ def _pieces(head: dict[str, Any], data: bytes) -> Iterator[tuple[tuple[str, int]
         begin = end
 
 
-def safetensors(frames: Sequence[body.Piece], _: Choice) -> bytes:
+def safetensors(whole: Pieces, _: Choice) -> bytes:
     """Return a safetensors file of all choices: `<prompt>.<completion>.<stream>.<layer>`, `....positions` and so on."""
     header: dict[str, Any] = {}
     pieces: list[bytes] = []
     end = 0
-    for plane in planes(frames).values():
+    for plane in planes(whole).values():
         begin, end = end, end + sum(map(len, plane.pieces))
         code = DTYPES[plane.dtype].code
         header[plane.name] = {"dtype": code, "shape": list(plane.shape), "data_offsets": [begin, end]}
@@ -80,14 +83,14 @@ def safetensors(frames: Sequence[body.Piece], _: Choice) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, *pieces])
 
 
-def npy(frames: Sequence[body.Piece], choice: Choice) -> bytes:
+def npy(whole: Pieces, choice: Choice) -> bytes:
     """Return a numpy file of one layer of one choice; bfloat16 comes as float32, without loss.
 
     Raises:
         LookupError: The result has no such layer.
     """
-    found = planes(frames)
-    plane = next((found[place] for place in _places(frames, choice) if place in found), None)
+    found = planes(whole)
+    plane = next((found[place] for place in _places(whole, choice) if place in found), None)
     if plane is None:
         names = ", ".join(plane.name for plane in found.values())
         raise LookupError(
@@ -100,12 +103,12 @@ def npy(frames: Sequence[body.Piece], choice: Choice) -> bytes:
     return file.getvalue()
 
 
-def _places(frames: Sequence[body.Piece], choice: Choice) -> Iterator[tuple[int, int, str, int]]:
+def _places(whole: Pieces, choice: Choice) -> Iterator[tuple[int, int, str, int]]:
     """Yield where a choice may lie: labels have no layer, and negative layers count from the last one."""
     yield choice.prompt, choice.completion, choice.stream, -1
-    (begin,) = body.Reader().feed(frames[0])
+    (begin,) = body.Reader().feed(whole[0])  # the first frame has no data, so it is a piece
     num_layers = begin.head.get("num_layers", 0) if choice.layer < 0 else 0
     yield choice.prompt, choice.completion, choice.stream, choice.layer + num_layers
 
 
-NAMES: Final[dict[str, Callable[[Sequence[body.Piece], Choice], bytes]]] = {"safetensors": safetensors, "npy": npy}
+NAMES: Final[dict[str, Callable[[Pieces, Choice], bytes]]] = {"safetensors": safetensors, "npy": npy}

@@ -26,7 +26,7 @@ def simulate(worker: Any) -> None:
     from vllm_tap.errors import CaptureError
 
     cuda = _for_ever.enter_context(simulated_cuda())
-    tap._is_called = lambda control: False
+    tap._is_eager_cpu = lambda control: False
     tap.LIBRARY.impl("tap", operator._tap_cuda, "CPU", allow_override=True)
     tap.LIBRARY.impl("tap_experts", operator._tap_experts_cuda, "CPU", allow_override=True)
     worker.choose_backend = DeviceBackend

@@ -123,3 +123,23 @@ def test_a_spec_that_does_not_fit_into_files_is_refused(tmp_path: Path, spec: An
     (tmp_path / "file").touch()
     with pytest.raises(SpecError, match="hidden_states_folder: "):
         settings.read({KEY: {"spec": fits, "hidden_states_folder": str(tmp_path / "file")}})
+
+
+def test_the_file_of_a_prompt_that_fails_goes_and_those_of_others_stay(tmp_path: Path) -> None:
+    """Whichever ends first, and though the file was there before."""
+
+    async def run() -> None:
+        reply, tokens = FileReply(tmp_path, 60.0), finished()
+        prompts = [reply.expect() for _ in range(3)]
+        for prompt in prompts:
+            await reply.add(prompt, captured(0, 4, tokens), True)
+        assert reply.end(2, tokens) == ""
+        assert reply.end(0, tokens) == ""
+        assert reply.end(1, tokens, "it broke") == "it broke"
+        told = reply.fields["vllm_tap"]
+        assert [file["prompt"] for file in told["files"]] == [0, 2]
+        assert sorted(file["path"] for file in told["files"]) == sorted(map(str, tmp_path.iterdir()))
+        assert reply.fields["hidden_states_path"] == told["files"][0]["path"]
+        assert told["error"] == "it broke"
+
+    asyncio.run(run())

@@ -267,7 +267,7 @@ def tap(hidden: torch.Tensor, residual: torch.Tensor | None, control: torch.Tens
         residual: Tensor of the same shape, to be added, or None.
         control: The tap's control word.
     """
-    if _is_called(control):
+    if _is_eager_cpu(control):
         _tap_cpu(hidden, residual, control)
     else:
         torch.ops.vllm_tap.tap(hidden, residual, control)
@@ -281,12 +281,12 @@ def tap_experts(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, 
         ids: Tensor [T, K] of integers, `weights` of the same shape.
         control: The control word of the tap of the logits; those of ids and weights were made next.
     """
-    if _is_called(control):
+    if _is_eager_cpu(control):
         _tap_experts_cpu(logits, ids, weights, control)
     else:
         torch.ops.vllm_tap.tap_experts(logits, ids, weights, control)
 
 
-def _is_called(control: torch.Tensor) -> bool:
-    """Tell whether an eager model of a CPU runs: through PyTorch's dispatcher, 92 idle taps took 1 % of a step."""
+def _is_eager_cpu(control: torch.Tensor) -> bool:
+    """Tell whether a CPU's model runs uncompiled: PyTorch's dispatcher would cost more than an idle tap."""
     return control.is_cpu and not torch.compiler.is_compiling()
