@@ -231,7 +231,8 @@ def main() -> int:
     print(*fuzz.faults[:20], sep="\n")
     print(f"{options.count} requests: {dict(sorted(fuzz.codes.items()))}; the last one has {len(sample)} rows")
     print(f"{options.count} bodies: {dict(fuzz.read)}; {len(fuzz.faults)} faults; counters {metrics}")
-    print(f"{told.count('Traceback')} tracebacks in the server's log", told[-3000:] if "Traceback" in told else "")
+    first = told.find("Traceback")
+    print(f"{told.count('Traceback')} tracebacks in the server's log", told[first : first + 6000] if first >= 0 else "")
     return int(bool(fuzz.faults))
 
 
