@@ -126,11 +126,18 @@ def new_router(holder: Any) -> APIRouter:
         return is_here
 
     async def sent(pieces: bodies.Pieces, service: Service, request: Request, name: str) -> bodies.Pieces:
-        """Yield pieces, and let go of the rows behind the last one; not where the reader has left."""
+        """Yield pieces, and let go of the rows before the last one, the end; not where the reader has left.
+
+        Who has read all of a body then finds no rows any more.
+        """
+        last: body.Piece = b""
         async for piece in pieces:
-            yield piece
+            if last:
+                yield last
+            last = piece
         if not await request.is_disconnected():
             await let_go(service, service.key_of(request.headers), name)
+        yield last
 
     router.add_api_route(ROUTE + "/{name:path}", read, methods=["GET"], response_class=StreamingResponse)
     router.add_api_route(ROUTE + "/{name:path}", delete, methods=["DELETE"], status_code=204)

@@ -203,8 +203,17 @@ def test_a_range_of_a_body_is_cut_out_of_it(processes: list[Process], reader: in
 
 @pytest.mark.parametrize("num_bytes", [0, 3 << 20])
 @pytest.mark.parametrize("reader", [0, 1])
-def test_a_result_goes_as_it_is_sent_to_who_wants_that(processes: list[Process], reader: int, num_bytes: int) -> None:
-    """Whole, in one piece or in several; not where a part was asked for, or the reader left."""
+def test_a_result_goes_as_it_is_sent_to_who_wants_that(
+    processes: list[Process], reader: int, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, in one piece or in several, gone before its reader ends; not where a part was asked for, or it left."""
+    delete = Peers.delete
+
+    async def slow(peers: Peers, key: str, name: str) -> bool:
+        await asyncio.sleep(0.3)
+        return await delete(peers, key, name)
+
+    monkeypatch.setattr(Peers, "delete", slow)
     name = f"once-{reader}-{num_bytes}"
     url, headers = f"{processes[reader].url}/v1/tap/rows/{name}", {"Authorization": "Bearer mine"}
     key, results = key_of(processes[0], "mine"), processes[0].results
