@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 import surroundings  # noqa: F401
 import vllm_tap
 from engine.engines import Engine, prompts
+from memory import held
 from models import ensure_model
 from vllm_tap import Spec, Spill, Tap
 
@@ -34,12 +35,6 @@ STEPS = 6000
 """Requests of as many lengths, before anything is measured."""
 
 POLL_SECONDS = 0.05
-
-
-def held(pid: int) -> int:
-    """Return bytes of a process that are no cache of files."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    return sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 class Watch:

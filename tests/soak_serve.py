@@ -1,7 +1,7 @@
 """Many requests at a time to a server of a tiny model: half are captured, with different Specs, and some are aborted.
 
 Every row is compared with a Hugging Face forward pass, run once for each sequence. Exit status 1 if a row was wrong or
-missing, if the counters do not add up, or if the memory of the server's processes grew.
+missing, if the counters do not add up, or if the memory of one of the server's processes grew.
 
 python tests/soak_serve.py --seconds 200 --seed 0
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import surroundings  # noqa: F401
 from engine.engines import TOLERANCE, References, error, expected_rows
+from memory import held
 from models import ensure_model
 from servers import KEY, Server
 from vllm_tap import HttpTap, Sample, Spec
@@ -44,6 +47,7 @@ SPECS = [
 ]
 NUM_TOKENS = (2, 6, 24)
 NUM_PROMPTS = 48
+KINDS = ("plain", "plain", "captured", "captured streaming")
 ALTERED = 0.01
 """Share of samples of which a row is altered after it was found right, to see that this is found too."""
 
@@ -54,8 +58,8 @@ GROWTH = 1.05
 class Soak:
     """Requests, and what came of them."""
 
-    def __init__(self, server: Server, references: References, seed: int) -> None:
-        self._server, self._references, self._draw = server, references, random.Random(seed)
+    def __init__(self, server: Server, references: References, seed: int, kinds: Sequence[str]) -> None:
+        self._server, self._references, self._draw, self._kinds = server, references, random.Random(seed), kinds
         self._tap = HttpTap(server.url, api_key=KEY)
         # A forward pass takes a while, in which replies are to be read.
         self._beside = ThreadPoolExecutor(1)
@@ -65,7 +69,7 @@ class Soak:
         self.counts: collections.Counter[str] = collections.Counter()
         self.faults: list[str] = []
         self.texts: dict[tuple[int, int], set[str]] = collections.defaultdict(set)
-        self.memory: list[int] = []
+        self.memory: dict[str, list[int]] = collections.defaultdict(list)
 
     async def run(self, seconds: float, at_a_time: int) -> None:
         """Send requests for some time."""
@@ -83,19 +87,22 @@ class Soak:
 
             async def watch() -> None:
                 while time.monotonic() < end:
-                    self.memory.append(self._used_bytes())
+                    self._note_memory()
                     await asyncio.sleep(1)
 
             await asyncio.gather(watch(), *(send() for _ in range(at_a_time)))
 
-    def _used_bytes(self) -> int:
+    def _note_memory(self) -> None:
+        """Note the bytes of each of the server's processes that are no cache of files."""
         process = psutil.Process(self._server.process.pid)
-        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error, OSError):  # it has ended
+                self.memory[f"{one.name()} {one.pid}"].append(held(one.pid))
 
     async def _send(self, client: httpx.AsyncClient) -> None:
         draw = self._draw
         number, num_tokens, spec = draw.randrange(NUM_PROMPTS), draw.choice(NUM_TOKENS), draw.choice(SPECS)
-        kind = draw.choice(["plain", "plain", "captured", "captured streaming"])
+        kind = draw.choice(self._kinds)
         leaves = draw.random() < 0.1
         given: dict[str, Any] = {
             "model": "tiny", "prompt": self._prompts[number], "max_tokens": num_tokens, "temperature": 0.0,
@@ -178,7 +185,7 @@ def _planes(sample: Sample, spec: Spec) -> list[tuple[str, int, Any]]:
     return [("hidden_states", layer, rows) for layer, rows in sample.hidden_states.items()]
 
 
-def grown(memory: list[int]) -> tuple[float, float]:
+def growth(memory: list[int]) -> tuple[float, float]:
     """Return medians of the second third and of the last one, in MiB."""
     third = len(memory) // 3
     return statistics.median(memory[third : 2 * third]) / 2**20, statistics.median(memory[2 * third :]) / 2**20
@@ -190,12 +197,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-a-time", type=int, default=256)
+    parser.add_argument("--plain", action="store_true", help="capture nothing, to see how a server grows by itself")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the engine has the others
     with tempfile.TemporaryDirectory() as folder:
         model = ensure_model(Path(folder), "llama", "float32")
         server = Server(model, Path(folder) / "log", {"ttl_s": 60}, max_num_seqs=64, max_num_batched_tokens=512)
-        soak = Soak(server, References(model), options.seed)
+        soak = Soak(server, References(model), options.seed, KINDS[:1] if options.plain else KINDS)
         try:
             asyncio.run(soak.run(options.seconds, options.at_a_time))
             metrics = server.metrics()
@@ -207,17 +215,22 @@ def main() -> int:
                     break
         finally:
             server.close()
-    counts, (before, after) = soak.counts, grown(soak.memory)
+    counts = soak.counts
     captured = counts["captured"] + counts["captured streaming"]
     most = captured + counts["captured, aborted"] + counts["captured streaming, aborted"]
     if metrics["failures"] or not captured <= metrics["completed"] <= metrics["requests"] <= most:
         soak.faults.append("the counters do not add up")
-    if after > GROWTH * before:
-        soak.faults.append("the server grows")
+    for name, memory in soak.memory.items():
+        if len(memory) < 3:  # it ended at once
+            continue
+        before, after = growth(memory)
+        print(f"memory of {name}: {before:.0f} MiB, then {after:.0f} MiB")
+        if after > GROWTH * before:
+            soak.faults.append(f"{name} grows")
     print(*soak.faults, sep="\n")
     print(f"{dict(counts)}; counters {metrics}")
     print(f"{sum(len(texts) > 1 for texts in soak.texts.values())} of {len(soak.texts)} prompts got different tokens")
-    print(f"memory {before:.0f} MiB, then {after:.0f} MiB; {len(soak.faults)} faults")
+    print(f"{len(soak.faults)} faults")
     return int(bool(soak.faults))
 
 
