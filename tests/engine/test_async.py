@@ -354,7 +354,7 @@ def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTa
     from fastapi import HTTPException
     from prometheus_client import CollectorRegistry
 
-    from vllm_tap.client.live import Lives
+    from vllm_tap.client.lives import Lives
     from vllm_tap.labels import KEY
     from vllm_tap.serve.captures import Captures
     from vllm_tap.serve.metrics import Metrics

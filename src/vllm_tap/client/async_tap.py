@@ -12,7 +12,8 @@ from vllm_tap.client import missing
 from vllm_tap.client.async_connection import connect_async
 from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full
 from vllm_tap.client.capture import take_chat_options
-from vllm_tap.client.live import Lives, Request
+from vllm_tap.client.live import Request
+from vllm_tap.client.lives import Lives
 from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample

@@ -36,7 +36,7 @@ class TapEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Connect to the workers. A server that cannot capture serves all the same."""
         from vllm_tap.client.async_connection import connect_async
-        from vllm_tap.client.live import Lives
+        from vllm_tap.client.lives import Lives
         from vllm_tap.serve import settings
         from vllm_tap.serve.captures import Captures
         from vllm_tap.serve.metrics import Metrics

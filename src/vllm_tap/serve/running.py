@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
-from vllm_tap.client.live import Tasks
+from vllm_tap.client.tasks import Tasks
 from vllm_tap.errors import TapError
 from vllm_tap.serve.metrics import Metrics
 from vllm_tap.serve.reply import ABORTED, Replies

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from vllm_tap.client import live
-from vllm_tap.client.live import Lives, Request
+from vllm_tap.client.live import Request
+from vllm_tap.client.lives import Lives
 from vllm_tap.errors import CaptureError
 from vllm_tap.spec import Spec
 from vllm_tap.vllm.asynchronous import Tokens

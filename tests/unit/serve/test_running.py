@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from vllm_tap.client import live
-from vllm_tap.client.live import Lives, Tasks
+from vllm_tap.client.lives import Lives
+from vllm_tap.client.tasks import Tasks
 from vllm_tap.serve.files import FileReply
 from vllm_tap.spec import Spec
 
