@@ -354,7 +354,7 @@ def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTa
     from fastapi import HTTPException
     from prometheus_client import CollectorRegistry
 
-    from vllm_tap.client.lives import Lives
+    from vllm_tap.client.engines import Engines
     from vllm_tap.labels import KEY
     from vllm_tap.serve.captures import Captures
     from vllm_tap.serve.metrics import Metrics
@@ -364,7 +364,7 @@ def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTa
     llm = SimpleNamespace(generate=engine.llm.generate)
     given = Settings(captures="forbid", spec={"hidden_states": [1]} if has_default else None)
     metrics = Metrics(CollectorRegistry())
-    Captures(llm, Lives(SimpleNamespace()), Results(given), given, metrics)
+    Captures(llm, Engines([SimpleNamespace()]), Results(given), given, metrics)
     prompt = {"prompt_token_ids": [1, 2, 3]}
 
     async def run() -> None:

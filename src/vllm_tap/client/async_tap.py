@@ -9,11 +9,11 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, TypeVar
 
 from vllm_tap.client import missing
-from vllm_tap.client.async_connection import connect_async
+from vllm_tap.client.async_connection import connect_engines
 from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full
 from vllm_tap.client.capture import take_chat_options
+from vllm_tap.client.engines import Engines
 from vllm_tap.client.live import Request
-from vllm_tap.client.lives import Lives
 from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample
@@ -33,12 +33,13 @@ T = TypeVar("T", bound=Sample)
 class AsyncTap:
     """Captures from an `AsyncLLM`, any number at a time, in the event loop that runs it.
 
-    Requests of one Spec share a capture in the engine. Of data parallel engines, captured requests go to the first.
+    Requests of one Spec share a capture in the engine. Of data parallel engines, each prompt of a stream, and each call
+    of `capture`, goes to the one with the fewest captured requests.
 
     Args:
         async_llm: A `vllm.v1.engine.async_llm.AsyncLLM`, started without any special argument.
-        budget_bytes: Most memory for rows of each Spec that have not been read, over all workers; by default a quarter
-            of RAM, at most 8 GiB.
+        budget_bytes: Most memory for rows of each Spec that have not been read, over all workers of an engine; by
+            default a quarter of RAM, at most 8 GiB.
         staging: As for `Recording`.
         on_full: Of streams, as for `Tap.stream`, and prompts of all that have the same Spec wait for one another;
             `capture` hands all rows over at the end, so there "wait" is as "fail".
@@ -60,7 +61,7 @@ class AsyncTap:
         on_full = read_on_full(on_full, AS_THEY_COME)
         self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "staging": staging, "on_full": on_full}
         self._connecting = asyncio.Lock()
-        self._lives: Lives | None = None
+        self._engines: Engines | None = None
 
     async def capture(
         self, prompts: Any, spec: Spec, *, lora_request: Any = None, sampling_params: Any = None, **sampling: Any
@@ -83,18 +84,20 @@ class AsyncTap:
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
         items = [await self._taken(number, prompt, chat) for number, prompt in enumerate(given)]
         missing.check_prompts(spec, items)
-        connection = (await self._connected()).connection
+        lives = (await self._connected()).least_busy()
         options = {**self._options, "on_full": at_the_end(self._options["on_full"])}
-        starting = asyncio.create_task(asyncio.to_thread(Recording, connection, spec, **options))
+        starting = asyncio.create_task(asyncio.to_thread(Recording, lives.connection, spec, **options))
         try:
-            recording = await asyncio.shield(starting)
-            async with asyncio.TaskGroup() as group:
-                running = [
-                    group.create_task(self._final(number, prompt, recording.mark(params, number), lora_request))
+            with lives.busy(len(items)):
+                recording = await asyncio.shield(starting)
+                finals = (
+                    self._final(number, prompt, recording.mark(params, number), lora_request, lives.engine)
                     for number, prompt in enumerate(items)
-                ]
-            outputs = [task.result() for task in running]
-            return await asyncio.shield(asyncio.to_thread(recording.finish, outputs))
+                )
+                async with asyncio.TaskGroup() as group:
+                    running = [group.create_task(final) for final in finals]
+                outputs = [task.result() for task in running]
+                return await asyncio.shield(asyncio.to_thread(recording.finish, outputs))
         except BaseException as error:
             await _stop(starting)
             if isinstance(error, BaseExceptionGroup):
@@ -109,18 +112,20 @@ class AsyncTap:
         with told(number):
             return await conversations.prompt_of(self._llm, prompt, options)
 
-    async def _final(self, number: int, prompt: Any, params: Any, lora_request: Any) -> Any:
+    async def _final(self, number: int, prompt: Any, params: Any, lora_request: Any, engine: int) -> Any:
         """Return the output of a prompt."""
         last = None
-        async for output in self._outputs(number, prompt, params, lora_request):
+        async for output in self._outputs(number, prompt, params, lora_request, engine):
             last = output
         return last
 
-    async def _outputs(self, number: int, prompt: Any, params: Any, lora_request: Any) -> AsyncGenerator[Any, None]:
+    async def _outputs(
+        self, number: int, prompt: Any, params: Any, lora_request: Any, engine: int
+    ) -> AsyncGenerator[Any, None]:
         name = f"tap-{secrets.token_hex(8)}"
         with told(number):
             (params,) = with_types(self._llm, [prompt], [params])
-            outputs = asynchronous.generate(self._llm, prompt, params, name, lora_request=lora_request)
+            outputs = asynchronous.generate(self._llm, prompt, params, name, engine, lora_request=lora_request)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     yield output
@@ -156,8 +161,8 @@ class AsyncTap:
         chat = take_chat_options(sampling)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
 
-        async def samples(number: int, prompt: Any, request: Request) -> AsyncGenerator[Sample, None]:
-            output = await self._final(number, prompt, request.params, lora_request)
+        async def samples(number: int, prompt: Any, request: Request, engine: int) -> AsyncGenerator[Sample, None]:
+            output = await self._final(number, prompt, request.params, lora_request, engine)
             result = await request.result(output)
             result.first_sample = number
             missing.check_sample(spec, number, output, result)
@@ -203,9 +208,10 @@ class AsyncTap:
         if (params.n or 1) > 1:
             raise SpecError("rows come while one sequence is generated for each prompt: use stream, or capture.")
 
-        async def blocks(number: int, prompt: Any, request: Request) -> AsyncGenerator[RowBlock, None]:
+        async def blocks(number: int, prompt: Any, request: Request, engine: int) -> AsyncGenerator[RowBlock, None]:
             tokens = asynchronous.Tokens(is_delta=True)
-            async with contextlib.aclosing(self._outputs(number, prompt, request.params, lora_request)) as outputs:
+            running = self._outputs(number, prompt, request.params, lora_request, engine)
+            async with contextlib.aclosing(running) as outputs:
                 async for output in outputs:
                     tokens.add(output)
                     result = await request.rows(tokens)
@@ -227,11 +233,11 @@ class AsyncTap:
         chat: dict[str, Any],
         spec: Spec,
         params: Any,
-        run: Callable[[int, Any, Request], AsyncGenerator[T, None]],
+        run: Callable[[int, Any, Request, int], AsyncGenerator[T, None]],
         most_running: int,
     ) -> AsyncGenerator[T, None]:
         """Yield what the prompts' generators yield, in the order in which it comes."""
-        lives = await self._connected()
+        engines = await self._connected()
         numbered = enumerate(each_prompt(prompts))
         ready: asyncio.Queue[T | Request | BaseException | None] = asyncio.Queue(MOST_WAITING)
 
@@ -241,9 +247,10 @@ class AsyncTap:
                     prompt = await self._taken(number, given, chat)
                     with counted_from(number):
                         missing.check_prompts(spec, [prompt])
+                    lives = engines.least_busy()
                     async with (
                         lives.request(spec, params) as request,
-                        contextlib.aclosing(run(number, prompt, request)) as items,
+                        contextlib.aclosing(run(number, prompt, request, lives.engine)) as items,
                     ):
                         await request.begin(asynchronous.most_rows(self._llm, prompt, params))
                         try:
@@ -277,14 +284,14 @@ class AsyncTap:
             while not ready.empty():
                 if isinstance(item := ready.get_nowait(), Request):
                     item.left()
-            await lives.idle()
+            await engines.idle()
 
-    async def _connected(self) -> Lives:
+    async def _connected(self) -> Engines:
         """Connect on first use."""
         async with self._connecting:
-            if self._lives is None:
-                self._lives = Lives(await connect_async(self._llm), **self._options)
-        return self._lives
+            if self._engines is None:
+                self._engines = Engines(await connect_engines(self._llm), **self._options)
+        return self._engines
 
 
 async def _stop(starting: asyncio.Task[Recording]) -> None:

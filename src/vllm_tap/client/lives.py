@@ -1,11 +1,11 @@
-"""The captures of one event loop, by their Spec: when each begins, and when it ends. Client process."""
+"""The captures of one event loop in an engine, by their Spec: when each begins and ends. Client process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
 from vllm_tap.client.connection import Connection
@@ -22,13 +22,18 @@ class Lives:
         linger_s: Seconds for which a capture stays when its last request has ended: to begin one takes steps' time. It
             ends before that where another needs its place.
         most: Captures up to which some may stay so: the places of an engine that its API processes share.
+        engine: Number of the engine, where there are several.
         **options: As `Recording` takes them.
+
+    Attributes:
+        num_requests: Under way, captured here.
     """
 
     def __init__(
-        self, connection: Connection, *, linger_s: float = 0.0, most: int = sys.maxsize, **options: Any
+        self, connection: Connection, *, linger_s: float = 0.0, most: int = sys.maxsize, engine: int = 0, **options: Any
     ) -> None:
-        self.connection, self._options = connection, options
+        self.connection, self.engine, self._options = connection, engine, options
+        self.num_requests = 0
         self._linger_s, self._most = linger_s, most
         self._by_spec: dict[Spec, Live] = {}
         self._tasks = Tasks()
@@ -47,6 +52,15 @@ class Lives:
         live = self._by_spec.get(spec)  # type: ignore[call-overload]
         return live is not None and live.num_users > 0 and live.error is None
 
+    @contextlib.contextmanager
+    def busy(self, num_requests: int) -> Iterator[None]:
+        """Count requests for the block."""
+        self.num_requests += num_requests
+        try:
+            yield
+        finally:
+            self.num_requests -= num_requests
+
     @contextlib.asynccontextmanager
     async def request(self, spec: Spec, params: Any) -> AsyncIterator[Request]:
         """Mark a request for the block, beside others of the same Spec. At the end of the block it has ended.
@@ -58,9 +72,10 @@ class Lives:
         live.use()
         request = None
         try:
-            await live.started()
-            request = Request(live, params)
-            yield request
+            with self.busy(1):
+                await live.started()
+                request = Request(live, params)
+                yield request
         finally:
             if request is not None:
                 live.drop(request)

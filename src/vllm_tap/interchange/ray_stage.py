@@ -16,8 +16,8 @@ from typing import Any, Final
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
 from vllm_tap.client import missing
-from vllm_tap.client.async_connection import connect_async
-from vllm_tap.client.connection import Connection
+from vllm_tap.client.async_connection import connect_engines
+from vllm_tap.client.engines import Engines
 from vllm_tap.client.identity import full_model_facts, versions
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
@@ -97,11 +97,12 @@ class Piece:
 
     Attributes:
         recording: The capture.
+        engine: Number of the engine that has it.
         metadata: Metadata of each sample.
     """
 
-    def __init__(self, llm: Any, recording: Recording) -> None:
-        self.recording, self._llm = recording, llm
+    def __init__(self, llm: Any, recording: Recording, engine: int) -> None:
+        self.recording, self.engine, self._llm = recording, engine, llm
         self._samples: dict[str, int] = {}
         self._outputs: list[Any] = []
         self.metadata: list[dict[str, Any] | None] = []
@@ -150,7 +151,7 @@ class Recorder:
         self._llm, self._options = llm, options
         self._captures = asyncio.Semaphore(MOST_CAPTURES)
         self._connecting = asyncio.Lock()
-        self._connection: Connection | None = None
+        self._engines: Engines | None = None
         self._generate = llm.generate
         llm.generate = self.generate
 
@@ -161,7 +162,7 @@ class Recorder:
         piece = current.get()
         if piece is not None:
             sampling_params = piece.mark(prompt, sampling_params, request_id)
-            options.update(asynchronous.route(self._llm))
+            options.update(asynchronous.route(self._llm, piece.engine))
         outputs = self._generate(prompt, sampling_params, request_id, **options)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
@@ -173,12 +174,14 @@ class Recorder:
     async def batch(self) -> AsyncIterator[Piece]:
         """Capture what tasks that start in the block send."""
         async with self._captures:
-            connection = await self._connected()
-            recording = await asyncio.to_thread(Recording, connection, self._options.spec, **self._options.recording)
+            lives = (await self._connected()).least_busy()
+            spec, options = self._options.spec, self._options.recording
+            recording = await asyncio.to_thread(Recording, lives.connection, spec, **options)
             try:
-                piece = Piece(self._llm, recording)
+                piece = Piece(self._llm, recording, lives.engine)
                 current.set(piece)
-                yield piece
+                with lives.busy(1):
+                    yield piece
             finally:
                 current.set(None)
                 if not recording.has_ended:
@@ -208,9 +211,9 @@ class Recorder:
     def _model(self) -> dict[str, str]:
         return full_model_facts(self._llm)
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> Engines:
         """Connect on first use."""
         async with self._connecting:
-            if self._connection is None:
-                self._connection = await connect_async(self._llm)
-        return self._connection
+            if self._engines is None:
+                self._engines = Engines(await connect_engines(self._llm))
+        return self._engines

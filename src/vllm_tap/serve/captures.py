@@ -15,6 +15,7 @@ import msgspec
 from fastapi import HTTPException  # vLLM answers to this one as to its own errors
 
 from vllm_tap.client import missing
+from vllm_tap.client.engines import Engines
 from vllm_tap.client.expected_rows import num_rows
 from vllm_tap.client.lives import Lives
 from vllm_tap.client.recording import resolve
@@ -64,8 +65,8 @@ current: contextvars.ContextVar[Call | None] = contextvars.ContextVar("vllm_tap_
 class Captures:
     """Takes the place of `generate` of an engine client."""
 
-    def __init__(self, llm: Any, lives: Lives, results: Results, settings: Settings, metrics: Metrics) -> None:
-        self._llm, self._lives, self._results, self._metrics = llm, lives, results, metrics
+    def __init__(self, llm: Any, engines: Engines, results: Results, settings: Settings, metrics: Metrics) -> None:
+        self._llm, self._engines, self._results, self._metrics = llm, engines, results, metrics
         self._settings, self._default = settings, settings.default_spec
         self._tasks = Tasks()
         self._generate = llm.generate
@@ -81,27 +82,35 @@ class Captures:
         if spec is None:
             return self._generate(prompt, sampling_params, request_id, **options)
         self._check(spec, prompt, sampling_params)
-        options = {**options, **self._route(options.get("data_parallel_rank"))}
+        able = self._able(spec, options.get("data_parallel_rank"))
         call = current.get() or Call("", "")
         if call.reply is None:
             call.reply = self._open(call, request_id, spec, sampling_params)
         running = Running(call.reply, sampling_params, self._metrics, self._tasks)
         most_rows = _most_rows(spec, len(prompt["prompt_token_ids"]), sampling_params)
 
-        def start(params: Any) -> AsyncGenerator[Any, None]:
-            return self._generate(prompt, params, request_id, **options)  # type: ignore[no-any-return]
+        def start(params: Any, engine: int) -> AsyncGenerator[Any, None]:
+            given = {**options, **asynchronous.route(self._llm, engine)}
+            return self._generate(prompt, params, request_id, **given)  # type: ignore[no-any-return]
 
-        return self._captured(running, spec, sampling_params, most_rows, start)
+        return self._captured(running, spec, sampling_params, most_rows, able, start)
 
-    def _route(self, asked: int | None) -> dict[str, Any]:
-        """Return the arguments of `generate` that send a request to the engine that captures."""
-        routed = asynchronous.route(self._llm)
-        if asked is not None and routed and asked != routed["data_parallel_rank"]:
+    def _able(self, spec: Spec, asked: int | None) -> list[Lives]:
+        """Return the engines that can capture a Spec now: of all, or the one that the client asks for."""
+        lives = self._engines.lives
+        if asked is not None:
+            if not 0 <= asked < len(lives):
+                message = f"data parallel rank {asked}: this server has {len(lives)}, counted from 0."
+                raise self._refused(HTTPStatus.BAD_REQUEST, message)
+            lives = [lives[asked]]
+        able = [one for one in lives if spec in one or len(one) < self._settings.max_specs]
+        if not able:
             raise self._refused(
-                HTTPStatus.BAD_REQUEST,
-                f"data parallel rank {asked} captures nothing: ask rank {routed['data_parallel_rank']}, or none.",
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"{self._settings.max_specs} different Specs are captured now, which is the most: try again, or ask "
+                "for what others ask for.",
             )
-        return routed
+        return able
 
     def _spec_of(self, params: Any, request_id: str) -> Spec | None:
         """Return what a request asks for."""
@@ -145,22 +154,16 @@ class Captures:
         if ids is None:
             raise self._refused(HTTPStatus.BAD_REQUEST, "a prompt without token ids cannot be captured.")
         try:
-            resolve(self._lives.connection, spec)
+            resolve(self._engines.connection, spec)
             missing.check_params(spec, params, 0)
             if not prompt.get("mm_kwargs"):
                 missing.check_prompts(spec, [{"prompt_token_ids": ids}])
         except TapError as error:
             raise self._refused(HTTPStatus.BAD_REQUEST, str(error)) from None
-        if spec not in self._lives and len(self._lives) >= self._settings.max_specs:
-            raise self._refused(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                f"{len(self._lives)} different Specs are captured now, which is the most: try again, or ask for what "
-                "others ask for.",
-            )
 
     def _streams(self, spec: Spec) -> dict[str, tuple[int, ...]]:
         """Return the layers of the streams that rows of a Spec have."""
-        layers = resolve(self._lives.connection, spec)
+        layers = resolve(self._engines.connection, spec)
         return {name: layers[stream] for name, stream in streams_made(spec, layers).items()}
 
     def _open(self, call: Call, request_id: str, spec: Spec, params: Any) -> Replies:
@@ -185,23 +188,28 @@ class Captures:
         spec: Spec,
         params: Any,
         most_rows: int,
-        start: Callable[[Any], AsyncGenerator[Any, None]],
+        able: list[Lives],
+        start: Callable[[Any, int], AsyncGenerator[Any, None]],
     ) -> AsyncGenerator[Any, None]:
         """Yield the outputs of a request, whose rows go into its reply as they come.
 
-        It begins when the workers have room for as many rows as may be there at once.
+        It begins when the workers have room for as many rows as may be there at once, in the least busy of the engines
+        that are able to.
         """
+        lives = self._engines.least_busy(able)
         try:
             async with contextlib.AsyncExitStack() as stack:
                 try:
-                    request = await stack.enter_async_context(self._lives.request(spec, params))
+                    request = await stack.enter_async_context(lives.request(spec, params))
                     stack.callback(request.left)
                     await request.begin(most_rows)
                 except TapError as error:
                     running.error = str(error)
                     raise self._refused(_status_of(error), running.error) from error
                 running.begin()
-                async for output in await stack.enter_async_context(contextlib.aclosing(start(request.params))):
+                async for output in await stack.enter_async_context(
+                    contextlib.aclosing(start(request.params, lives.engine))
+                ):
                     await running.take(request, output)
                     yield output
         finally:

@@ -35,8 +35,8 @@ class TapEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Connect to the workers. A server that cannot capture serves all the same."""
-        from vllm_tap.client.async_connection import connect_async
-        from vllm_tap.client.lives import Lives
+        from vllm_tap.client.async_connection import connect_engines
+        from vllm_tap.client.engines import Engines
         from vllm_tap.serve import settings
         from vllm_tap.serve.captures import Captures
         from vllm_tap.serve.metrics import Metrics
@@ -46,20 +46,21 @@ class TapEndpoints:
 
         given = settings.read(engine_client.vllm_config.additional_config)  # a wrong one ends the server's start
         try:
-            connection = await connect_async(engine_client)
+            connections = await connect_engines(engine_client)
         except TapError as error:
             self.why_not = str(error)
             logger.warning("vllm-tap captures nothing in this server: %s", error)
             return
         metrics, results = Metrics(), Results(given)
-        lives = Lives(
-            connection,
+        engines = Engines(
+            connections,
             linger_s=settings.LINGER_S,
             most=max(1, given.max_specs // (getattr(args, "api_server_count", None) or 1)),
             budget_bytes=given.budget_bytes,
             on_full="wait",
         )
-        Captures(engine_client, lives, results, given, metrics)
+        Captures(engine_client, engines, results, given, metrics)
         keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
-        peers = Peers(results, connection.addresses, asyncio.get_running_loop())
+        addresses = [address for connection in connections for address in connection.addresses]
+        peers = Peers(results, addresses, asyncio.get_running_loop())
         self.service = Service(results, peers, metrics, bool(keys))

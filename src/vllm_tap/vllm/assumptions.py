@@ -372,6 +372,14 @@ PARTS: Final = (
                 "vllm.v1.engine.core_client.MPClient", ("utility_results",), "to end a call to an engine that dies",
                 "it waits forever",
             ),
+            Assumption(
+                "vllm.v1.engine.core_client.MPClient", ("core_engines",),
+                "to know how many data parallel engines an `AsyncLLM` has", "captures from several fail, rows missing",
+            ),
+            Assumption(
+                "vllm.v1.engine.core_client.AsyncMPClient", ("_call_utility_async",),
+                "to call the workers of each of several data parallel engines", "captures from several fail",
+            ),
         ),
     ),
     Part(

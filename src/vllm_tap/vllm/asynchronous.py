@@ -78,14 +78,31 @@ def require_async(llm: Any) -> None:
         raise SpecError("this AsyncLLM pools: capture with vllm.LLM and vllm_tap.capture.")
 
 
-async def call(llm: Any, method: str) -> list[Any]:
-    """Call a method of all workers, of engine 0 where there are several, and return what they return.
+def num_engines(llm: Any) -> int:
+    """Return how many engines take its requests: several where they are data parallel."""
+    return len(getattr(llm.engine_core, "core_engines", ())) or 1
+
+
+def route(llm: Any, engine: int) -> dict[str, int]:
+    """Return the arguments of `generate` that send a request to one of the engines.
+
+    vLLM calls it a rank, and counts the engines of this `AsyncLLM` alone, from 0.
+    """
+    return {"data_parallel_rank": engine} if num_engines(llm) > 1 else {}
+
+
+async def call(llm: Any, method: str, engine: int) -> list[Any]:
+    """Call a method of all workers of one of the engines, and return what they return.
 
     Raises:
         EngineDiedError: The engine core has ended.
     """
     with _death_told():
-        return list(await llm.collective_rpc(method))
+        if num_engines(llm) < 2:
+            return list(await llm.collective_rpc(method))
+        # collective_rpc calls all engines and returns what the first one says.
+        core, arguments = llm.engine_core, ("collective_rpc", method, None, (), None)
+        return list(await core._call_utility_async(*arguments, engine=core.core_engines[engine]))
 
 
 def is_delta(params: Any) -> bool:
@@ -134,26 +151,16 @@ def most_rows(llm: Any, prompt: Any, params: Any) -> int:
     return (params.n or 1) * min(prompt_len + (params.max_tokens or longest), longest)
 
 
-def route(llm: Any) -> dict[str, Any]:
-    """Return the arguments of `generate` that send a request to the engine whose workers answer calls.
-
-    Of data parallel engines, vLLM's own calls return what the first one answers.
-    """
-    parallel = llm.vllm_config.parallel_config
-    if getattr(parallel, "data_parallel_size", 1) < 2:
-        return {}
-    managed = getattr(llm.engine_core, "engine_ranks_managed", None) or [0]
-    return {"data_parallel_rank": managed[0]}
-
-
-async def generate(llm: Any, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncGenerator[Any, None]:
-    """Yield the outputs of a prompt. A reader that leaves aborts the request.
+async def generate(
+    llm: Any, prompt: Any, params: Any, request_id: str, engine: int, **options: Any
+) -> AsyncGenerator[Any, None]:
+    """Yield the outputs of a prompt, which one of the engines runs. A reader that leaves aborts the request.
 
     Raises:
         EngineDiedError: The engine core has ended.
     """
     with _death_told():
-        async for output in llm.generate(prompt, params, request_id, **route(llm), **options):
+        async for output in llm.generate(prompt, params, request_id, **route(llm, engine), **options):
             yield output
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_tap.client.engines import Engines
 from vllm_tap.client.owned import OwnedRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences
@@ -39,8 +40,11 @@ BEAM = f"cmpl-1-{'a' * 32}-beam-0"
 class Lives:
     """Captures of no engine: each layer of a request has the row's position."""
 
-    def __init__(self, error: Exception | None = None, start_error: Exception | None = None) -> None:
+    def __init__(
+        self, error: Exception | None = None, start_error: Exception | None = None, *, engine: int = 0, length: int = 0
+    ) -> None:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
+        self.engine, self._length, self.num_requests = engine, length, 0
         self.specs: list[Spec] = []
         self.num_asked = 0
         self.is_crowded = False
@@ -48,7 +52,7 @@ class Lives:
         self.room: list[int] = []
 
     def __len__(self) -> int:
-        return 0
+        return self._length
 
     def __contains__(self, spec: object) -> bool:
         return False
@@ -95,14 +99,17 @@ class Lives:
 class Server:
     """An engine client around which captures are taken."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lives: Lives | None = None, **settings: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *lives: Lives, **settings: Any) -> None:
         monkeypatch.setattr(captures, "resolve", lambda connection, spec: {"hidden_states": (1,)})
         monkeypatch.setattr(captures.missing, "check_params", lambda spec, params, number: None)
-        config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-        self.llm = SimpleNamespace(generate=self._outputs, vllm_config=config)
-        self.lives, given = Lives() if lives is None else lives, Settings(**settings)
+        all_lives, given = list(lives) or [Lives()], Settings(**settings)
+        core = SimpleNamespace(core_engines=[one.engine for one in all_lives])
+        self.llm = SimpleNamespace(generate=self._outputs, engine_core=core)
+        connections: Any = [one.connection for one in all_lives]
+        self.lives, engines = all_lives[0], Engines(connections)
+        engines.lives = all_lives  # type: ignore[assignment]
         self.results, self.metrics = Results(given), Metrics(prometheus.CollectorRegistry())
-        captures.Captures(self.llm, self.lives, self.results, given, self.metrics)  # type: ignore[arg-type]
+        captures.Captures(self.llm, engines, self.results, given, self.metrics)
 
     async def _outputs(self, prompt: Any, params: Any, name: str, **options: Any) -> AsyncIterator[Any]:
         self.options = options
@@ -265,23 +272,29 @@ def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert server.counted() == {"refusals": 1}
 
 
-def test_a_capture_by_another_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of data parallel engines one captures; requests without a rank go there."""
-    server = Server(monkeypatch)
-    server.llm.vllm_config.parallel_config.data_parallel_size = 2
-    server.llm.engine_core = SimpleNamespace(engine_ranks_managed=[0, 1])
+def test_a_request_goes_to_an_engine_that_can_capture_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least busy one that has a place for its Spec, or the one that it asks for."""
+    lives = [Lives(engine=number, length=4 * (number == 2)) for number in range(3)]
+    lives[0].num_requests = 2
+    server = Server(monkeypatch, *lives, max_specs=4)
     params = SimpleNamespace(extra_args={"vllm_tap": ASKED}, n=1, output_kind=SimpleNamespace(name="DELTA"))
 
-    async def run(**options: Any) -> None:
+    async def run(**options: Any) -> int:
         captures.current.set(captures.Call("", ""))
         assert [output async for output in server.llm.generate(PROMPT, params, "cmpl-1-0", **options)]
-        assert server.options == {"data_parallel_rank": 0}
         server.results.delete("", "cmpl-1")
+        (engine,) = (one.engine for one in lives if one.specs)
+        lives[engine].specs.clear()
+        assert server.options == {"data_parallel_rank": engine}
+        return int(engine)
 
-    asyncio.run(run())
-    asyncio.run(run(data_parallel_rank=0))
-    with pytest.raises(fastapi.HTTPException, match="rank 1 captures nothing: ask rank 0"):
-        asyncio.run(run(data_parallel_rank=1))
+    assert asyncio.run(run()) == 1
+    assert asyncio.run(run(data_parallel_rank=0)) == 0
+    for rank, says in {2: "4 different Specs are captured now", 3: "rank 3: this server has 3, counted from 0"}.items():
+        with pytest.raises(fastapi.HTTPException, match=says):
+            asyncio.run(run(data_parallel_rank=rank))
+    lives[0].num_requests, lives[1].num_requests = 1, 2
+    assert asyncio.run(run()) == 0
 
 
 @pytest.mark.parametrize(

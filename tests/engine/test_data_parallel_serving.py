@@ -1,0 +1,147 @@
+"""Captures from two data parallel engines: by a server, and by an `AsyncTap`."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import device
+from engine.engines import (
+    ARGUMENTS,
+    TOLERANCE,
+    References,
+    compare,
+    error,
+    expected_rows,
+    prompts,
+    rows_of,
+    sequence,
+    surroundings,
+)
+from quick_start import quick_start
+from runners import expert_environment
+from servers import KEY, Server
+from vllm_tap import AsyncTap, HttpTap, Sample, Spec
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(device.ON_CUDA, reason="two engines need two GPUs"),
+]
+
+MODEL = "llama"
+NUM_ENGINES = 2
+SPEC = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
+GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
+PARALLEL: dict[str, Any] = {"data_parallel_size": NUM_ENGINES}
+
+
+def compare_sample(sample: Sample, references: References) -> None:
+    """Compare all rows of all positions of a sample with Hugging Face's."""
+    tokens = sequence(sample.output)
+    assert sample.token_ids.tolist() == tokens
+    whole = references.of(tokens)
+    for stream, layer in [*(("hidden_states", layer) for layer in range(4)), ("embeddings", 0)]:
+        expected = expected_rows(whole, stream, layer)
+        assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Callable[..., Path]) -> Path:
+    """The model."""
+    return tiny_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of both engines, with two API processes."""
+    with surroundings(expert_environment(NUM_ENGINES)):
+        server = Server(folder, tmp_path_factory.mktemp("serve") / "log", {"max_specs": 4}, **PARALLEL)
+    yield server
+    server.close()
+
+
+def served(server: Server) -> Counter[str]:
+    """Return how many requests each engine has served to their last token."""
+    text = httpx.get(server.url.replace("/v1", "/metrics")).text
+    found = re.findall(r'^vllm:request_success_total\{engine="(\d+)",finished_reason="length".*\} (\S+)$', text, re.M)
+    return Counter({engine: int(float(count)) for engine, count in found})
+
+
+def test_all_engines_of_a_server_capture(server: Server, references: Callable[[str], References]) -> None:
+    """Requests at a time are spread over them; a request may ask for one; any API process hands out the rows."""
+    client = openai.AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+    tap = HttpTap(server.url, api_key=KEY)
+
+    async def ask(number: int, **options: Any) -> Any:
+        return await client.completions.create(model="tiny", prompt=f"prompt {number}", **GREEDY, **options)
+
+    async def captured(number: int, **options: Any) -> Sample:
+        reply, plain = await asyncio.gather(
+            ask(number, extra_body=tap.extra_body(SPEC), **options), ask(number, **options)
+        )
+        assert reply.choices[0].text == plain.choices[0].text
+        (sample,) = await tap.samples_async(reply)
+        return sample
+
+    async def both(start: int, num: int, **options: Any) -> Counter[str]:
+        before = served(server)
+        for sample in await asyncio.gather(*(captured(start + number, **options) for number in range(num))):
+            compare_sample(sample, references(MODEL))
+        return served(server) - before
+
+    async def run() -> None:
+        assert sorted(await both(0, 12)) == ["0", "1"]
+        for rank in range(NUM_ENGINES):
+            assert await both(20, 2, extra_headers={"X-data-parallel-rank": str(rank)}) == {str(rank): 4}
+        with pytest.raises(openai.BadRequestError, match="rank 2: this server has 2, counted from 0"):
+            await captured(30, extra_headers={"X-data-parallel-rank": "2"})
+
+    asyncio.run(run())
+
+
+def test_all_engines_of_an_async_llm_capture(folder: Path, references: Callable[[str], References]) -> None:
+    """Prompts of a stream are spread over them, and so are captures at a time; memory of all is given back."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(model=str(folder), **{**ARGUMENTS, **PARALLEL, "enforce_eager": True})
+    given = prompts(tuple(range(5, 21)))
+    ran: Counter[int] = Counter()
+
+    async def run() -> None:
+        with surroundings(expert_environment(NUM_ENGINES)), quick_start():
+            llm: Any = AsyncLLM.from_engine_args(arguments)
+        generate = llm.generate
+
+        def counted(*args: Any, **options: Any) -> Any:
+            ran[options["data_parallel_rank"]] += 1
+            return generate(*args, **options)
+
+        llm.generate = counted
+        try:
+            tap = AsyncTap(llm)
+            async for sample in tap.stream(given, SPEC, most_running=8, **GREEDY, ignore_eos=True):
+                compare_sample(sample, references(MODEL))
+            async for block in tap.stream_rows(given, SPEC, most_running=8, **GREEDY, ignore_eos=True):
+                assert block.positions.tolist() == list(range(block.positions[0], block.positions[-1] + 1))
+            spread = dict(ran)
+            for result in await asyncio.gather(*(tap.capture(given[:4], SPEC, **GREEDY) for _ in range(2))):
+                compare(result, references(MODEL))
+                del result
+            assert {engine: ran[engine] - spread[engine] for engine in spread} == {0: 4, 1: 4}
+            assert sum(spread.values()) >= 2 * len(given)
+            assert min(spread.values()) >= len(given) // 2
+        finally:
+            llm.shutdown()
+
+    asyncio.run(run())
