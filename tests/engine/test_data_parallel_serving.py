@@ -14,6 +14,7 @@ import pytest
 import device
 from engine.engines import (
     ARGUMENTS,
+    FULL_MATRIX,
     TOLERANCE,
     References,
     compare,
@@ -38,7 +39,6 @@ pytestmark = [
     pytest.mark.skipif(device.ON_CUDA, reason="two engines need two GPUs"),
 ]
 
-MODEL = "llama"
 NUM_ENGINES = 2
 SPEC = Spec(hidden_states="all", embeddings=True, final_hidden_states=True)
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
@@ -55,10 +55,16 @@ def compare_sample(sample: Sample, references: References) -> None:
         assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
 
 
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe"] if FULL_MATRIX else ["llama"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Family of the model: engines with experts meet in each layer, in every step."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tiny_model: Callable[..., Path]) -> Path:
+def folder(tiny_model: Callable[..., Path], family: str) -> Path:
     """The model."""
-    return tiny_model(MODEL)
+    return tiny_model(family)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def served(server: Server) -> Counter[str]:
     return Counter({engine: int(float(count)) for engine, count in found})
 
 
-def test_all_engines_of_a_server_capture(server: Server, references: Callable[[str], References]) -> None:
+def test_all_engines_of_a_server_capture(server: Server, family: str, references: Callable[[str], References]) -> None:
     """Requests at a time are spread over them; a request may ask for one; any API process hands out the rows."""
     client = openai.AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0)
     tap = HttpTap(server.url, api_key=KEY)
@@ -96,7 +102,7 @@ def test_all_engines_of_a_server_capture(server: Server, references: Callable[[s
     async def both(start: int, num: int, **options: Any) -> Counter[str]:
         before = served(server)
         for sample in await asyncio.gather(*(captured(start + number, **options) for number in range(num))):
-            compare_sample(sample, references(MODEL))
+            compare_sample(sample, references(family))
         return served(server) - before
 
     async def run() -> None:
@@ -104,12 +110,14 @@ def test_all_engines_of_a_server_capture(server: Server, references: Callable[[s
         for rank in range(NUM_ENGINES):
             assert await both(20, 2, extra_headers={"X-data-parallel-rank": str(rank)}) == {str(rank): 4}
         with pytest.raises(openai.BadRequestError, match="rank 2: this server has 2, counted from 0"):
-            await captured(30, extra_headers={"X-data-parallel-rank": "2"})
+            await ask(30, extra_body=tap.extra_body(SPEC), extra_headers={"X-data-parallel-rank": "2"})
 
     asyncio.run(run())
 
 
-def test_all_engines_of_an_async_llm_capture(folder: Path, references: Callable[[str], References]) -> None:
+def test_all_engines_of_an_async_llm_capture(
+    folder: Path, family: str, references: Callable[[str], References]
+) -> None:
     """Prompts of a stream are spread over them, and so are captures at a time; memory of all is given back."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -131,12 +139,12 @@ def test_all_engines_of_an_async_llm_capture(folder: Path, references: Callable[
         try:
             tap = AsyncTap(llm)
             async for sample in tap.stream(given, SPEC, most_running=8, **GREEDY, ignore_eos=True):
-                compare_sample(sample, references(MODEL))
+                compare_sample(sample, references(family))
             async for block in tap.stream_rows(given, SPEC, most_running=8, **GREEDY, ignore_eos=True):
                 assert block.positions.tolist() == list(range(block.positions[0], block.positions[-1] + 1))
             spread = dict(ran)
             for result in await asyncio.gather(*(tap.capture(given[:4], SPEC, **GREEDY) for _ in range(2))):
-                compare(result, references(MODEL))
+                compare(result, references(family))
                 del result
             assert {engine: ran[engine] - spread[engine] for engine in spread} == {0: 4, 1: 4}
             assert sum(spread.values()) >= 2 * len(given)

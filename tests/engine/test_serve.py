@@ -383,36 +383,6 @@ def test_a_client_that_leaves_disturbs_nobody(
     assert server.metrics()["rows"] > before
 
 
-def test_captured_requests_go_where_rows_are_taken(
-    server: Server, client: Any, tap: HttpTap, references: Callable[[str], References], num_engines: int
-) -> None:
-    """To the first engine, from either API process; who asks for another is told."""
-    before = served(server)
-    for number in range(6):
-        given = {"model": "tiny", "prompt": f"prompt {number}", **GREEDY}
-        plain = client.completions.create(**given)
-        reply = client.completions.create(**given, extra_body=tap.extra_body(SPEC))
-        assert reply.choices[0].text == plain.choices[0].text
-        compare(tap.samples(reply)[0], references)
-    counts = {engine: count - before.get(engine, 0) for engine, count in served(server).items()}
-    assert len(counts) == num_engines
-    assert sum(counts.values()) == 12
-    assert counts["0"] >= 6
-    asked = {"model": "tiny", "prompt": "x", "extra_body": tap.extra_body(SPEC), **GREEDY}
-    for rank in range(1, num_engines):
-        with pytest.raises(openai.BadRequestError, match=f"rank {rank} captures nothing: ask rank 0"):
-            client.completions.create(**asked, extra_headers={"X-data-parallel-rank": str(rank)})
-    reply = client.completions.create(**asked, extra_headers={"X-data-parallel-rank": "0"})
-    compare(tap.samples(reply)[0], references)
-
-
-def served(server: Server) -> dict[str, float]:
-    """Return how many requests each engine has served to their last token."""
-    text = httpx.get(server.url.replace("/v1", "/metrics")).text
-    found = re.findall(r'^vllm:request_success_total\{engine="(\d+)",finished_reason="length".*\} (\S+)$', text, re.M)
-    return {engine: float(count) for engine, count in found}
-
-
 def test_programs_of_documents_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """The README's lines, of which the second says where the server is, and examples/serve.py."""
     root = Path(__file__).resolve().parents[2]
