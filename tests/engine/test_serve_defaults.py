@@ -136,6 +136,7 @@ def test_requests_wait_for_room_in_the_workers(files: Files, references: Callabl
     """Rows of all that run at once are more than the budget: none is lost, and no capture ends."""
     spec = Spec(hidden_states="all", embeddings=True)
     prompts = [[number, *range(200)] for number in range(48)]
+    before = files.server.metrics()
     reply = files.client.completions.create(prompt=prompts, **GREEDY, extra_body=files.tap.extra_body(spec))
     samples = files.tap.samples(reply, delete=True)
     assert [sample.output.prompt_token_ids for sample in samples] == prompts
@@ -145,3 +146,6 @@ def test_requests_wait_for_room_in_the_workers(files: Files, references: Callabl
         for layer in LAYERS:
             expected = expected_rows(whole, "hidden_states", layer)[: len(sample)]
             assert error(sample.hidden_states[layer], expected, expected.square().mean().sqrt()) < TOLERANCE
+    stalls, seconds = (files.server.metrics()[name] - before[name] for name in ("stalls", "stalled_seconds"))
+    assert 0 < stalls < len(prompts)
+    assert seconds > 0

@@ -57,11 +57,12 @@ class Request:
         self._sent = 0  # rows of positions before have been handed out
         self._wanted = asyncio.Event()
 
-    async def begin(self, most_rows: int) -> None:
-        """Wait for room for so many rows."""
+    async def begin(self, most_rows: int) -> float:
+        """Wait for room for so many rows; return for how many seconds."""
         nbytes = most_rows * self._live.row_bytes
-        await self._live.room.enter(nbytes)
+        waited = await self._live.room.enter(nbytes)
         self._most_bytes = nbytes
+        return waited
 
     def left(self) -> None:
         """Give the room back: the reader has what came of the request, or none wants it."""

@@ -202,7 +202,7 @@ class Captures:
                 try:
                     request = await stack.enter_async_context(lives.request(spec, params))
                     stack.callback(request.left)
-                    await request.begin(most_rows)
+                    running.stalled(await request.begin(most_rows))
                 except TapError as error:
                     running.error = str(error)
                     raise self._refused(_status_of(error), running.error) from error

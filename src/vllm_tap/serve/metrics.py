@@ -18,6 +18,8 @@ class Metrics:
         self.aborts = counter("aborts", "Prompts whose client left, or that failed.")
         self.rows = counter("rows", "Rows that were kept for their readers.")
         self.bytes = counter("bytes", "Bytes of those rows.")
+        self.stalls = counter("stalls", "Prompts that waited for room for their rows in the workers.")
+        self.stalled_seconds = counter("stalled_seconds", "Seconds for which they waited, added up.")
         self.refusals = counter("refusals", "Requests that could not be captured.")
         self.reads = counter("reads", "Times that somebody read rows.")
         self.deletes = counter("deletes", "Results that were deleted.")

@@ -42,6 +42,12 @@ class Running:
         self._has_begun = True
         self._metrics.requests.inc()
 
+    def stalled(self, seconds: float) -> None:
+        """Count the wait for room in the workers, if there was any."""
+        if seconds:
+            self._metrics.stalls.inc()
+            self._metrics.stalled_seconds.inc(seconds)
+
     async def take(self, request: Any, output: Any) -> None:
         """Take an output, and the rows that there are; the last one gets the handle of the reply.
 

@@ -50,6 +50,7 @@ class Lives:
         self.is_crowded = False
         self.blocked: asyncio.Event | None = None
         self.room: list[int] = []
+        self.stalled_s = 0.0
 
     def __len__(self) -> int:
         return self._length
@@ -76,8 +77,9 @@ class Lives:
         request.begin, request.left = self._enter, self._leave
         yield request
 
-    async def _enter(self, num_rows: int) -> None:
+    async def _enter(self, num_rows: int) -> float:
         self.room.append(num_rows)
+        return self.stalled_s
 
     def _leave(self) -> None:
         self.room.append(0)
@@ -261,6 +263,10 @@ def test_a_request_begins_where_the_workers_have_room_for_it(
     asyncio.run(server.run(json.dumps({"hidden_states": [1], "positions": "all", **spec})))
     assert server.lives.room[0] == num_rows
     assert set(server.lives.room[1:]) == {0}
+    assert "stalls" not in server.counted()
+    server.lives.stalled_s = 0.5
+    asyncio.run(server.run(json.dumps({"hidden_states": [1], "positions": "all", **spec}), "cmpl-2-0"))
+    assert (server.counted()["stalls"], server.counted()["stalled_seconds"]) == (1, 0.5)
 
 
 def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
