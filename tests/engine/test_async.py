@@ -364,7 +364,7 @@ def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTa
     llm = SimpleNamespace(generate=engine.llm.generate)
     given = Settings(captures="forbid", spec={"hidden_states": [1]} if has_default else None)
     metrics = Metrics(CollectorRegistry())
-    Captures(llm, Engines([SimpleNamespace()]), Results(given), given, metrics)
+    Captures(llm, Engines({0: SimpleNamespace()}), Results(given), given, metrics)
     prompt = {"prompt_token_ids": [1, 2, 3]}
 
     async def run() -> None:

@@ -104,9 +104,7 @@ class Connection:
         self._under_way: dict[str, tuple[weakref.ref[Any], str]] = {}
 
     def _require_able(self) -> None:
-        for hello in self.hellos:
-            if hello.refusal:
-                raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")
+        require_able(self.hellos)
 
     @property
     def addresses(self) -> list[str]:
@@ -411,3 +409,14 @@ _counter = itertools.count()
 def new_capture_id() -> str:
     """Return a name that no other client of the engine uses."""
     return f"{os.getpid()}-{next(_counter)}-{secrets.token_hex(4)}"
+
+
+def require_able(hellos: Iterable[messages.Hello]) -> None:
+    """Refuse workers that cannot capture.
+
+    Raises:
+        EngineUnsupportedError: One of them says why.
+    """
+    for hello in hellos:
+        if hello.refusal:
+            raise EngineUnsupportedError(f"rank {hello.rank.rank} cannot capture: {hello.refusal}")

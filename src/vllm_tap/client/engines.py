@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_tap.client.connection import Connection
@@ -19,15 +19,15 @@ class Engines:
     begin in the engine that runs them; vLLM counts them where it spreads the others.
 
     Args:
-        connections: To the workers of each engine.
+        connections: To the workers of engines, by their numbers.
         **options: As `Lives` takes them.
 
     Attributes:
         lives: Captures of each engine.
     """
 
-    def __init__(self, connections: Sequence[Connection], **options: Any) -> None:
-        self.lives = [Lives(connection, engine=number, **options) for number, connection in enumerate(connections)]
+    def __init__(self, connections: Mapping[int, Connection], **options: Any) -> None:
+        self.lives = [Lives(connection, engine=number, **options) for number, connection in connections.items()]
         # Other processes have requests of their own, and begin elsewhere.
         self._turns = itertools.count(random.randrange(len(self.lives)))
 
@@ -38,8 +38,8 @@ class Engines:
 
     def least_busy(self, among: Sequence[Lives] = ()) -> Lives:
         """Return the one with the fewest captured requests, of some or of all; in turn where they have as many."""
-        turn = next(self._turns)
-        return min(among or self.lives, key=lambda one: (one.num_requests, (one.engine - turn) % len(self.lives)))
+        turn, among = next(self._turns), among or self.lives
+        return min((*among[turn % len(among) :], *among), key=lambda one: one.num_requests)
 
     async def idle(self) -> None:
         """Wait until captures that are to end have ended."""

@@ -98,11 +98,12 @@ class Captures:
     def _able(self, spec: Spec, asked: int | None) -> list[Lives]:
         """Return the engines that can capture a Spec now: of all, or the one that the client asks for."""
         lives = self._engines.lives
-        if asked is not None:
-            if not 0 <= asked < len(lives):
-                message = f"data parallel rank {asked}: this server has {len(lives)}, counted from 0."
+        if asked is not None and asynchronous.num_engines(self._llm) > 1:
+            lives = [one for one in lives if one.engine == asked]
+            if not lives:
+                ranks = ", ".join(str(one.engine) for one in self._engines.lives)
+                message = f"data parallel rank {asked} captures nothing: ask for one of {ranks}, or for none."
                 raise self._refused(HTTPStatus.BAD_REQUEST, message)
-            lives = [lives[asked]]
         able = [one for one in lives if spec in one or len(one) < self._settings.max_specs]
         if not able:
             raise self._refused(

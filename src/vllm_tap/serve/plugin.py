@@ -61,6 +61,6 @@ class TapEndpoints:
         )
         Captures(engine_client, engines, results, given, metrics)
         keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
-        addresses = [address for connection in connections for address in connection.addresses]
+        addresses = [address for connection in connections.values() for address in connection.addresses]
         peers = Peers(results, addresses, asyncio.get_running_loop())
         self.service = Service(results, peers, metrics, bool(keys))

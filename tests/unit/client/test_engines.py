@@ -15,7 +15,7 @@ from vllm_tap.vllm import asynchronous
 
 def engines(num: int) -> Engines:
     """Return engines to which nobody is connected."""
-    connections: Any = [SimpleNamespace() for _ in range(num)]
+    connections: Any = {number: SimpleNamespace() for number in range(num)}
     return Engines(connections)
 
 

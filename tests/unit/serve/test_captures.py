@@ -107,7 +107,7 @@ class Server:
         all_lives, given = list(lives) or [Lives()], Settings(**settings)
         core = SimpleNamespace(core_engines=[one.engine for one in all_lives])
         self.llm = SimpleNamespace(generate=self._outputs, engine_core=core)
-        connections: Any = [one.connection for one in all_lives]
+        connections: Any = {one.engine: one.connection for one in all_lives}
         self.lives, engines = all_lives[0], Engines(connections)
         engines.lives = all_lives  # type: ignore[assignment]
         self.results, self.metrics = Results(given), Metrics(prometheus.CollectorRegistry())
@@ -296,7 +296,10 @@ def test_a_request_goes_to_an_engine_that_can_capture_it(monkeypatch: pytest.Mon
 
     assert asyncio.run(run()) == 1
     assert asyncio.run(run(data_parallel_rank=0)) == 0
-    for rank, says in {2: "4 different Specs are captured now", 3: "rank 3: this server has 3, counted from 0"}.items():
+    for rank, says in {
+        2: "4 different Specs are captured now",
+        3: "rank 3 captures nothing: ask for one of 0, 1, 2, or for none",
+    }.items():
         with pytest.raises(fastapi.HTTPException, match=says):
             asyncio.run(run(data_parallel_rank=rank))
     lives[0].num_requests, lives[1].num_requests = 1, 2
