@@ -84,7 +84,7 @@ def _address(hello: messages.Hello) -> str:
         return hello.calls
     if not hello.network:
         raise TransportError(
-            f"rank {hello.rank.rank} runs on another host, and {hello.no_network or 'it serves no network'}: "
+            f"worker {hello.rank.rank} runs on another host, and {hello.no_network or 'it serves no network'}: "
             "set VLLM_TAP_LISTEN there, and VLLM_TAP_SECRET on both hosts."
         )
     return hello.network

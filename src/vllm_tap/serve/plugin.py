@@ -43,7 +43,9 @@ class TapEndpoints:
         from vllm_tap.serve.peers import Peers
         from vllm_tap.serve.results import Results
         from vllm_tap.serve.routes import Service
+        from vllm_tap.vllm.log import log_as_vllm
 
+        log_as_vllm()
         given = settings.read(engine_client.vllm_config.additional_config)  # a wrong one ends the server's start
         try:
             connections = await connect_engines(engine_client)

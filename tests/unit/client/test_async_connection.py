@@ -78,7 +78,9 @@ def test_engines_are_reached_where_they_run(
     with caplog.at_level(logging.WARNING, "vllm_tap"):
         connections = asyncio.run(connect_engines(engines(*workers)))
     assert (list(connections), reached) == (numbers, wanted)
-    says = "rank 0 captures nothing, others do: rank 0 runs on another host, and it was started without VLLM_TAP_LISTEN"
+    says = (
+        "rank 0 captures nothing, others do: worker 0 runs on another host, and it was started without VLLM_TAP_LISTEN"
+    )
     assert (says in caplog.text) == (len(numbers) < len(workers))
 
 
