@@ -198,11 +198,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-a-time", type=int, default=256)
     parser.add_argument("--plain", action="store_true", help="capture nothing, to see how a server grows by itself")
+    parser.add_argument("--engines", type=int, default=1, help="data parallel engines of the server")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the engine has the others
     with tempfile.TemporaryDirectory() as folder:
         model = ensure_model(Path(folder), "llama", "float32")
-        server = Server(model, Path(folder) / "log", {"ttl_s": 60}, max_num_seqs=64, max_num_batched_tokens=512)
+        arguments = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "data_parallel_size": options.engines}
+        server = Server(model, Path(folder) / "log", {"ttl_s": 60}, **arguments)
         soak = Soak(server, References(model), options.seed, KINDS[:1] if options.plain else KINDS)
         try:
             asyncio.run(soak.run(options.seconds, options.at_a_time))

@@ -361,10 +361,10 @@ def test_a_server_that_forbids_captures_takes_none(engine: Running, tap: AsyncTa
     from vllm_tap.serve.results import Results
     from vllm_tap.serve.settings import Settings
 
-    llm = SimpleNamespace(generate=engine.llm.generate)
+    llm = SimpleNamespace(generate=engine.llm.generate, engine_core=None)
     given = Settings(captures="forbid", spec={"hidden_states": [1]} if has_default else None)
     metrics = Metrics(CollectorRegistry())
-    Captures(llm, Engines({0: SimpleNamespace()}), Results(given), given, metrics)
+    Captures(llm, Engines(llm, {0: SimpleNamespace()}), Results(given), given, metrics)
     prompt = {"prompt_token_ids": [1, 2, 3]}
 
     async def run() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_tap.client.connection import PROBE_TOKENS, Connection, require_able
 from vllm_tap.client.replies import expect, explain, not_loaded
-from vllm_tap.errors import PluginNotLoadedError, TapError, TransportError
+from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError, TransportError
 from vllm_tap.frame import messages
 from vllm_tap.transport.tcp.address import host_id
 from vllm_tap.vllm import asynchronous
@@ -17,28 +17,23 @@ from vllm_tap.vllm import asynchronous
 logger = logging.getLogger("vllm_tap")
 
 
-async def connect_engines(llm: Any) -> dict[int, Connection]:
-    """Return connections to the workers of the engines of an `AsyncLLM`: several where they are data parallel.
+class Found(NamedTuple):
+    """The engines of an `AsyncLLM`.
 
-    Engines of other hosts whose workers serve no network are left out, with a warning, unless there are no others.
-
-    Raises:
-        TapError: As of `connect_async`.
+    Attributes:
+        connections: To the workers of those that can be captured from, by the engines' numbers.
+        sockets: Names of all workers' sockets, also of those that cannot be reached: the same in each process.
     """
-    asynchronous.require_async(llm)
-    numbers = range(asynchronous.num_engines(llm))
-    found = await asyncio.gather(*(connect_async(llm, number) for number in numbers), return_exceptions=True)
-    connections = {number: one for number, one in zip(numbers, found, strict=True) if isinstance(one, Connection)}
-    for number, one in zip(numbers, found, strict=True):
-        if isinstance(one, BaseException):
-            if not connections or not isinstance(one, TransportError):
-                raise one
-            logger.warning("vllm-tap: data parallel rank %d captures nothing, others do: %s", number, one)
-    return connections
+
+    connections: dict[int, Connection]
+    sockets: list[str]
 
 
-async def connect_async(llm: Any, engine: int) -> Connection:
-    """Return a connection to the workers of one of the engines of an `AsyncLLM`.
+async def connect_engines(llm: Any) -> Found:
+    """Connect to the workers of the engines of an `AsyncLLM`: several where they are data parallel.
+
+    Engines that cannot be captured from, as those of other hosts whose workers serve no network, are left out with a
+    warning, unless there are no others.
 
     Raises:
         PluginNotLoadedError: The workers do not know this package.
@@ -47,11 +42,38 @@ async def connect_async(llm: Any, engine: int) -> Connection:
         TransportError: They cannot be reached from here.
     """
     asynchronous.require_async(llm)
-    hellos = await _hellos(llm, engine)
+    found, sockets = Found({}, []), []
+    tried = await asyncio.gather(*(_tried(llm, number) for number in range(asynchronous.num_engines(llm))))
+    for number, (hellos, connection) in enumerate(tried):
+        sockets += [hello.calls for hello in hellos]
+        if isinstance(connection, Connection):
+            found.connections[number] = connection
+    for number, (_, failed) in enumerate(tried):
+        if isinstance(failed, TapError):
+            if not found.connections:
+                raise failed
+            logger.warning("vllm-tap: data parallel rank %d captures nothing, others do: %s", number, failed)
+    return found._replace(sockets=sockets)
+
+
+async def _tried(llm: Any, engine: int) -> tuple[list[messages.Hello], Connection | TapError]:
+    """Return what the workers of an engine say, and a connection or what keeps it from being made."""
+    hellos: list[messages.Hello] = []
+    try:
+        hellos = await _hellos(llm, engine)
+        return hellos, await _connect(llm, engine, hellos)
+    except TapError as error:
+        return hellos, error
+
+
+async def _connect(llm: Any, engine: int, hellos: list[messages.Hello]) -> Connection:
     require_able(hellos)
     addresses = [_address(hello) for hello in hellos]
     secret = next((hello.secret for hello in hellos if hello.secret), None)
-    connection = await asyncio.to_thread(Connection.at, addresses, secret=secret)
+    try:
+        connection = await asyncio.to_thread(Connection.at, addresses, secret=secret)
+    except SpecError as error:
+        raise TransportError("workers run on another host: set VLLM_TAP_SECRET here as it is there.") from error
     if connection.wants_rows:
         longest = llm.vllm_config.model_config.max_model_len - 1
         ids = list(itertools.islice(itertools.cycle(PROBE_TOKENS), min(connection.wants_rows, longest)))
@@ -84,7 +106,6 @@ def _address(hello: messages.Hello) -> str:
         return hello.calls
     if not hello.network:
         raise TransportError(
-            f"worker {hello.rank.rank} runs on another host, and {hello.no_network or 'it serves no network'}: "
-            "set VLLM_TAP_LISTEN there, and VLLM_TAP_SECRET on both hosts."
+            f"worker {hello.rank.rank} runs on another host, and serves no network: {hello.no_network}."
         )
     return hello.network

@@ -290,7 +290,7 @@ class AsyncTap:
         """Connect on first use."""
         async with self._connecting:
             if self._engines is None:
-                self._engines = Engines(await connect_engines(self._llm), **self._options)
+                self._engines = Engines(self._llm, (await connect_engines(self._llm)).connections, **self._options)
         return self._engines
 
 

@@ -57,12 +57,15 @@ class Request:
         self._sent = 0  # rows of positions before have been handed out
         self._wanted = asyncio.Event()
 
-    async def begin(self, most_rows: int) -> float:
-        """Wait for room for so many rows; return for how many seconds."""
+    def has_room(self, most_rows: int) -> bool:
+        """Tell whether it need not wait for room for so many rows."""
+        return self._live.room.has(most_rows * self._live.row_bytes)
+
+    async def begin(self, most_rows: int) -> None:
+        """Wait for room for so many rows."""
         nbytes = most_rows * self._live.row_bytes
-        waited = await self._live.room.enter(nbytes)
+        await self._live.room.enter(nbytes)
         self._most_bytes = nbytes
-        return waited
 
     def left(self) -> None:
         """Give the room back: the reader has what came of the request, or none wants it."""

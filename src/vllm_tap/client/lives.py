@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
 from vllm_tap.client.connection import Connection
 from vllm_tap.client.live import Live, Request
 from vllm_tap.client.tasks import Tasks
+from vllm_tap.errors import SpecError, TapError
 from vllm_tap.spec import Spec
 
 
@@ -27,6 +29,7 @@ class Lives:
 
     Attributes:
         num_requests: Under way, captured here.
+        failed: When the engine last could not capture a request.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Lives:
     ) -> None:
         self.connection, self.engine, self._options = connection, engine, options
         self.num_requests = 0
+        self.failed = float("-inf")
         self._linger_s, self._most = linger_s, most
         self._by_spec: dict[Spec, Live] = {}
         self._tasks = Tasks()
@@ -54,10 +58,15 @@ class Lives:
 
     @contextlib.contextmanager
     def busy(self, num_requests: int) -> Iterator[None]:
-        """Count requests for the block."""
+        """Count requests for the block, and note where it ends by what is the engine's fault."""
         self.num_requests += num_requests
         try:
             yield
+        except SpecError:
+            raise
+        except TapError:
+            self.failed = time.monotonic()
+            raise
         finally:
             self.num_requests -= num_requests
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Final
 
 PART_OF_BUDGET: Final = 3
@@ -23,14 +22,15 @@ class Room:
         self._used = 0
         self._changed = asyncio.Event()
 
-    async def enter(self, nbytes: int) -> float:
-        """Wait until there is room for so many bytes, or nobody else has any; return for how many seconds."""
-        begin = None
-        while self._most is not None and self._used and self._used + nbytes > self._most:
-            begin = begin or time.monotonic()
+    def has(self, nbytes: int) -> bool:
+        """Tell whether there is room for so many bytes, or nobody else has any."""
+        return self._most is None or not self._used or self._used + nbytes <= self._most
+
+    async def enter(self, nbytes: int) -> None:
+        """Wait until there is room for so many bytes, or nobody else has any."""
+        while not self.has(nbytes):
             await self._changed.wait()
         self._used += nbytes
-        return time.monotonic() - begin if begin else 0.0
 
     def leave(self, nbytes: int) -> None:
         """Give bytes back."""

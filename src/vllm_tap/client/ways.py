@@ -33,23 +33,32 @@ class Ways:
         self._connecting = threading.Lock()
         self._readers: dict[tuple[int, str], SegmentReader | NetworkReader] = {}
         self._callers: dict[tuple[int, str], Caller] = {}
-        self._network: dict[int, str] = {}  # addresses by rank, where these were given
+        self._given: dict[int, str] = {}  # addresses by rank, where these were given
         self._host = host_id().hex()
 
     def greet_at(self, addresses: Sequence[str]) -> list[messages.Hello]:
         """Ask the workers at addresses what can be captured; they are reached there from now on."""
-        callers = [caller(where, self._terms()) if is_network(where) else Caller(where) for where in addresses]
+        callers = [self._caller_at(where) for where in addresses]
         hellos = greeted(callers)
         for hello, where, known in zip(hellos, addresses, callers, strict=True):
             rank = hello.rank.rank
-            self._callers[rank, NETWORK if is_network(where) else SEGMENT] = known
-            if is_network(where):
-                self._network[rank] = where
+            self._given[rank] = where
+            self._callers[rank, _way_of(where)] = known
         return hellos
 
     def greet_again(self) -> list[messages.Hello]:
-        """Ask the workers that have been asked at addresses."""
-        return greeted(list(self._callers.values()))
+        """Ask the workers that have been asked at addresses, on a new connection where one was lost.
+
+        Raises:
+            TapError: As of `greet_at`.
+        """
+        for rank, where in self._given.items():
+            if (rank, _way_of(where)) not in self._callers:
+                self._callers[rank, _way_of(where)] = self._caller_at(where)
+        return greeted([self._callers[rank, _way_of(where)] for rank, where in self._given.items()])
+
+    def _caller_at(self, where: str) -> Caller:
+        return caller(where, self._terms()) if is_network(where) else Caller(where)
 
     def reader(self, rank: int, way: str) -> SegmentReader | NetworkReader:
         """Return the reader of a worker, see `readers`."""
@@ -106,14 +115,15 @@ class Ways:
             return way
         hello = next(hello for hello in self.hellos if hello.rank.rank == rank)
         is_elsewhere = bool(hello.host) and hello.host != self._host
-        is_served = bool(self._network.get(rank) or hello.network)
-        return NETWORK if rank in self._network or (is_elsewhere and is_served) else SEGMENT
+        by_network = is_network(self._given.get(rank, "")) or (is_elsewhere and hello.network)
+        return NETWORK if by_network else SEGMENT
 
     def _connect(self, hello: messages.Hello, way: str) -> tuple[SegmentReader | NetworkReader, Callable[[], Caller]]:
         """Return a reader of one worker, and what makes a caller."""
         if way == SEGMENT:
             return SegmentReader(hello.address), lambda: Caller(hello.calls)
-        where = self._network.get(hello.rank.rank) or hello.network
+        given = self._given.get(hello.rank.rank, "")
+        where = given if is_network(given) else hello.network
         if not where:
             raise TransportError(f"rank {hello.rank.rank} serves no network: {hello.no_network}.")
         terms = self._terms(hello.secret)
@@ -127,3 +137,7 @@ class Ways:
             SpecError: Nobody knows the secret here.
         """
         return self._access or Access(read_secret(made_there or None))
+
+
+def _way_of(where: str) -> str:
+    return NETWORK if is_network(where) else SEGMENT

@@ -175,17 +175,17 @@ class Recorder:
         """Capture what tasks that start in the block send."""
         async with self._captures:
             lives = (await self._connected()).least_busy()
-            spec, options = self._options.spec, self._options.recording
-            recording = await asyncio.to_thread(Recording, lives.connection, spec, **options)
-            try:
-                piece = Piece(self._llm, recording, lives.engine)
-                current.set(piece)
-                with lives.busy(1):
+            with lives.busy(1):
+                spec, options = self._options.spec, self._options.recording
+                recording = await asyncio.to_thread(Recording, lives.connection, spec, **options)
+                try:
+                    piece = Piece(self._llm, recording, lives.engine)
+                    current.set(piece)
                     yield piece
-            finally:
-                current.set(None)
-                if not recording.has_ended:
-                    await asyncio.to_thread(recording.stop)
+                finally:
+                    current.set(None)
+                    if not recording.has_ended:
+                        await asyncio.to_thread(recording.stop)
 
     async def seal(self, piece: Piece) -> dict[str, int]:
         """Write the rows of a batch as a part; return the samples' numbers by the names of the requests.
@@ -215,5 +215,5 @@ class Recorder:
         """Connect on first use."""
         async with self._connecting:
             if self._engines is None:
-                self._engines = Engines(await connect_engines(self._llm))
+                self._engines = Engines(self._llm, (await connect_engines(self._llm)).connections)
         return self._engines

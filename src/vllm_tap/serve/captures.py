@@ -203,7 +203,8 @@ class Captures:
                 try:
                     request = await stack.enter_async_context(lives.request(spec, params))
                     stack.callback(request.left)
-                    running.stalled(await request.begin(most_rows))
+                    with contextlib.nullcontext() if request.has_room(most_rows) else running.stall():
+                        await request.begin(most_rows)
                 except TapError as error:
                     running.error = str(error)
                     raise self._refused(_status_of(error), running.error) from error

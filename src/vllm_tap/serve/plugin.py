@@ -48,13 +48,14 @@ class TapEndpoints:
         log_as_vllm()
         given = settings.read(engine_client.vllm_config.additional_config)  # a wrong one ends the server's start
         try:
-            connections = await connect_engines(engine_client)
+            connections, sockets = await connect_engines(engine_client)
         except TapError as error:
             self.why_not = str(error)
             logger.warning("vllm-tap captures nothing in this server: %s", error)
             return
         metrics, results = Metrics(), Results(given)
         engines = Engines(
+            engine_client,
             connections,
             linger_s=settings.LINGER_S,
             most=max(1, given.max_specs // (getattr(args, "api_server_count", None) or 1)),
@@ -63,6 +64,5 @@ class TapEndpoints:
         )
         Captures(engine_client, engines, results, given, metrics)
         keys = [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
-        addresses = [address for connection in connections.values() for address in connection.addresses]
-        peers = Peers(results, addresses, asyncio.get_running_loop())
+        peers = Peers(results, sockets, asyncio.get_running_loop())
         self.service = Service(results, peers, metrics, bool(keys))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_tap.client.tasks import Tasks
@@ -42,11 +45,15 @@ class Running:
         self._has_begun = True
         self._metrics.requests.inc()
 
-    def stalled(self, seconds: float) -> None:
-        """Count the wait for room in the workers, if there was any."""
-        if seconds:
-            self._metrics.stalls.inc()
-            self._metrics.stalled_seconds.inc(seconds)
+    @contextlib.contextmanager
+    def stall(self) -> Iterator[None]:
+        """Count a wait for room in the workers."""
+        self._metrics.stalls.inc()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._metrics.stalled_seconds.inc(time.monotonic() - begin)
 
     async def take(self, request: Any, output: Any) -> None:
         """Take an output, and the rows that there are; the last one gets the handle of the reply.

@@ -16,6 +16,6 @@ def log_as_vllm() -> None:
         return
     for handler in theirs.handlers:
         ours.addHandler(handler)
-    ours.propagate = False
+    ours.propagate = theirs.propagate
     if ours.level == logging.NOTSET:
         ours.setLevel(theirs.level)

@@ -13,7 +13,7 @@ from msgspec import structs
 
 from vllm_tap.client.async_connection import connect_engines
 from vllm_tap.client.connection import Connection
-from vllm_tap.errors import EngineUnsupportedError, TapError, TransportError
+from vllm_tap.errors import EngineUnsupportedError, SpecError, TapError, TransportError
 from vllm_tap.frame import messages
 from vllm_tap.transport.tcp.address import host_id
 
@@ -24,7 +24,14 @@ WORKER = messages.Hello(
 )  # fmt: skip
 ELSEWHERE = structs.replace(WORKER, host="00", no_network="it was started without VLLM_TAP_LISTEN=host:port")
 SERVED = structs.replace(ELSEWHERE, network="tcp://10.0.0.7:7300", secret="made there")
+GUARDED = structs.replace(SERVED, network="tcp://guarded:7300", secret="")
 REFUSING = structs.replace(WORKER, refusal="it has no layers", address="", calls="")
+
+SAYS = {
+    ("", ""): "worker 0 runs on another host, and serves no network: it was started without VLLM_TAP_LISTEN=host:port.",
+    (GUARDED.network, ""): "workers run on another host: set VLLM_TAP_SECRET here as it is there",
+    ("", REFUSING.refusal): "rank 0 cannot capture: it has no layers",
+}
 
 
 @pytest.fixture
@@ -33,6 +40,8 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
 
     def at(cls: type[Connection], addresses: Sequence[str], *, secret: str | None) -> Connection:
+        if addresses == ["tcp://guarded:7300"]:
+            raise SpecError("a worker on a network wants a secret")
         found.append((addresses, secret))
         connection = object.__new__(Connection)
         connection.hellos = [WORKER]
@@ -65,6 +74,8 @@ def engines(*workers: messages.Hello) -> Any:
         ([SERVED], [0], [(["tcp://10.0.0.7:7300"], "made there")]),
         ([WORKER, SERVED], [0, 1], [(["calls"], None), (["tcp://10.0.0.7:7300"], "made there")]),
         ([ELSEWHERE, WORKER], [1], [(["calls"], None)]),
+        ([GUARDED, WORKER], [1], [(["calls"], None)]),
+        ([REFUSING, WORKER], [1], [(["calls"], None)]),
     ],
 )
 def test_engines_are_reached_where_they_run(
@@ -74,23 +85,26 @@ def test_engines_are_reached_where_they_run(
     numbers: list[int],
     wanted: list[Any],
 ) -> None:
-    """By a network those of other hosts; one that nobody can reach is left out, with a warning."""
+    """By a network those of other hosts; one that captures nothing is left out with a warning, and known."""
     with caplog.at_level(logging.WARNING, "vllm_tap"):
-        connections = asyncio.run(connect_engines(engines(*workers)))
-    assert (list(connections), reached) == (numbers, wanted)
-    says = (
-        "rank 0 captures nothing, others do: worker 0 runs on another host, and it was started without VLLM_TAP_LISTEN"
-    )
-    assert (says in caplog.text) == (len(numbers) < len(workers))
+        found = asyncio.run(connect_engines(engines(*workers)))
+    assert (list(found.connections), reached) == (numbers, wanted)
+    assert found.sockets == [worker.calls for worker in workers]
+    if len(numbers) < len(workers):
+        assert "data parallel rank 0 captures nothing, others do: " in caplog.text
+        assert SAYS[workers[0].network, workers[0].refusal] in caplog.text
+    else:
+        assert not caplog.text
 
 
 @pytest.mark.parametrize(
     ("workers", "kind", "says"),
     [
         ([REFUSING], EngineUnsupportedError, "rank 0 cannot capture: it has no layers"),
-        ([WORKER, REFUSING], EngineUnsupportedError, "it has no layers"),
-        ([ELSEWHERE], TransportError, "set VLLM_TAP_LISTEN there, and VLLM_TAP_SECRET on both hosts"),
-        ([ELSEWHERE, ELSEWHERE], TransportError, "runs on another host"),
+        ([REFUSING, ELSEWHERE], EngineUnsupportedError, "it has no layers"),
+        ([ELSEWHERE], TransportError, "worker 0 runs on another host, and serves no network: it was started without"),
+        ([ELSEWHERE, GUARDED], TransportError, "runs on another host"),
+        ([GUARDED], TransportError, "set VLLM_TAP_SECRET here as it is there"),
     ],
 )
 def test_what_keeps_engines_from_capturing_is_told(

@@ -80,3 +80,29 @@ def test_each_worker_is_reached_with_the_secret_that_it_made(monkeypatch: pytest
     connection.ways.readers("tcp")
     assert used == {where: secret.encode() for where, secret in secrets.items()}
     assert all(connection.ways._callers.values())
+
+
+def test_a_worker_that_was_lost_is_greeted_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker once, whatever other ways to it there are; none is forgotten."""
+    made: list[str] = []
+
+    def made_to(where: str, *terms: Any) -> Any:
+        made.append(where)
+        return SimpleNamespace(where=where, close=lambda: None)
+
+    def greeted(callers: list[Any]) -> list[Any]:
+        return [SimpleNamespace(rank=SimpleNamespace(rank=places.index(one.where))) for one in callers]
+
+    for name in ("caller", "Caller"):
+        monkeypatch.setattr(ways_module, name, made_to)
+    monkeypatch.setattr(ways_module, "greeted", greeted)
+    access: Any = SimpleNamespace()
+    ways, places = ways_module.Ways(access), ["tcp://10.0.0.7:7300", "calls", "tcp://10.0.0.8:7300"]
+    ways.greet_at(places)
+    for rank, way, alive in [(0, "tcp", True), (1, "nixl", True), (2, "tcp", False)]:
+        ways._readers[rank, way] = reader = SimpleNamespace(alive=alive, close=lambda: None)  # type: ignore[assignment]
+        ways._callers.setdefault((rank, way), reader)  # type: ignore[arg-type]
+    assert ways.let_go_of_lost() == {"tcp"}
+    for _ in range(2):
+        assert [hello.rank.rank for hello in ways.greet_again()] == [0, 1, 2]
+    assert made == [*places, places[2]]

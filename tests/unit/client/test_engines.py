@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
+from vllm_tap.client import engines as engines_module
 from vllm_tap.client.engines import Engines
+from vllm_tap.errors import CaptureError, SpecError, TapError
 from vllm_tap.vllm import asynchronous
 
 
 def engines(num: int) -> Engines:
     """Return engines to which nobody is connected."""
     connections: Any = {number: SimpleNamespace() for number in range(num)}
-    return Engines(connections)
+    llm = SimpleNamespace(engine_core=SimpleNamespace(core_engines=list(range(num))))
+    return Engines(llm, connections)
 
 
 @pytest.mark.parametrize("num", [1, 2, 5])
@@ -32,6 +35,35 @@ def test_requests_are_spread(num: int) -> None:
         assert of_all.least_busy(of_all.lives[-1:]).engine == num - 1
     assert [one.num_requests for one in of_all.lives] == [0] * num
     assert sorted(of_all.least_busy().engine for _ in range(2 * num)) == sorted(list(range(num)) * 2)
+
+
+@pytest.mark.parametrize(
+    ("failed", "is_fault"), [(CaptureError("it broke"), True), (SpecError("no such layer"), False)]
+)
+def test_an_engine_that_cannot_capture_comes_last(
+    monkeypatch: pytest.MonkeyPatch, failed: TapError, is_fault: bool
+) -> None:
+    """For a while, though it has the fewest requests; alone it gets them all the same. Wrong requests do not count."""
+    of_all = engines(2)
+    broken, sound = of_all.lives
+    with pytest.raises(type(failed)), broken.busy(1):
+        raise failed
+    with sound.busy(5):
+        chosen = {of_all.least_busy().engine for _ in range(4)}
+        assert chosen == {sound.engine if is_fault else broken.engine}
+        assert of_all.least_busy([broken]) is broken
+        monkeypatch.setattr(engines_module, "PENALTY_S", 0.0)
+        assert of_all.least_busy() is broken
+    assert [one.num_requests for one in of_all.lives] == [0, 0]
+
+
+def test_engines_that_vllm_has_let_go_of_get_nothing() -> None:
+    """As elastic engines are scaled down; one that comes is not known here."""
+    of_all = engines(3)
+    core = of_all._llm.engine_core
+    for num in (2, 1, 4, 3):
+        core.core_engines = list(range(num))
+        assert {of_all.least_busy().engine for _ in range(9)} == set(range(min(num, 3)))
 
 
 @pytest.mark.parametrize("num", [1, 3])

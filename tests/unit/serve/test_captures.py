@@ -45,12 +45,14 @@ class Lives:
     ) -> None:
         self.connection, self._error, self._start_error = SimpleNamespace(), error, start_error
         self.engine, self._length, self.num_requests = engine, length, 0
+        self.failed = float("-inf")
         self.specs: list[Spec] = []
         self.num_asked = 0
         self.is_crowded = False
         self.blocked: asyncio.Event | None = None
         self.room: list[int] = []
-        self.stalled_s = 0.0
+        self.stall = asyncio.Event()
+        self.stall.set()
 
     def __len__(self) -> int:
         return self._length
@@ -74,12 +76,13 @@ class Lives:
 
         request.rest, request.hurry = rest, wanted.set
         request.rows = lambda tokens: self._rows(spec, tokens)
+        request.has_room = lambda num_rows: self.stall.is_set()
         request.begin, request.left = self._enter, self._leave
         yield request
 
-    async def _enter(self, num_rows: int) -> float:
+    async def _enter(self, num_rows: int) -> None:
         self.room.append(num_rows)
-        return self.stalled_s
+        await self.stall.wait()
 
     def _leave(self) -> None:
         self.room.append(0)
@@ -108,8 +111,8 @@ class Server:
         core = SimpleNamespace(core_engines=[one.engine for one in all_lives])
         self.llm = SimpleNamespace(generate=self._outputs, engine_core=core)
         connections: Any = {one.engine: one.connection for one in all_lives}
-        self.lives, engines = all_lives[0], Engines(connections)
-        engines.lives = all_lives  # type: ignore[assignment]
+        self.lives, engines = all_lives[0], Engines(self.llm, connections)
+        engines._lives = all_lives  # type: ignore[assignment]
         self.results, self.metrics = Results(given), Metrics(prometheus.CollectorRegistry())
         captures.Captures(self.llm, engines, self.results, given, self.metrics)
 
@@ -264,9 +267,25 @@ def test_a_request_begins_where_the_workers_have_room_for_it(
     assert server.lives.room[0] == num_rows
     assert set(server.lives.room[1:]) == {0}
     assert "stalls" not in server.counted()
-    server.lives.stalled_s = 0.5
-    asyncio.run(server.run(json.dumps({"hidden_states": [1], "positions": "all", **spec}), "cmpl-2-0"))
-    assert (server.counted()["stalls"], server.counted()["stalled_seconds"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_wait_for_room_is_counted(monkeypatch: pytest.MonkeyPatch, leaves: bool) -> None:
+    """From its begin on, and its time in the end, also where the client leaves."""
+    server = Server(monkeypatch)
+    server.lives.stall.clear()
+
+    async def run() -> None:
+        task = asyncio.create_task(server.run(ASKED))
+        while not server.lives.room:
+            await asyncio.sleep(0)
+        assert (server.counted()["stalls"], "stalled_seconds" in server.counted()) == (1, False)
+        await asyncio.sleep(0.01)
+        task.cancel() if leaves else server.lives.stall.set()
+        await asyncio.wait([task])
+        assert 0.01 <= server.counted()["stalled_seconds"] < 5
+
+    asyncio.run(run())
 
 
 def test_a_forbidden_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
