@@ -89,6 +89,10 @@ class Process:
         """End it."""
         self._server.should_exit = True
         self._thread.join(20)
+        assert self.service is not None
+        peers = self.service.peers
+        for one in (peers._server, *peers._callers.values()):  # which a process has to its end
+            one.close()
 
 
 @pytest.fixture(scope="module")
