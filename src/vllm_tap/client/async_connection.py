@@ -42,18 +42,14 @@ async def connect_engines(llm: Any) -> Found:
         TransportError: They cannot be reached from here.
     """
     asynchronous.require_async(llm)
-    found, sockets = Found({}, []), []
     tried = await asyncio.gather(*(_tried(llm, number) for number in range(asynchronous.num_engines(llm))))
-    for number, (hellos, connection) in enumerate(tried):
-        sockets += [hello.calls for hello in hellos]
-        if isinstance(connection, Connection):
-            found.connections[number] = connection
+    connections = {number: one for number, (_, one) in enumerate(tried) if isinstance(one, Connection)}
     for number, (_, failed) in enumerate(tried):
         if isinstance(failed, TapError):
-            if not found.connections:
+            if not connections:
                 raise failed
             logger.warning("vllm-tap: data parallel rank %d captures nothing, others do: %s", number, failed)
-    return found._replace(sockets=sockets)
+    return Found(connections, [hello.calls for hellos, _ in tried for hello in hellos])
 
 
 async def _tried(llm: Any, engine: int) -> tuple[list[messages.Hello], Connection | TapError]:

@@ -63,7 +63,7 @@ class Connection:
         if self.wants_rows:
             self._pass_rows(llm, self.wants_rows)
             self.greet()
-        self._require_able()
+        require_able(self.hellos)
 
     @classmethod
     def at(
@@ -95,16 +95,13 @@ class Connection:
         self = cls.__new__(cls)
         self._prepare(None, access)
         self._met(self.ways.greet_at(addresses))
-        self._require_able()
+        require_able(self.hellos)
         return self
 
     def _prepare(self, llm: weakref.ref[Any] | None, access: Access | None = None) -> None:
         self._llm = llm
         self.ways = Ways(access)
         self._under_way: dict[str, tuple[weakref.ref[Any], str]] = {}
-
-    def _require_able(self) -> None:
-        require_able(self.hellos)
 
     @property
     def addresses(self) -> list[str]:

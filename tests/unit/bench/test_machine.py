@@ -10,10 +10,10 @@ from vllm_tap.bench.machine import describe_command
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["/tmp/a/bench/gpu.py", "--models", "/tmp/m", "--plan", "tp2"], "bench/gpu.py --plan tp2"),
-        (["bench/serve_load.py", "--rounds", "3", "--out", "/tmp/x.json"], "bench/serve_load.py --rounds 3"),
+        (["elsewhere/bench/gpu.py", "--models", "elsewhere/models", "--plan", "tp2"], "bench/gpu.py --plan tp2"),
+        (["bench/serve_load.py", "--rounds", "3", "--out", "elsewhere/x.json"], "bench/serve_load.py --rounds 3"),
         (
-            ["bench/serve_load.py", "--out=/tmp/x.json", "--model", "models/a b"],
+            ["bench/serve_load.py", "--out=elsewhere/x.json", "--model", "models/a b"],
             "bench/serve_load.py --model 'models/a b'",
         ),
     ],
