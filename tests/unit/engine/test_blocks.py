@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_tap.engine.model.install import ModelTaps
+from vllm_tap.engine.model.stack import by_shape
 from vllm_tap.engine.model.tap import Rows, Tap
 from vllm_tap.vllm import model as vllm_model
 from vllm_tap.vllm.decoder import Stack
@@ -285,6 +286,28 @@ def test_rows_of_padding_tell_nothing() -> None:
     assert not taps.wants_rows
     assert ("mlp_output", 1) in taps.by_place
     assert all(place.probe is None for place in taps.by_place.values() if place.stream in STREAMS)
+
+
+def test_layers_are_in_order_whichever_is_known_first() -> None:
+    """Where the first layer here was given padding and the one behind it told, rows are still shipped in order."""
+    torch.manual_seed(0)
+    layers = [Layer(), Layer()]
+    weights = [weight.data.clone() for weight in layers[0].parameters()]
+    for weight in layers[0].parameters():
+        weight.data.zero_()
+    taps = run(*layers, values=0.0)
+    taps.end_pass()
+    assert ("mlp_output", 1) in taps.by_place
+    assert ("mlp_output", 0) not in taps.by_place
+    for weight, value in zip(layers[0].parameters(), weights, strict=True):
+        weight.data.copy_(value)
+    rows = torch.randn(NUM_ROWS, WIDTH)
+    with torch.inference_mode():
+        for layer in layers:
+            rows = layer(rows)
+    taps.reasons()
+    held = {place: tap for place, tap in taps.by_place.items() if tap.width}
+    assert [found for (stream, *_), found in by_shape(held).items() if stream in STREAMS] == [[0, 1], [0, 1]]
 
 
 def test_an_idle_engine_keeps_no_rows_of_blocks() -> None:

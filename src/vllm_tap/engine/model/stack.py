@@ -195,9 +195,10 @@ def dtype_name(place: Tap) -> str:
 
 
 def by_shape(taps: Taps) -> dict[tuple[str, str, int], list[int]]:
-    """Return the layers of each (stream, dtype, width): layers may differ, for example in their number of experts."""
+    """Return the layers, ascending, of each (stream, dtype, width): they may differ, as in their number of experts."""
     layers: dict[tuple[str, str, int], list[int]] = {}
-    for (stream, layer), place in taps.items():
+    # What the blocks of a layer add may be known later than it is of the layers behind it.
+    for (stream, layer), place in sorted(taps.items(), key=lambda item: item[0][1]):
         layers.setdefault((stream, dtype_name(place), place.width), []).append(layer)
     return layers
 
