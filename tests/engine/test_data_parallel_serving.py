@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import device
 from engine.engines import (
@@ -28,7 +29,8 @@ from engine.engines import (
 from quick_start import quick_start
 from runners import expert_environment
 from servers import KEY, Server
-from vllm_tap import AsyncTap, HttpTap, Sample, Spec
+from vllm_tap import AsyncTap, Capture, HttpTap, Sample, Spec
+from vllm_tap.errors import PositionError
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -53,6 +55,15 @@ def compare_sample(sample: Sample, references: References) -> None:
     for stream, layer in [*(("hidden_states", layer) for layer in range(4)), ("embeddings", 0)]:
         expected = expected_rows(whole, stream, layer)
         assert error(rows_of(sample, stream, layer), expected, expected.square().mean().sqrt()) < TOLERANCE
+
+
+def check_rows_of_all(result: Capture) -> None:
+    """Check that rows over all samples are those of each sample and completion, one behind the other."""
+    slots = [(sample, completion) for sample in range(len(result)) for completion in range(2)]
+    assert list(result.sequences.slots) == slots
+    for layer in (0, 3):
+        apart = [result.sample(*slot).hidden_states[layer] for slot in slots]
+        assert torch.equal(result.rows("hidden_states", layer), torch.cat(apart))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"] if FULL_MATRIX else ["llama"])
@@ -148,10 +159,19 @@ def test_all_engines_of_an_async_llm_capture(
                 assert block.positions.tolist() == list(range(block.positions[0], block.positions[-1] + 1))
             spread = dict(ran)
             blocks = {engine: spread[engine] - samples[engine] for engine in spread}
-            for result in await asyncio.gather(*(tap.capture(given[:4], SPEC, **GREEDY) for _ in range(2))):
-                compare(result, references(family))
+            for result in await asyncio.gather(*(tap.capture(given[:5], SPEC, n=2, max_tokens=6) for _ in range(2))):
+                for completion in range(2):
+                    compare(result, references(family), completion=completion)
+                assert [sample.output.prompt_token_ids for sample in result] == [
+                    prompt["prompt_token_ids"] for prompt in given[:5]
+                ]
+                check_rows_of_all(result)
                 del result
-            assert {engine: ran[engine] - spread[engine] for engine in spread} == {0: 4, 1: 4}
+            assert {engine: ran[engine] - spread[engine] for engine in spread} == {0: 5, 1: 5}
+            texts = ["a", "a prompt of more tokens than six", "b", "another one of enough tokens"]
+            with pytest.raises(PositionError, match=r"prompt 0 has \d tokens and no position 6.* 2 of 4") as caught:
+                await tap.capture(texts, Spec(hidden_states="all", positions=[6]), **GREEDY)
+            assert caught.value.result.num_rows == 2
             for counts in (samples, blocks):
                 assert sum(counts.values()) >= len(given)
                 assert min(counts.values()) >= len(given) // 4

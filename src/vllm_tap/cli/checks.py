@@ -162,9 +162,9 @@ def default_budget_bytes() -> int:
 
     if not launch.describe_torch():
         return 0
-    from vllm_tap.client import recording
+    from vllm_tap.client import bounds
 
-    return recording.default_budget_bytes()
+    return bounds.default_budget_bytes()
 
 
 def cuda() -> Finding:

@@ -10,13 +10,13 @@ from typing import Any, Final, TypeVar
 
 from vllm_tap.client import missing
 from vllm_tap.client.async_connection import connect_engines
-from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full
+from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_budget, read_on_full
 from vllm_tap.client.capture import take_chat_options
 from vllm_tap.client.engines import Engines
 from vllm_tap.client.live import Request
 from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts
-from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample
+from vllm_tap.client.shares import begun
 from vllm_tap.client.tap import RowBlock
 from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec
@@ -33,8 +33,8 @@ T = TypeVar("T", bound=Sample)
 class AsyncTap:
     """Captures from an `AsyncLLM`, any number at a time, in the event loop that runs it.
 
-    Requests of one Spec share a capture in the engine. Of data parallel engines, each prompt of a stream, and each call
-    of `capture`, goes to the one with the fewest captured requests.
+    Requests of one Spec share a capture in the engine. Of data parallel engines, each prompt goes to the one with the
+    fewest captured requests.
 
     Args:
         async_llm: A `vllm.v1.engine.async_llm.AsyncLLM`, started without any special argument.
@@ -58,8 +58,11 @@ class AsyncTap:
     ) -> None:
         asynchronous.require_async(async_llm)
         self._llm = async_llm
-        on_full = read_on_full(on_full, AS_THEY_COME)
-        self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "staging": staging, "on_full": on_full}
+        self._options: dict[str, Any] = {
+            "budget_bytes": read_budget(budget_bytes),
+            "staging": staging,
+            "on_full": read_on_full(on_full, AS_THEY_COME),
+        }
         self._connecting = asyncio.Lock()
         self._engines: Engines | None = None
 
@@ -79,30 +82,30 @@ class AsyncTap:
 
         Raises:
             TapError: As for `vllm_tap.capture`.
+
+        Cost:
+            As for `vllm_tap.capture`; of data parallel engines, `Capture.rows` over several samples is a copy.
         """
         given, chat = read_prompts(prompts).items, take_chat_options(sampling)
         params = asynchronous.new_params(self._llm, sampling_params, sampling, "FINAL_ONLY")
         items = [await self._taken(number, prompt, chat) for number, prompt in enumerate(given)]
         missing.check_prompts(spec, items)
-        lives = (await self._connected()).least_busy()
         options = {**self._options, "on_full": at_the_end(self._options["on_full"])}
-        starting = asyncio.create_task(asyncio.to_thread(Recording, lives.connection, spec, **options))
         try:
-            with lives.busy(len(items)):
-                recording = await asyncio.shield(starting)
-                finals = (
-                    self._final(number, prompt, recording.mark(params, number), lora_request, lives.engine)
-                    for number, prompt in enumerate(items)
-                )
+            async with begun(await self._connected(), len(items), spec, **options) as shares:
+
+                async def final(number: int, prompt: Any) -> Any:
+                    lives = shares.lives[number]
+                    with lives.blamed():
+                        return await self._final(
+                            number, prompt, shares.mark(params, number), lora_request, lives.engine
+                        )
+
                 async with asyncio.TaskGroup() as group:
-                    running = [group.create_task(final) for final in finals]
-                outputs = [task.result() for task in running]
-                return await asyncio.shield(asyncio.to_thread(recording.finish, outputs))
-        except BaseException as error:
-            await _stop(starting)
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
-            raise
+                    running = [group.create_task(final(number, prompt)) for number, prompt in enumerate(items)]
+                return await asyncio.shield(shares.finish([task.result() for task in running]))
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
 
     async def _taken(self, number: int, prompt: Any, chat: dict[str, Any]) -> Any:
         """Return a prompt as `AsyncLLM` takes it, which knows no conversations."""
@@ -292,15 +295,3 @@ class AsyncTap:
             if self._engines is None:
                 self._engines = Engines(self._llm, (await connect_engines(self._llm)).connections, **self._options)
         return self._engines
-
-
-async def _stop(starting: asyncio.Task[Recording]) -> None:
-    """Stop a recording that may be about to begin, whatever happens."""
-
-    async def stop() -> None:
-        recording = await starting
-        if not recording.has_ended:
-            await asyncio.to_thread(recording.stop)
-
-    with contextlib.suppress(Exception):
-        await asyncio.shield(asyncio.create_task(stop()))

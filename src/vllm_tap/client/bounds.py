@@ -1,7 +1,8 @@
-"""Terms for rows that do not fit the memory of a capture. Client process."""
+"""The memory of a capture, and terms for rows that do not fit it. Client process."""
 
 from __future__ import annotations
 
+import numbers
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from typing import Any, Final
 from vllm_tap.errors import SpecError
 from vllm_tap.frame import messages
 from vllm_tap.spec import nearest
+
+MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
 
 AT_THE_END: Final = ("fail", "spill")
 AS_THEY_COME: Final = ("wait", "spill", "fail")
@@ -55,6 +58,25 @@ class Spill:
         if not isinstance(most, int) or most < 1:
             raise SpecError(f"Spill.most_bytes is a positive whole number, got {most!r}.")
         return folder, most
+
+
+def default_budget_bytes() -> int:
+    """Return a quarter of this machine's RAM, at most 8 GiB."""
+    return min(MAX_DEFAULT_BUDGET_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+
+
+def read_budget(given: Any) -> int:
+    """Return the most bytes of memory for rows that were asked for, by default `default_budget_bytes()`.
+
+    Raises:
+        SpecError: It is no positive whole number.
+    """
+    if given is None:
+        return default_budget_bytes()
+    is_number: bool = isinstance(given, numbers.Real)
+    if not (is_number and given >= 1 and given % 1 == 0):
+        raise SpecError(f"budget_bytes is a positive whole number, got {given!r}.")
+    return int(given)
 
 
 def read_on_full(given: Any, known: Sequence[str]) -> str | Spill:

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple, TypeVar
 
-from vllm_tap.client.bounds import at_the_end, room_of
+from vllm_tap.client.bounds import at_the_end, read_budget, room_of
 from vllm_tap.client.collector import Collector
 from vllm_tap.client.connection import Connection
-from vllm_tap.client.recording import Recording, default_budget_bytes
+from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.client.room import Room
 from vllm_tap.client.tasks import Tasks
@@ -155,9 +155,9 @@ class Live:
         self._asking: asyncio.Task[None] | None = None
         self._resting: list[asyncio.Event] = []
         self._numbers = itertools.count()
-        on_full, budget = options.get("on_full", "fail"), options.get("budget_bytes")
+        on_full = options.get("on_full", "fail")
         self._options = {**options, "on_full": at_the_end(on_full)}
-        self.budget_bytes = budget or default_budget_bytes()
+        self.budget_bytes = read_budget(options.get("budget_bytes"))
         self.room = Room(None if on_full == "fail" else room_of(self.budget_bytes, on_full))
         self._dropped: list[int] = []  # samples of which the workers may have rows yet
         self._starting = tasks.run(self._begin(after, patience_s))

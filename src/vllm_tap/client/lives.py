@@ -57,9 +57,17 @@ class Lives:
         return live is not None and live.num_users > 0 and live.error is None
 
     @contextlib.contextmanager
-    def busy(self, num_requests: int) -> Iterator[None]:
-        """Count requests for the block, and note where it ends by what is the engine's fault."""
+    def counted(self, num_requests: int) -> Iterator[None]:
+        """Count requests for the block."""
         self.num_requests += num_requests
+        try:
+            yield
+        finally:
+            self.num_requests -= num_requests
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Note where the block ends by what is the engine's fault."""
         try:
             yield
         except SpecError:
@@ -67,8 +75,6 @@ class Lives:
         except TapError:
             self.failed = time.monotonic()
             raise
-        finally:
-            self.num_requests -= num_requests
 
     @contextlib.asynccontextmanager
     async def request(self, spec: Spec, params: Any) -> AsyncIterator[Request]:
@@ -81,7 +87,7 @@ class Lives:
         live.use()
         request = None
         try:
-            with self.busy(1):
+            with self.counted(1), self.blamed():
                 await live.started()
                 request = Request(live, params)
                 yield request

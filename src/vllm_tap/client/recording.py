@@ -7,8 +7,6 @@ capture, add them in any order beside others, run the engine's steps, and finish
 from __future__ import annotations
 
 import copy
-import numbers
-import os
 import sys
 import time
 import weakref
@@ -16,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from vllm_tap.client import marks, missing
-from vllm_tap.client.bounds import AT_THE_END, Spill, read_on_full
+from vllm_tap.client.bounds import AT_THE_END, Spill, read_budget, read_on_full
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
 from vllm_tap.client.identity import model_facts
+from vllm_tap.client.layers import resolve, union
 from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import Place, RowSource, SomeRows
 from vllm_tap.client.progress import Progress
@@ -27,16 +26,14 @@ from vllm_tap.client.reduced import NOTES, made_of, streams_made, with_one_row_e
 from vllm_tap.client.result import Capture
 from vllm_tap.client.sequences import Sequences, TokenArrays
 from vllm_tap.client.wishes import Wishes
-from vllm_tap.errors import EngineDiedError, EngineUnsupportedError, SpecError, TapError
+from vllm_tap.errors import EngineDiedError, SpecError, TapError
 from vllm_tap.frame import messages
 from vllm_tap.frame.layout import ITEMSIZE, LABEL_BYTES
 from vllm_tap.frame.routing import summary
 from vllm_tap.labels import NUM_LABELS, mark
-from vllm_tap.spec import Layers, Spec, begin_of, nearest, plain_positions, resolve_layers
-from vllm_tap.streams import BLOCK_STREAMS, LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS, streams_of
+from vllm_tap.spec import Spec, begin_of, nearest, plain_positions
+from vllm_tap.streams import LAYERED_FIELDS, ROUTER_STREAMS, SINGLE_FIELDS
 from vllm_tap.vllm import frontend
-
-MAX_DEFAULT_BUDGET_BYTES: Final = 8 << 30
 
 STAGINGS: Final = ("auto", "staged", "direct")
 
@@ -87,7 +84,7 @@ class Recording:
         if staging not in STAGINGS:
             raise SpecError(f"staging={staging!r} is not known.{nearest(staging, STAGINGS)}")
         on_full = read_on_full(on_full, AT_THE_END)
-        budget = default_budget_bytes() if budget_bytes is None else _whole("budget_bytes", budget_bytes)
+        budget = read_budget(budget_bytes)
         self.spec = wishes.of(0)
         engine = None if isinstance(llm, Connection) else llm
         self._model = model_facts(engine) if engine is not None else {}
@@ -107,7 +104,7 @@ class Recording:
         self._layers = {_kind(wish): resolve(connection, wish) for wish in wishes}
         self._start = messages.Start(
             capture_id=new_capture_id(),
-            streams=_union(self._layers.values()),
+            streams=union(self._layers.values()),
             positions=plain_positions(self.spec.shipped_positions),
             residual=connection.residual,
             shared=bool(way),
@@ -411,53 +408,3 @@ class Recording:
 def _kind(spec: Spec) -> tuple[Any, ...]:
     """Return what Specs have in common whose samples have the same streams and layers, and the same made of them."""
     return tuple(getattr(spec, field) for field in (*LAYERED_FIELDS, *SINGLE_FIELDS, "reduce", "dtype"))
-
-
-def _union(streams: Iterable[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
-    """Return the layers of all streams that any of several choices has."""
-    union: dict[str, set[int]] = {}
-    for layers_of in streams:
-        for stream, layers in layers_of.items():
-            union.setdefault(stream, set()).update(layers)
-    return {stream: tuple(sorted(layers)) for stream, layers in union.items()}
-
-
-def resolve(connection: Connection, spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Return the layers of each of the workers' streams that the specification asks for.
-
-    Raises:
-        LayerError: A layer that the model does not have.
-        EngineUnsupportedError: A stream that it does not have.
-    """
-    has_experts = bool(connection.available("router_logits"))
-    streams: dict[str, tuple[int, ...]] = {}
-    for field in spec.streams:
-        for stream in streams_of(field):
-            available = connection.available(stream)
-            reason = connection.why_not(stream)
-            if not available and not reason and (stream not in ROUTER_STREAMS or has_experts):
-                reason = "no forward pass went through the place where it is taken"
-                if stream in BLOCK_STREAMS:
-                    reason = "no layer that has run adds the output of such a block to the residual stream"
-            if reason:
-                raise EngineUnsupportedError(f"{stream} cannot be captured from this model: {reason}")
-            if not available and getattr(spec, field) == "all" and spec.missing == "error":
-                raise SpecError(
-                    f'{field}="all" chooses no layer: no layer with experts was found in this model. Leave {field} '
-                    'out, or pass Spec(..., missing="skip") to models of either kind.'
-                )
-            layers: Layers = getattr(spec, field) if field in LAYERED_FIELDS else "all"
-            streams[stream] = tuple(resolve_layers(stream, layers, available, connection.num_layers))
-    return streams
-
-
-def _whole(name: str, given: Any) -> int:
-    is_number: bool = isinstance(given, numbers.Real)
-    if not (is_number and given >= 1 and given % 1 == 0):
-        raise SpecError(f"{name} is a positive whole number, got {given!r}.")
-    return int(given)
-
-
-def default_budget_bytes() -> int:
-    """Return a quarter of this machine's RAM, at most 8 GiB."""
-    return min(MAX_DEFAULT_BUDGET_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

@@ -88,7 +88,7 @@ class Sequences:
                 ahead.append(token_ids, generated, num_generated)
                 lengths.append(prompt_len + num_generated)
                 prompt_lens.append(prompt_len)
-        self.starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        self.starts = _starts(lengths)
         self.prompt_lens = np.array(prompt_lens, np.int64)
         self.token_ids = np.frombuffer(token_ids, np.int32)
         self.wanted, self.wanted_starts = self._wanted(positions)
@@ -113,7 +113,7 @@ class Sequences:
         lengths = self.starts[1:][numbers] - firsts
         flat = ranges(firsts, lengths)
         if not isinstance(choice, Positions):
-            starts = np.concatenate(([0], np.cumsum(lengths)))
+            starts = _starts(lengths)
             return flat[wanted_tokens(choice, prompt_lens, starts, np.zeros_like(prompt_lens))]
         firsts, prompt_lens, of_each = (np.repeat(each, lengths) for each in (firsts, prompt_lens, lengths))
         tokens = Tokens(flat - firsts, prompt_lens, of_each, self.token_ids[flat])
@@ -131,6 +131,32 @@ class Sequences:
         known.token_ids[positions] = token_ids
         return known
 
+    @classmethod
+    def joined(cls, parts: Sequence[Sequences]) -> tuple[Sequences, Ints, Ints]:
+        """Return the sequences of several captures, which have samples of their own, as one: by sample.
+
+        Returns:
+            The sequences; of each wanted row the place in `parts` of the capture that has it, int64 [R]; and its number
+            there, the same.
+        """
+        lengths, counts = (
+            np.concatenate([np.diff(getattr(part, starts)) for part in parts]) for starts in ("starts", "wanted_starts")
+        )
+        slots = [slot for part in parts for slot in part.slots]
+        order = np.argsort(np.array([sample for sample, _ in slots], np.int64), kind="stable")
+        tokens, rows = (ranges(_starts(of_each)[order], of_each[order]) for of_each in (lengths, counts))
+        whole = cls.__new__(cls)
+        whole.slots = {slots[was]: number for number, was in enumerate(order.tolist())}
+        whole.request_ids = {sample: name for part in parts for sample, name in part.request_ids.items()}
+        whole.starts, whole.wanted_starts = _starts(lengths[order]), _starts(counts[order])
+        whole.prompt_lens = np.concatenate([part.prompt_lens for part in parts])[order]
+        whole.token_ids = np.concatenate([part.token_ids for part in parts])[tokens]
+        positions = np.concatenate([part.position_of(part.wanted)[1] for part in parts])
+        whole.wanted = positions[rows] + np.repeat(whole.starts[:-1], counts[order])
+        numbers = [np.arange(len(part.wanted)) for part in parts]
+        part_of = np.repeat(np.arange(len(parts)), [len(each) for each in numbers])
+        return whole, part_of[rows], np.concatenate(numbers)[rows]
+
     def only(self, number: int) -> Sequences:
         """Return one sequence alone, as that of the first sample."""
         alone = copy.copy(self)
@@ -146,6 +172,11 @@ class Sequences:
         """Return the sequence number and the position of flat indices."""
         sequence = np.searchsorted(self.starts, flat, side="right") - 1
         return sequence, flat - self.starts[sequence]
+
+
+def _starts(lengths: npt.ArrayLike) -> Ints:
+    """Return where runs of these lengths begin that stand one behind the other, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def _packed(tokens: Sequence[int]) -> bytes:

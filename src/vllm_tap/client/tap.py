@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from vllm_tap.client import missing
-from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_on_full, room_of
+from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_budget, read_on_full, room_of
 from vllm_tap.client.capture import capture, take_chat_options
 from vllm_tap.client.collector import Collector
 from vllm_tap.client.prompts import chat_of, each_prompt
-from vllm_tap.client.recording import Recording, default_budget_bytes
+from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.room import PART_OF_BUDGET
 from vllm_tap.client.wishes import Wishes
@@ -167,7 +167,7 @@ class Tap:
             staging=staging,
             on_full=at_the_end(on_full),
         )
-        room = None if on_full == "fail" else room_of(budget_bytes or default_budget_bytes(), on_full)
+        room = None if on_full == "fail" else room_of(read_budget(budget_bytes), on_full)
         return _Run(self._llm, prompts, recording, plan, room)
 
     def _plan(self, given: Any, fields: dict[str, Any], lora_request: Any) -> Plan:

@@ -175,7 +175,7 @@ class Recorder:
         """Capture what tasks that start in the block send."""
         async with self._captures:
             lives = (await self._connected()).least_busy()
-            with lives.busy(1):
+            with lives.counted(1), lives.blamed():
                 spec, options = self._options.spec, self._options.recording
                 recording = await asyncio.to_thread(Recording, lives.connection, spec, **options)
                 try:

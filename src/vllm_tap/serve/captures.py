@@ -17,8 +17,8 @@ from fastapi import HTTPException  # vLLM answers to this one as to its own erro
 from vllm_tap.client import missing
 from vllm_tap.client.engines import Engines
 from vllm_tap.client.expected_rows import num_rows
+from vllm_tap.client.layers import resolve
 from vllm_tap.client.lives import Lives
-from vllm_tap.client.recording import resolve
 from vllm_tap.client.reduced import streams_made
 from vllm_tap.client.tasks import Tasks
 from vllm_tap.errors import BudgetError, PositionError, SpecError, TapError

@@ -28,9 +28,9 @@ def test_requests_are_spread(num: int) -> None:
     of_all = engines(num)
     with contextlib.ExitStack() as running:
         for _ in range(3 * num):
-            running.enter_context(of_all.least_busy().busy(1))
+            running.enter_context(of_all.least_busy().counted(1))
         assert [one.num_requests for one in of_all.lives] == [3] * num
-        with of_all.lives[0].busy(1):
+        with of_all.lives[0].counted(1):
             assert (of_all.least_busy().engine == 0) == (num == 1)
         assert of_all.least_busy(of_all.lives[-1:]).engine == num - 1
     assert [one.num_requests for one in of_all.lives] == [0] * num
@@ -46,9 +46,9 @@ def test_an_engine_that_cannot_capture_comes_last(
     """For a while, though it has the fewest requests; alone it gets them all the same. Wrong requests do not count."""
     of_all = engines(2)
     broken, sound = of_all.lives
-    with pytest.raises(type(failed)), broken.busy(1):
+    with pytest.raises(type(failed)), broken.counted(1), broken.blamed():
         raise failed
-    with sound.busy(5):
+    with sound.counted(5):
         chosen = {of_all.least_busy().engine for _ in range(4)}
         assert chosen == {sound.engine if is_fault else broken.engine}
         assert of_all.least_busy([broken]) is broken

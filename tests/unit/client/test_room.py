@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_tap.client.bounds import AS_THEY_COME, AT_THE_END, Spill, at_the_end, read_on_full, room_of
+from vllm_tap.client.bounds import AS_THEY_COME, AT_THE_END, Spill, at_the_end, read_budget, read_on_full, room_of
 from vllm_tap.client.room import PART_OF_BUDGET, Room
 from vllm_tap.errors import SpecError
 from vllm_tap.vllm.asynchronous import most_rows
@@ -119,3 +119,16 @@ def test_files_that_cannot_be_are_refused(fields: dict[str, Any], match: str) ->
     """Before a worker hears of them."""
     with pytest.raises(SpecError, match=match):
         Spill(**fields).terms(1)
+
+
+@pytest.mark.parametrize("given", [0, -1, 1.5, float("inf"), float("nan"), "1 GiB", [], b""])
+def test_a_budget_that_cannot_be_is_refused(given: Any) -> None:
+    """Of captures and of streams."""
+    with pytest.raises(SpecError, match="budget_bytes is a positive whole number"):
+        read_budget(given)
+
+
+def test_a_budget_may_be_any_whole_number() -> None:
+    """As `2 * 2**30` and `1e9` are; none is a part of the machine's memory."""
+    assert [read_budget(given) for given in (1, 1e9)] == [1, 10**9]
+    assert 0 < read_budget(None) <= 8 << 30

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_tap import Spec
-from vllm_tap.client.recording import resolve
+from vllm_tap.client.layers import resolve
 from vllm_tap.engine.capture.selection import Run
 from vllm_tap.engine.model.install import ModelTaps
 from vllm_tap.engine.model.tap import ADD, Group, Plane, Rows, Tap
