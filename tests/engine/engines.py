@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,27 @@ def compare(result: Any, references: References, positions: Positions | None = N
                 off = error(rows_of(sample, stream, layer), whole[at], whole.square().mean().sqrt())
                 largest[stream] = max(largest.get(stream, 0.0), off)
                 assert off < TOLERANCE, f"sample {index}: {stream}[{layer}] is off by {off:.2g} of its scale"
+
+
+class Recorded:
+    """A dataset with `outputs`, made of its index, for the comparison of captures."""
+
+    def __init__(self, dataset: vllm_tap.Dataset) -> None:
+        self._dataset, self.layers = dataset, dataset.layers
+        self.outputs = [
+            SimpleNamespace(
+                prompt_token_ids=sample.prompt_token_ids,
+                outputs=[SimpleNamespace(index=0, token_ids=sample.generated_token_ids)],
+            )
+            for sample in dataset
+        ]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._dataset)
+
+    def sample(self, index: int, completion: int) -> Any:
+        """Return a sample."""
+        return self._dataset.sample(index, completion)
 
 
 def compare_with_outputs(result: Any, references: References) -> None:

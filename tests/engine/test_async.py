@@ -17,9 +17,11 @@ import torch
 import transformers
 
 import device
+import vllm_tap
 from engine.engines import (
     ARGUMENTS,
     TOLERANCE,
+    Recorded,
     References,
     compare,
     error,
@@ -31,7 +33,8 @@ from engine.engines import (
 )
 from quick_start import quick_start
 from vllm_tap import AsyncTap, Positions, Spec, Spill
-from vllm_tap.errors import BudgetError, LayerError, PositionError, SpecError
+from vllm_tap.errors import BudgetError, DatasetError, LayerError, PositionError, SpecError
+from vllm_tap.store.verify import verify
 
 pytestmark = pytest.mark.engine
 
@@ -129,6 +132,46 @@ def test_captures_beside_plain_requests_are_those_of_hugging_face(
         await until_free(engine)
 
     engine.run(run())
+
+
+def test_a_dataset_is_recorded_beside_plain_requests(
+    engine: Running, tap: AsyncTap, references: Callable[[str], References], tmp_path: Path
+) -> None:
+    """Cancelled behind its first part it leaves that and no memory, and the same call goes on behind it."""
+    given, other = prompts(tuple(range(4, 15))), prompts((40,), seed=3)[0]
+    arguments: Any = (given, EVERYTHING, tmp_path)
+    options: dict[str, Any] = {"batch": 4, "metadata": [{"number": number} for number in range(11)], **GREEDY}
+
+    async def run() -> None:
+        alone, loop, sealed = await engine.plain(other, "alone"), asyncio.get_running_loop(), asyncio.Event()
+        recording = asyncio.create_task(
+            tap.record(*arguments, **options, on_part=lambda part: loop.call_soon_threadsafe(sealed.set))
+        )
+        await sealed.wait()
+        recording.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await recording
+        assert not engine.llm.output_processor.request_states
+        await until_free(engine)
+        left = len(vllm_tap.open_dataset(tmp_path))
+        assert left in (4, 8)
+        with pytest.raises(DatasetError, match="pass resume=True"):
+            await tap.record(*arguments, **options)
+        parts: list[int] = []
+        dataset, beside = await asyncio.gather(
+            tap.record(*arguments, **options, resume=True, on_part=lambda part: parts.append(part.first_sample)),
+            engine.plain(other, "beside"),
+        )
+        assert beside == alone
+        assert parts == list(range(left, 11, 4))
+        assert [sample.metadata for sample in dataset] == options["metadata"]
+        compare(Recorded(dataset), references("llama"))
+        assert verify(dataset.path).problems == []
+        await until_free(engine)
+
+    engine.run(run())
+    with pytest.raises(SpecError, match=r"one vllm_tap\.Spec for all prompts, got a list"):
+        engine.run(tap.record(given, [EVERYTHING] * 11, tmp_path / "other"))  # type: ignore[arg-type]
 
 
 def test_samples_come_as_they_end(engine: Running, tap: AsyncTap, references: Callable[[str], References]) -> None:

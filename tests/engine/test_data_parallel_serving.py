@@ -17,6 +17,7 @@ from engine.engines import (
     ARGUMENTS,
     FULL_MATRIX,
     TOLERANCE,
+    Recorded,
     References,
     compare,
     error,
@@ -130,9 +131,9 @@ def test_all_engines_of_a_server_capture(server: Server, family: str, references
 
 
 def test_all_engines_of_an_async_llm_capture(
-    folder: Path, family: str, references: Callable[[str], References]
+    folder: Path, family: str, references: Callable[[str], References], tmp_path: Path
 ) -> None:
-    """Prompts of a stream are spread over them, and so are captures at a time; memory of all is given back."""
+    """Prompts of a stream, of a capture and of a dataset are spread over them."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -168,6 +169,9 @@ def test_all_engines_of_an_async_llm_capture(
                 check_rows_of_all(result)
                 del result
             assert {engine: ran[engine] - spread[engine] for engine in spread} == {0: 5, 1: 5}
+            before = dict(ran)
+            compare(Recorded(await tap.record(given, SPEC, tmp_path, batch=6, **GREEDY)), references(family))
+            assert {engine: ran[engine] - before[engine] for engine in before} == {0: 8, 1: 8}
             texts = ["a", "a prompt of more tokens than six", "b", "another one of enough tokens"]
             with pytest.raises(PositionError, match=r"prompt 0 has \d tokens and no position 6.* 2 of 4") as caught:
                 await tap.capture(texts, Spec(hidden_states="all", positions=[6]), **GREEDY)

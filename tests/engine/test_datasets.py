@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import vllm_tap
 from engine.engines import (
     MAX_NEW_TOKENS,
     Engine,
+    Recorded,
     References,
     Shelf,
     compare,
@@ -43,27 +43,6 @@ def shelf(tiny_model: Callable[..., Path]) -> Iterator[Shelf]:
     shelf = Shelf(lambda: Engine(tiny_model("qwen3_moe"), enforce_eager=True))
     yield shelf
     shelf.close()
-
-
-class Recorded:
-    """A dataset with `outputs`, made of its index, for the comparison of captures."""
-
-    def __init__(self, dataset: vllm_tap.Dataset) -> None:
-        self._dataset, self.layers = dataset, dataset.layers
-        self.outputs = [
-            SimpleNamespace(
-                prompt_token_ids=sample.prompt_token_ids,
-                outputs=[SimpleNamespace(index=0, token_ids=sample.generated_token_ids)],
-            )
-            for sample in dataset
-        ]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._dataset)
-
-    def sample(self, index: int, completion: int) -> Any:
-        """Return a sample."""
-        return self._dataset.sample(index, completion)
 
 
 def check(dataset: vllm_tap.Dataset, references: References) -> None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from vllm_tap.client import missing
 from vllm_tap.client.async_connection import connect_engines
+from vllm_tap.client.async_record import record_async
 from vllm_tap.client.bounds import AS_THEY_COME, Spill, at_the_end, read_budget, read_on_full
 from vllm_tap.client.capture import take_chat_options
 from vllm_tap.client.engines import Engines
 from vllm_tap.client.live import Request
-from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts
+from vllm_tap.client.prompts import chat_of, each_prompt, read_prompts, unpacked
+from vllm_tap.client.record import run_of
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.shares import begun
 from vllm_tap.client.tap import RowBlock
 from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec
+from vllm_tap.store.dataset import Dataset
+from vllm_tap.store.manifest import Manifest
 from vllm_tap.vllm import asynchronous, conversations
 from vllm_tap.vllm.refused import told
 from vllm_tap.vllm.token_types import with_types
@@ -106,6 +110,66 @@ class AsyncTap:
                 return await asyncio.shield(shares.finish([task.result() for task in running]))
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
+
+    async def record(
+        self,
+        prompts: Iterable[Any],
+        spec: Spec,
+        path: Any,
+        *,
+        resume: bool = False,
+        batch: int = 256,
+        metadata: Iterable[Mapping[str, Any] | None] | None = None,
+        share: tuple[int, int] = (0, 1),
+        on_part: Callable[[Manifest], None] | None = None,
+        lora_request: Any = None,
+        sampling_params: Any = None,
+        **sampling: Any,
+    ) -> Dataset:
+        """Generate from prompts of any number and write their rows into a dataset; see `vllm_tap.record`.
+
+        This process writes a part while the engines compute the next one. Cancelled, it aborts its requests and gives
+        the memory back; what is sealed stays, and the same call with `resume=True` goes on behind it.
+
+        Args:
+            prompts: As `vllm_tap.record` takes them; read in another thread.
+            spec: What to capture.
+            path: As for `vllm_tap.record`.
+            resume: The same.
+            batch: Prompts that are captured together, over all engines. Their rows must fit `budget_bytes` of each, if
+                possible twice.
+            metadata: As for `vllm_tap.record`.
+            share: The same.
+            on_part: The same; called in another thread.
+            lora_request: As for `capture`.
+            sampling_params: As for `capture`.
+            **sampling: As for `capture`.
+
+        Returns:
+            Dataset: what is sealed there now, also of earlier calls.
+
+        Raises:
+            DatasetError: As for `vllm_tap.record`.
+            TapError: As for `capture`.
+        """
+        run = await asyncio.to_thread(run_of, self._llm, spec, sampling_params, lora_request, sampling)
+
+        async def capture(piece: list[Any]) -> Capture:
+            return await self.capture(
+                piece, spec, lora_request=lora_request, sampling_params=sampling_params, **sampling
+            )
+
+        return await record_async(
+            capture,
+            unpacked(prompts),
+            path,
+            run,
+            resume=resume,
+            batch=batch,
+            metadata=metadata,
+            share=share,
+            on_part=on_part,
+        )
 
     async def _taken(self, number: int, prompt: Any, chat: dict[str, Any]) -> Any:
         """Return a prompt as `AsyncLLM` takes it, which knows no conversations."""

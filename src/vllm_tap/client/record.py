@@ -85,12 +85,7 @@ def record(
         One pass over the rows to write them and one for their checksums, while the engine computes the next piece.
     """
     frontend.require_llm(llm)
-    if not isinstance(spec, Spec):
-        raise SpecError(f"record takes one vllm_tap.Spec for all prompts, got a {type(spec).__name__}.")
-    for name, given in (("sampling_params", sampling_params), ("lora_request", lora_request)):
-        if isinstance(given, Sequence):
-            raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")
-
+    run = run_of(llm, spec, sampling_params, lora_request, sampling)
     who = Writers(llm, path, spec, transport, writers)
 
     def capture(piece: list[Any]) -> Any:
@@ -116,11 +111,31 @@ def record(
             who.leave(result)
         return result
 
-    run = Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, sampling), versions())
-    options: dict[str, Any] = {} if on_part is None else {"on_part": on_part}
     return record_with(
-        capture, unpacked(prompts), path, run, resume=resume, batch=batch, metadata=metadata, share=share, **options
+        capture,
+        unpacked(prompts),
+        path,
+        run,
+        resume=resume,
+        batch=batch,
+        metadata=metadata,
+        share=share,
+        on_part=on_part,
     )
+
+
+def run_of(llm: Any, spec: Any, sampling_params: Any, lora_request: Any, fields: Mapping[str, Any]) -> Run:
+    """Return what is the same for all parts of a dataset.
+
+    Raises:
+        SpecError: An argument is a list, as that of a capture may be.
+    """
+    if not isinstance(spec, Spec):
+        raise SpecError(f"record takes one vllm_tap.Spec for all prompts, got a {type(spec).__name__}.")
+    for name, given in (("sampling_params", sampling_params), ("lora_request", lora_request)):
+        if isinstance(given, Sequence):
+            raise SpecError(f"record takes one {name} for all prompts, got a {type(given).__name__}.")
+    return Run(spec, full_model_facts(llm), _sampling_text(sampling_params, lora_request, fields), versions())
 
 
 def _sampling_text(sampling_params: Any, lora_request: Any, fields: Mapping[str, Any]) -> str:

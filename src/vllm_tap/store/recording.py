@@ -40,7 +40,7 @@ def record_with(
     batch: int = 256,
     metadata: Iterable[Metadata] | None = None,
     share: tuple[int, int] = (0, 1),
-    on_part: Callable[[Manifest], None] = lambda part: None,
+    on_part: Callable[[Manifest], None] | None = None,
 ) -> Dataset:
     """Record prompts by a function that captures a list of them; see `vllm_tap.record`.
 
@@ -109,7 +109,7 @@ def _captured(capture: Callable[[list[Any]], RowSource], piece: Piece, writer: _
 class _Writer:
     """A thread that writes parts, one behind the other; at most one is written while the next one is captured."""
 
-    def __init__(self, place: Place, on_part: Callable[[Manifest], None]) -> None:
+    def __init__(self, place: Place, on_part: Callable[[Manifest], None] | None) -> None:
         self._place, self._on_part = place, on_part
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vllm-tap-writer")
         self._pending: Future[None] | None = None
@@ -142,7 +142,8 @@ class _Writer:
             prompts=piece.digest,
             is_stopped=self._stop.is_set,
         )
-        self._on_part(part)
+        if self._on_part is not None:
+            self._on_part(part)
 
     def __enter__(self) -> _Writer:
         return self
