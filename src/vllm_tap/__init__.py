@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vllm_tap.client.async_tap import AsyncTap
     from vllm_tap.client.capture import capture
+    from vllm_tap.client.dataset_writer import DatasetWriter
     from vllm_tap.client.http_tap import HttpTap
     from vllm_tap.client.record import record
     from vllm_tap.client.recording import Recording
@@ -46,6 +47,7 @@ __all__ = [
     "Dataset",
     "DatasetDamagedError",
     "DatasetError",
+    "DatasetWriter",
     "DescriptorError",
     "DeviceError",
     "EngineDiedError",
@@ -80,6 +82,7 @@ _HOMES = {
     "capture": "vllm_tap.client.capture",
     "Capture": "vllm_tap.client.result",
     "Dataset": "vllm_tap.store.dataset",
+    "DatasetWriter": "vllm_tap.client.dataset_writer",
     "HttpTap": "vllm_tap.client.http_tap",
     "LayerMap": "vllm_tap.client.result",
     "Positions": "vllm_tap.positions",

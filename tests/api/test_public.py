@@ -34,8 +34,9 @@ def test_public_names() -> None:
     """These names are the package's promise; a change here is a change for users."""
     errors = sorted(errors_of_this_package())
     others = [
-        *("AsyncTap", "Capture", "Dataset", "HttpTap", "LayerMap", "Positions", "Recording", "RowBlock", "RowLabels"),
-        *("Sample", "Spec", "Spill", "Stream", "Tap", "__version__", "capture", "open_dataset", "record", "shutdown"),
+        *("AsyncTap", "Capture", "Dataset", "DatasetWriter", "HttpTap", "LayerMap", "Positions", "Recording"),
+        *("RowBlock", "RowLabels", "Sample", "Spec", "Spill", "Stream", "Tap", "__version__", "capture"),
+        *("open_dataset", "record", "shutdown"),
     ]
     assert vllm_tap.__all__ == sorted(errors + others)
     assert dir(vllm_tap) == vllm_tap.__all__

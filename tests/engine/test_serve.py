@@ -19,11 +19,13 @@ import pytest
 import torch
 
 import device
-from engine.engines import FULL_MATRIX, TOLERANCE, References, error, expected_rows
+from engine.engines import FULL_MATRIX, TOLERANCE, Recorded, References, error, expected_rows
+from engine.engines import compare as compare_samples
 from servers import KEY, Server
-from vllm_tap import HttpTap, Sample, Spec
+from vllm_tap import DatasetWriter, HttpTap, Sample, Spec, open_dataset
 from vllm_tap.errors import CaptureError, TransportError
 from vllm_tap.frame import body
+from vllm_tap.store.verify import verify
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -110,6 +112,24 @@ def test_replies_have_rows_of_hugging_face(
     (sample,) = tap.samples(reply)
     compare(sample, references)
     assert plain.kv_transfer_params is None
+
+
+def test_samples_of_replies_make_a_dataset(
+    client: Any, tap: HttpTap, references: Callable[[str], References], tmp_path: Path
+) -> None:
+    """Of many requests, with what each was about; it knows the server's model."""
+    with DatasetWriter(tmp_path) as writer:
+        for prompt in ("hello world", "one more", "and a third"):
+            given = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 1.0, "n": 2}
+            reply = client.completions.create(**given, extra_body=tap.extra_body(SPEC))
+            writer.add(tap.samples(reply, delete=True), [{"text": choice.text} for choice in reply.choices])
+    dataset = open_dataset(tmp_path)
+    assert len(dataset) == 6
+    assert (dataset.spec, dataset.facts.model["dtype"]) == (SPEC, "float32")
+    assert Path(dataset.facts.model["name"]).is_dir()
+    assert all(sample.metadata["text"] for sample in dataset)
+    compare_samples(Recorded(dataset), references("llama"))
+    assert verify(dataset.path).problems == []
 
 
 def test_rows_come_while_tokens_stream(server: Server, tap: HttpTap, references: Callable[[str], References]) -> None:

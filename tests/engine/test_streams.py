@@ -18,6 +18,7 @@ from engine.engines import (
     TOLERANCE,
     TRANSPORTS,
     Engine,
+    Recorded,
     References,
     compare,
     error,
@@ -96,6 +97,23 @@ def test_completions_of_a_prompt_come_one_by_one(engine: Engine) -> None:
     for sample in samples:
         completion = next(c for c in sample.output.outputs if c.index == sample.completion)
         assert sample.token_ids.tolist() == sample.output.prompt_token_ids + completion.token_ids[:-1]
+
+
+def test_samples_of_a_stream_make_a_dataset(
+    engine: Engine, references: Callable[[str], References], tmp_path: Path
+) -> None:
+    """As they end, in parts; the engine's memory is given back with each."""
+    with vllm_tap.DatasetWriter(tmp_path, part_bytes=100_000) as writer:
+        for sample in Tap(engine.llm).stream(prompts(), EVERYTHING, **GREEDY):
+            writer.add(sample, {"index": sample.index})
+    dataset = vllm_tap.open_dataset(tmp_path)
+    assert len(dataset.parts) > 1
+    assert sorted(kept.metadata["index"] for kept in dataset) == list(range(len(prompts())))
+    for kept in dataset:
+        assert kept.prompt_token_ids == prompts()[kept.metadata["index"]]["prompt_token_ids"]
+    compare(Recorded(dataset), references("llama"))
+    assert set(dataset.facts.model) == {"name", "dtype"}
+    assert_is_free(engine)
 
 
 EVERY_THIRD = Positions.prompt(-2) | Positions.generated(step=3)

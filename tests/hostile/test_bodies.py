@@ -17,6 +17,7 @@ PLANE = ("hidden_states", 0, "float32", 2)
 BEGIN = {
     "id": "x", "spec": json.loads(Spec(hidden_states=[0]).to_json()), "num_layers": 4, "layers": {"hidden_states": [0]},
     "conventions": {"hidden_states": "x"}, "has_final_norm": True, "routing": {},
+    "model": {"name": "tiny"},
 }  # fmt: skip
 ROWS = {"prompt": 0, "completion": 0, "finished": True, "rows": 2, "planes": [PLANE]}
 CHOICE = {"request_id": "r", "prompt": 0, "completion": 0, "prompt_token_ids": [1, 2], "token_ids": [3]}
@@ -57,6 +58,8 @@ def test_a_body_is_read() -> None:
         ({"spec": {"hidden": 1}}, {}, {}, {}),
         ({"layers": 3}, {}, {}, {}),
         ({"routing": {"x": 1}}, {}, {}, {}),
+        ({"model": None}, {}, {}, {}),
+        ({"model": {"name": 1}}, {}, {}, {}),
         ({}, {}, {"planes": [("hidden_states", 0, "float32", 3)]}, {}),
         ({}, {}, {"planes": [("hidden_states", 1, "float32", 2)]}, {}),
         ({}, {}, {"planes": [("hidden_states", 0, "float32", -2)]}, {}),

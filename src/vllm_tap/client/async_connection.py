@@ -8,6 +8,7 @@ import logging
 from typing import Any, NamedTuple
 
 from vllm_tap.client.connection import PROBE_TOKENS, Connection, require_able
+from vllm_tap.client.identity import model_facts
 from vllm_tap.client.replies import expect, explain, not_loaded
 from vllm_tap.errors import PluginNotLoadedError, SpecError, TapError, TransportError
 from vllm_tap.frame import messages
@@ -70,6 +71,7 @@ async def _connect(llm: Any, engine: int, hellos: list[messages.Hello]) -> Conne
         connection = await asyncio.to_thread(Connection.at, addresses, secret=secret)
     except SpecError as error:
         raise TransportError("workers run on another host: set VLLM_TAP_SECRET here as it is there.") from error
+    connection.model = model_facts(llm)
     if connection.wants_rows:
         longest = llm.vllm_config.model_config.max_model_len - 1
         ids = list(itertools.islice(itertools.cycle(PROBE_TOKENS), min(connection.wants_rows, longest)))

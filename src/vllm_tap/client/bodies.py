@@ -36,6 +36,7 @@ class _Choices:
 
     def __init__(self) -> None:
         self._facts: dict[str, Any] | None = None
+        self._model: dict[str, str] = {}
 
     def _begun(self, head: Mapping[str, Any]) -> bool:
         """Take the frames that are of no choice; return whether this is one of those."""
@@ -50,6 +51,7 @@ class _Choices:
                 "num_layers": head["num_layers"],
                 "has_final_norm": head["has_final_norm"],
             }
+            self._model = msgspec.convert(head["model"], dict[str, str])
             return True
         return bool(head["kind"] == "end")
 
@@ -73,7 +75,7 @@ class _Choices:
             facts["num_layers"],
             facts["has_final_norm"],
         )
-        result.first_sample = prompt
+        result.first_sample, result.model = prompt, self._model
         return result
 
 

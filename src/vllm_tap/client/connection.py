@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from vllm_tap.client.identity import model_facts
 from vllm_tap.client.left import LeftMemory
 from vllm_tap.client.memory import FetchedMemory, MappedMemory, RankMemory, by_calls
 from vllm_tap.client.replies import GONE, LOST, exchange, expect, explain, not_loaded
@@ -48,6 +49,7 @@ class Connection:
 
     Attributes:
         ways: Sockets to the workers.
+        model: What is known of the model: see `model_facts`; empty in a process that has no engine object.
         routing: How the routers choose, by layer, as of the last capture; empty for a model without experts.
         routing_versions: Of what each rank said of it.
 
@@ -59,6 +61,7 @@ class Connection:
 
     def __init__(self, llm: Any) -> None:
         self._prepare(weakref.ref(llm))
+        self.model |= model_facts(llm)
         self.greet()
         if self.wants_rows:
             self._pass_rows(llm, self.wants_rows)
@@ -100,6 +103,7 @@ class Connection:
 
     def _prepare(self, llm: weakref.ref[Any] | None, access: Access | None = None) -> None:
         self._llm = llm
+        self.model: dict[str, str] = {}
         self.ways = Ways(access)
         self._under_way: dict[str, tuple[weakref.ref[Any], str]] = {}
 

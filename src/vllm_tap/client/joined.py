@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -67,17 +68,11 @@ class JoinedRows:
     def rows(self, stream: str, layer: int, start: int, stop: int) -> torch.Tensor:
         """Return rows `start` to `stop`: as their part does where one has all of them, else a copy."""
         part_of, numbers = self._part_of[start:stop], self._numbers[start:stop]
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for part in np.unique(part_of).tolist():
-            (at,) = np.nonzero(part_of == part)
-            rows = self._parts[part].rows(stream, layer, int(numbers[at[0]]), int(numbers[at[-1]]) + 1)
-            found.append((torch.from_numpy(at), rows))
-        if not found:
+        if not len(numbers):
             return self._parts[0].rows(stream, layer, 0, 0)
-        _, one = found[0]
-        if len(found) == 1:
-            return one
-        out = one.new_empty(len(numbers), one.shape[1])
-        for places, rows in found:
-            out[places] = rows
-        return out
+        breaks = (np.flatnonzero(np.diff(part_of)) + 1).tolist()
+        found = [
+            self._parts[part_of[first]].rows(stream, layer, int(numbers[first]), int(numbers[last - 1]) + 1)
+            for first, last in itertools.pairwise([0, *breaks, len(numbers)])
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)

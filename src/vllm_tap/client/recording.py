@@ -16,7 +16,6 @@ from typing import Any, Final
 from vllm_tap.client import marks, missing
 from vllm_tap.client.bounds import AT_THE_END, Spill, read_budget, read_on_full
 from vllm_tap.client.connection import Connection, HandedOver, connect, new_capture_id
-from vllm_tap.client.identity import model_facts
 from vllm_tap.client.layers import resolve, union
 from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import Place, RowSource, SomeRows
@@ -87,7 +86,6 @@ class Recording:
         budget = read_budget(budget_bytes)
         self.spec = wishes.of(0)
         engine = None if isinstance(llm, Connection) else llm
-        self._model = model_facts(engine) if engine is not None else {}
         self.tokens = TokenArrays()
         self._finishing: Callable[[], HandedOver] | None = None
         self._has_ended = self._leaves_rows = False
@@ -307,7 +305,6 @@ class Recording:
         handed = time.perf_counter()
         results = [self._part(spec, outputs, sequences, handed_over) for spec, sequences in parts]
         result = results[0] if len(results) == 1 else MixedCapture(results, outputs)
-        result.model = self._model
         result.seconds.update(
             finish=handed - begin,
             wait=max(descriptor.wait_seconds for descriptor, _ in handed_over),
@@ -375,7 +372,7 @@ class Recording:
             if name in conventions and routing:
                 conventions[name] += f"; routing: {summary(routing)}"
         made = streams_made(spec, layers)
-        return Capture(
+        result = Capture(
             spec,
             outputs,
             sequences,
@@ -386,6 +383,8 @@ class Recording:
             self._connection.num_layers,
             bool(self._connection.available("final_hidden_states")),
         )
+        result.model = self._connection.model
+        return result
 
     def stop(self) -> None:
         """Abandon the capture in the workers. While an exception is handled, failing to do so becomes a note on it."""

@@ -6,7 +6,7 @@ A frame, all integers little-endian:
 
 The head's `kind` says what it is. First comes one of `begin`, last one of `end` or of `error`:
 
-    begin    facts of the capture: `id`, `spec`, `num_layers`, `conventions`, `routing`, `has_final_norm`
+    begin    facts of the capture: `id`, `spec`, `num_layers`, `conventions`, `routing`, `has_final_norm`, `model`
     rows     rows of a choice, ascending: positions int32 [rows], token ids int32 [rows], then for each of `planes`
              [stream, layer, dtype, width] its elements [rows, width]; `prompt` and `completion` say of which choice
              With `codec`, [name, bytes, element size], the data of the frame are encoded: so many bytes of elements

@@ -199,6 +199,7 @@ def _begin(name: str, captured: Capture) -> bytes:
         conventions=captured.conventions,
         has_final_norm=captured.has_final_norm,
         routing=captured.routing,
+        model=captured.model,
     )
 
 

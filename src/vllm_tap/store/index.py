@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -128,7 +128,7 @@ def encode(labels: Labels, texts: Sequence[Texts]) -> Bytes:
         "row_stop": labels.starts[1:],
         "positions": lists(labels.positions),
         "token_ids": lists(labels.token_ids),
-        "metadata": [_json(one) for one in texts],
+        "metadata": [metadata_text(one.metadata) for one in texts],
         "weight_versions": [None if one.weight_versions is None else json.dumps(one.weight_versions) for one in texts],
     }
     for name in Texts._fields:
@@ -140,13 +140,18 @@ def encode(labels: Labels, texts: Sequence[Texts]) -> Bytes:
     return np.frombuffer(sink.getvalue(), np.uint8)
 
 
-def _json(one: Texts) -> str | None:
-    if one.metadata is None:
+def metadata_text(metadata: Mapping[str, Any] | None) -> str | None:
+    """Return metadata as an index has them.
+
+    Raises:
+        DatasetError: JSON does not hold them.
+    """
+    if metadata is None:
         return None
     try:
-        return json.dumps(dict(one.metadata), ensure_ascii=False, allow_nan=False)
+        return json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise DatasetError(f"metadata {one.metadata!r:.200} cannot be kept as JSON: {error}") from error
+        raise DatasetError(f"metadata {metadata!r:.200} cannot be kept as JSON: {error}") from error
 
 
 def decode(data: Bytes, file: FileFacts, num_sequences: int, path: str) -> pa.Table:

@@ -63,8 +63,14 @@ def engines(*workers: messages.Hello) -> Any:
     async def collective_rpc(method: str) -> list[bytes]:
         return [messages.encode(workers[0])]
 
-    config = SimpleNamespace(model_config=SimpleNamespace())
-    return SimpleNamespace(generate=None, collective_rpc=collective_rpc, vllm_config=config, engine_core=Core())
+    model = SimpleNamespace(model="tiny", dtype="torch.float32")
+    return SimpleNamespace(
+        generate=None,
+        collective_rpc=collective_rpc,
+        vllm_config=SimpleNamespace(model_config=model),
+        model_config=model,
+        engine_core=Core(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,7 @@ def test_engines_are_reached_where_they_run(
         found = asyncio.run(connect_engines(engines(*workers)))
     assert (list(found.connections), reached) == (numbers, wanted)
     assert found.sockets == [worker.calls for worker in workers]
+    assert [one.model for one in found.connections.values()] == [{"name": "tiny", "dtype": "float32"}] * len(numbers)
     if len(numbers) < len(workers):
         assert "data parallel rank 0 captures nothing, others do: " in caplog.text
         assert SAYS[workers[0].network, workers[0].refusal] in caplog.text
