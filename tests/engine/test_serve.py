@@ -130,6 +130,12 @@ def test_samples_of_replies_make_a_dataset(
     assert all(sample.metadata["text"] for sample in dataset)
     compare_samples(Recorded(dataset), references("llama"))
     assert verify(dataset.path).problems == []
+    late = Spec(hidden_states="all", positions=[30], missing="skip")
+    with DatasetWriter(tmp_path / "late") as writer:
+        for prompt in ("short", "a prompt of more than thirty tokens, each of a byte"):
+            reply = client.completions.create(model="tiny", prompt=prompt, **GREEDY, extra_body=tap.extra_body(late))
+            writer.add(tap.samples(reply))
+    assert [len(sample) for sample in open_dataset(tmp_path / "late")] == [0, 1]
 
 
 def test_rows_come_while_tokens_stream(server: Server, tap: HttpTap, references: Callable[[str], References]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from vllm_tap.client.result import Capture
+from vllm_tap.client.tasks import seen
 from vllm_tap.store.dataset import Dataset
 from vllm_tap.store.recording import Run, record_with
+from vllm_tap.transport import threads
 
 
 class Captures:
@@ -18,13 +21,31 @@ class Captures:
 
     Args:
         capture: Captures prompts.
+
+    Attributes:
+        ended: Result of the recording, until that begins.
     """
 
     def __init__(self, capture: Callable[[list[Any]], Coroutine[Any, Any, Capture]]) -> None:
         self._capture = capture
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Capture] | None = None
+        self._asked: Future[Capture] | None = None
         self._has_stopped = False
+        self.ended: asyncio.Future[Dataset] = self._loop.create_future()
+        self.ended.add_done_callback(seen)
+
+    def run(self, record: Callable[[], Dataset]) -> None:
+        """Record by these captures, in the other thread; `ended` has what comes of it."""
+        ended, found, failed = self.ended, None, None
+        del self.ended  # a failure has this frame in its traceback
+        try:
+            found = record()
+        except BaseException as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(_settle, ended, found, failed)
+        del ended, failed
 
     def __call__(self, prompts: list[Any]) -> Capture:
         """Return what was captured; to be called in the other thread.
@@ -33,9 +54,15 @@ class Captures:
             asyncio.CancelledError: It was stopped.
             TapError: As the capture does.
         """
-        found: Future[Capture] = Future()
-        self._loop.call_soon_threadsafe(self._begin, prompts, found)
-        return found.result()
+        found = self._asked = Future()
+        try:
+            if self._has_stopped:
+                raise asyncio.CancelledError
+            self._loop.call_soon_threadsafe(self._begin, prompts, found)
+            return found.result()
+        finally:
+            self._asked = None
+            del found  # its failure has this frame in its traceback
 
     def stop(self) -> None:
         """Cancel the capture under way, and all that are asked for; to be called in the event loop."""
@@ -43,9 +70,15 @@ class Captures:
         if self._task is not None:
             self._task.cancel()
 
+    def abandon(self) -> None:
+        """Have the other thread wait no longer, for an event loop that may not run any more; from any thread."""
+        self._has_stopped = True
+        if (found := self._asked) is not None:
+            _settle(found, None, asyncio.CancelledError())
+
     def _begin(self, prompts: list[Any], found: Future[Capture]) -> None:
         if self._has_stopped:
-            found.set_exception(asyncio.CancelledError())
+            _settle(found, None, asyncio.CancelledError())
             return
         self._task = self._loop.create_task(self._capture(prompts))
         self._task.add_done_callback(functools.partial(self._ended, found=found))
@@ -53,11 +86,11 @@ class Captures:
     def _ended(self, task: asyncio.Task[Capture], found: Future[Capture]) -> None:
         self._task = None  # which would keep the rows
         if task.cancelled():
-            found.set_exception(asyncio.CancelledError())
+            _settle(found, None, asyncio.CancelledError())
         elif (error := task.exception()) is not None:
-            found.set_exception(error)
+            _settle(found, None, error)
         else:
-            found.set_result(task.result())
+            _settle(found, task.result(), None)
 
 
 async def record_async(
@@ -72,12 +105,25 @@ async def record_async(
     Cancelled, it ends when the capture under way and the thread have ended; what is sealed stays.
     """
     captures = Captures(capture)
-    recording = asyncio.create_task(asyncio.to_thread(record_with, captures, prompts, path, run, **options))
+    ended = captures.ended
+    record = functools.partial(record_with, captures, prompts, path, run, **options)
+    # Not one of the loop's own threads: captures wait for those.
+    threads.start("vllm-tap-record", captures.run, record, stop=captures.abandon)
     try:
-        return await asyncio.shield(recording)
+        return await asyncio.shield(ended)
     except asyncio.CancelledError:
         captures.stop()
-        await asyncio.wait([recording])
-        if not recording.cancelled():
-            recording.exception()  # seen here: nobody else asks for it
+        if not ended.done():
+            await asyncio.wait([ended])
         raise
+    finally:
+        del ended  # its failure has this frame in its traceback
+
+
+def _settle(future: Any, found: Any, failed: BaseException | None) -> None:
+    """End a future, unless it has ended."""
+    with contextlib.suppress(InvalidStateError, asyncio.InvalidStateError):
+        if failed is None:
+            future.set_result(found)
+        else:
+            future.set_exception(failed)

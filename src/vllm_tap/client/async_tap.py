@@ -20,6 +20,7 @@ from vllm_tap.client.record import run_of
 from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.shares import begun
 from vllm_tap.client.tap import RowBlock
+from vllm_tap.client.tasks import finished
 from vllm_tap.errors import SpecError, counted_from
 from vllm_tap.spec import Spec
 from vllm_tap.store.dataset import Dataset
@@ -43,7 +44,7 @@ class AsyncTap:
     Args:
         async_llm: A `vllm.v1.engine.async_llm.AsyncLLM`, started without any special argument.
         budget_bytes: Most memory for rows of each Spec that have not been read, over all workers of an engine; by
-            default a quarter of RAM, at most 8 GiB.
+            default a quarter of RAM, at most 8 GiB. What a `Spill` may take is of an engine, too.
         staging: As for `Recording`.
         on_full: Of streams, as for `Tap.stream`, and prompts of all that have the same Spec wait for one another;
             `capture` hands all rows over at the end, so there "wait" is as "fail".
@@ -107,7 +108,7 @@ class AsyncTap:
 
                 async with asyncio.TaskGroup() as group:
                     running = [group.create_task(final(number, prompt)) for number, prompt in enumerate(items)]
-                return await asyncio.shield(shares.finish([task.result() for task in running]))
+                return await finished(shares.finish([task.result() for task in running]))
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
+
+import numpy as np
 
 from vllm_tap.client.identity import versions
 from vllm_tap.client.joined import joined
@@ -14,10 +17,12 @@ from vllm_tap.client.result import Capture, Sample
 from vllm_tap.client.tap import RowBlock
 from vllm_tap.errors import DatasetError, SpecError
 from vllm_tap.store import index
-from vllm_tap.store.facts import Facts, facts_of, require_same
-from vllm_tap.store.part import sealed_parts
+from vllm_tap.store.facts import Facts, encode, facts_of, require_same
+from vllm_tap.store.part import Part, sealed_parts
 from vllm_tap.store.pieces import Metadata
+from vllm_tap.store.place import PartTakenError
 from vllm_tap.store.places import place_of
+from vllm_tap.store.source import labels_of
 from vllm_tap.store.writer import write_part
 
 PART_BYTES: Final = 256 << 20
@@ -31,15 +36,16 @@ class DatasetWriter:
 
     Each sample that is added becomes one of the dataset, in this order; its completion has the number 0 there. Samples
     are held until they fill a part, which then is on the disk whole or not at all. Leaving the `with` block writes the
-    rest, also after an error; Ctrl-C leaves it out. Threads may share a writer, and processes a folder.
+    rest, also after an error; Ctrl-C leaves it out. Threads may share a writer, and processes a folder of their host.
 
     Args:
-        path: A folder, or a URL that fsspec knows.
+        path: A folder, or a URL that fsspec knows, into which one writer writes at a time.
         resume: Whether to go on behind the samples of a dataset that is there. Without one, a new one begins.
         part_bytes: Bytes of rows from which on the samples that are held become a part.
 
     Raises:
-        DatasetError: There is a dataset already and `resume` is not set; or pyarrow is missing.
+        DatasetError: There is a dataset already and `resume` is not set, or one that `record` has written; or pyarrow
+            is missing.
     """
 
     def __init__(self, path: Any, *, resume: bool = False, part_bytes: int = PART_BYTES) -> None:
@@ -53,8 +59,16 @@ class DatasetWriter:
             )
         self._place.clean()
         self._facts: Facts | None = sealed[0].facts() if sealed else None
+        if self._facts is not None and "config_sha256" in self._facts.model:
+            raise DatasetError(
+                f"{self._place.path} was written by record, which states more of the model than samples know: give "
+                "another folder.",
+                path=self._place.path,
+            )
+        self._next = _end_of(sealed)
         self._held: list[tuple[Capture, Metadata]] = []
         self._num_bytes = 0
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def add(
@@ -68,7 +82,8 @@ class DatasetWriter:
                 `Sample.metadata`.
 
         Raises:
-            SpecError: Something else; or as many metadata as samples are needed. Nothing of this call was added.
+            SpecError: Something else, or as many metadata as samples are needed; nothing of this call was added. Or the
+                writer was closed.
             DatasetError: Samples of another model or `Spec` than those before, or metadata that JSON does not hold:
                 nothing was added. Or the part cannot be written: what was added is held, for `flush`.
 
@@ -79,16 +94,18 @@ class DatasetWriter:
         given = _listed(samples)
         of_each = _metadata(metadata, len(given))
         with self._lock:
+            if self._is_closed:
+                raise SpecError("this writer was closed: samples go to another, with resume=True.")
             facts = self._facts
             parts: list[tuple[Capture, Metadata]] = []
             for sample, one in zip(given, of_each, strict=True):
-                index.metadata_text(one)
                 part = _alone(sample)
                 found = facts_of(part, part.model, "", versions())
                 if facts is None:
+                    encode(found)
                     facts = found
                 require_same(found, facts, self._place.path)
-                parts.append((part, one))
+                parts.append((part, _kept(one)))
             self._facts = facts
             self._held += parts
             self._num_bytes += sum(part.num_bytes for part, _ in parts)
@@ -105,14 +122,15 @@ class DatasetWriter:
             self._write()
 
     def close(self) -> None:
-        """Write what is held; see `flush`."""
+        """Write what is held, as `flush` does, and take no more."""
         self.flush()
+        self._is_closed = True
 
     def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is not None and not issubclass(kind, Exception):
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
             return
         try:
             self.close()
@@ -125,29 +143,55 @@ class DatasetWriter:
         """Write what is held behind all that is sealed, also by others meanwhile."""
         if not self._held:
             return
-        metadata = [one for _, one in self._held]
         source = _together([part for part, _ in self._held])
         facts = facts_of(source, source.model, "", versions())
+        given = [one for _, one in self._held]
+        metadata = given if any(one is not None for one in given) else None
         while True:
-            first = self._next_sample()
+            first = self._next
             try:
-                write_part(
-                    self._place,
-                    source,
-                    facts,
-                    first_sample=first,
-                    metadata=metadata if any(one is not None for one in metadata) else None,
-                )
+                write_part(self._place, source, facts, first_sample=first, metadata=metadata)
                 break
-            except DatasetError:
-                if self._next_sample() == first:
+            except PartTakenError:
+                sealed = sealed_parts(self._place)
+                self._next = _end_of(sealed)
+                if self._next == first:
                     raise
+                require_same(facts, sealed[0].facts(), self._place.path)
+            except BaseException:
+                if self._is_sealed(first, source):
+                    self._forget(first)  # it failed behind that: another try would write them twice
+                raise
+        self._forget(first)
+
+    def _forget(self, first: int) -> None:
+        """Let go of what is held, which has been sealed as the part of this first sample."""
+        self._next = first + len(self._held)
         self._held, self._num_bytes = [], 0
 
-    def _next_sample(self) -> int:
-        """Return the number of the first sample behind those that are sealed."""
-        sealed = sealed_parts(self._place)
-        return sealed[-1].manifest.first_sample + sealed[-1].manifest.num_samples if sealed else 0
+    def _is_sealed(self, first: int, source: Capture) -> bool:
+        """Tell whether a part of these samples is there."""
+        found = [part for part in sealed_parts(self._place) if part.manifest.first_sample == first]
+        labels = labels_of(source, first)
+        return any(
+            all(np.array_equal(getattr(part.labels, name), getattr(labels, name)) for name in labels._fields)
+            for part in found
+        )
+
+
+def _end_of(sealed: Sequence[Part]) -> int:
+    """Return the number of the first sample behind parts."""
+    return sealed[-1].manifest.first_sample + sealed[-1].manifest.num_samples if sealed else 0
+
+
+def _kept(metadata: Metadata) -> Metadata:
+    """Return metadata of one's own, as a dataset will have them.
+
+    Raises:
+        DatasetError: JSON does not hold them.
+    """
+    text = index.metadata_text(metadata)
+    return None if text is None else json.loads(text)
 
 
 def _listed(samples: Any) -> list[Sample]:
@@ -157,7 +201,7 @@ def _listed(samples: Any) -> list[Sample]:
         SpecError: They are something else.
     """
     if isinstance(samples, Capture):
-        return [samples.sample(*slot) for slot in samples.sequences.slots]
+        return list(samples.each_completion())
     listed = list(samples) if isinstance(samples, Iterable) and not isinstance(samples, str) else [samples]
     for one in listed:
         if not isinstance(one, Sample) or isinstance(one, RowBlock):
@@ -177,6 +221,8 @@ def _metadata(given: Any, num_samples: int) -> list[Metadata]:
     """
     if given is None or isinstance(given, Mapping):
         return [given] * num_samples
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SpecError(f"metadata are a mapping, or one for each sample, got a {_kind(given)}.")
     listed = list(given)
     if len(listed) != num_samples:
         raise SpecError(f"{len(listed)} metadata for {num_samples} samples: pass one for each, or one for all.")
@@ -190,14 +236,14 @@ def _alone(sample: Sample) -> Capture:
     ends = getattr(output, "outputs", None)
     ends = [one for one in ends if one.index == sample.completion] if isinstance(ends, list) else []
     completions = [
-        SimpleNamespace(index=0, token_ids=one.token_ids, **{name: getattr(one, name, None) for name in SAID})
+        SimpleNamespace(index=0, token_ids=list(one.token_ids), **{name: getattr(one, name, None) for name in SAID})
         for one in ends
     ]
     alone.outputs = [
         SimpleNamespace(
             request_id=output.request_id,
             prompt=getattr(output, "prompt", None),
-            prompt_token_ids=output.prompt_token_ids,
+            prompt_token_ids=[] if output.prompt_token_ids is None else list(output.prompt_token_ids),
             outputs=completions,
         )
     ]

@@ -44,7 +44,8 @@ def joined(parts: Sequence[Capture], outputs: list[Any]) -> Capture:
         first.has_final_norm,
     )
     result.model = first.model
-    result.seconds = {name: max(part.seconds[name] for part in parts) for name in first.seconds}
+    known = [name for name in first.seconds if all(name in part.seconds for part in parts)]
+    result.seconds = {name: max(part.seconds[name] for part in parts) for name in known}
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_tap.client.connection import Connection
 from vllm_tap.client.live import Live, Request
 from vllm_tap.client.tasks import Tasks
-from vllm_tap.errors import SpecError, TapError
+from vllm_tap.errors import BudgetError, SpecError, TapError
 from vllm_tap.spec import Spec
 
 
@@ -67,10 +67,10 @@ class Lives:
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
-        """Note where the block ends by what is the engine's fault."""
+        """Note where the block ends by what is the engine's fault: not by rows that do not fit, or cannot be."""
         try:
             yield
-        except SpecError:
+        except (SpecError, BudgetError):
             raise
         except TapError:
             self.failed = time.monotonic()

@@ -66,7 +66,7 @@ def check_result(
     Raises:
         PositionError: The first of them. `result` is the capture.
     """
-    slots = list(sequences.slots)
+    slots = sequences.keys
     lacking = [] if spec.missing == "skip" else [n for n in lacking_rows(spec, sequences) if has_spec(slots[n][0])]
     if lacking:
         raise _error_with(result, spec, sequences, lacking)
@@ -74,7 +74,7 @@ def check_result(
 
 def _error_with(result: Capture, spec: Spec, sequences: Sequences, lacking: list[int]) -> PositionError:
     # Made here: in the frame that raises it, a variable would make a circle that keeps the rows until it is collected.
-    sample, completion = list(sequences.slots)[lacking[0]]
+    sample, completion = sequences.keys[lacking[0]]
     if spec.positions in GENERATED:
         error = _not_generated(spec, sample, completion, "it stopped at its first")
     else:

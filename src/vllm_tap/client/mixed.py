@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class MixedCapture(Capture):
         """Return the rows of one completion of a prompt; negative numbers count from the last prompt."""
         number = index + len(self) if index < 0 else index
         return self._part_of.get((number, completion), self._parts[0]).sample(number, completion)
+
+    def each_completion(self) -> Iterator[Sample]:
+        """Yield the samples of all completions of all prompts, in order."""
+        return (self.sample(*slot) for slot in sorted(self._part_of))
 
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a layer over all samples that have it; `row_labels(stream=..., layer=...)` says which.

@@ -140,7 +140,7 @@ class Sample(SampleStreams[LayerMap]):
 
     @property
     def _slot(self) -> tuple[int, int]:
-        return list(self._capture.sequences.slots)[self._number]
+        return self._capture.sequences.keys[self._number]
 
     def _alone(self, *streams: str) -> Sample:
         """Return this sample as that of a capture that holds nothing else; of all streams unless some are named."""
@@ -254,7 +254,7 @@ class Capture(Sequence[Sample]):
         """Return a capture of one sequence of this one, and of some streams."""
         only = Capture.__new__(Capture)
         only.__dict__.update(self.__dict__)
-        sample, _ = list(self.sequences.slots)[number]
+        sample, _ = self.sequences.keys[number]
         start, stop = (int(bound) for bound in self.sequences.wanted_starts[number : number + 2])
         only._owner = self._owned(start, stop, streams)
         only.outputs, only.sequences = [self.outputs[sample]], self.sequences.only(number)
@@ -286,6 +286,10 @@ class Capture(Sequence[Sample]):
             raise RowsMissingError(
                 f"sample {index} of {len(self)} has no completion {completion}", sample=index
             ) from None
+
+    def each_completion(self) -> Iterator[Sample]:
+        """Yield the samples of all completions of all prompts, in order."""
+        return (self.sample(*slot) for slot in self.sequences.slots)
 
     def rows(self, stream: str, layer: int, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows of a layer over all samples, sample after sample; `start` and `stop` are those of a slice.
@@ -343,7 +347,7 @@ class Capture(Sequence[Sample]):
         sequences = self.sequences
         flat = sequences.wanted[slice(start, stop)]
         numbers, positions = sequences.position_of(flat)
-        slots = np.array(list(sequences.slots), np.int64).reshape(-1, 2)
+        slots = np.array(sequences.keys, np.int64).reshape(-1, 2)
         samples, completions = (torch.from_numpy(column[numbers]) for column in slots.T)
         tokens = torch.from_numpy(sequences.token_ids[flat])
         return RowLabels(samples, completions, torch.from_numpy(positions.astype(np.int32)), tokens)

@@ -55,7 +55,8 @@ class Sequences:
         ahead: What was read of them ahead.
 
     Attributes:
-        slots: {(sample, completion): number of the sequence}.
+        slots: {(sample, completion): number of the sequence}. To be replaced, never changed.
+        keys: The same, by the number.
         request_ids: {sample: what its output says that its request was called}.
         starts: int64 [S + 1], first flat index of each sequence; the rows that exist are the prompt and all generated
             tokens but the last, which never enters the model.
@@ -69,7 +70,7 @@ class Sequences:
         self, outputs: Sequence[Any], positions: Choice | Callable[[int], Choice], ahead: TokenArrays | None = None
     ) -> None:
         ahead = TokenArrays() if ahead is None else ahead
-        self.slots: dict[tuple[int, int], int] = {}
+        slots: dict[tuple[int, int], int] = {}
         self.request_ids: dict[int, str] = {}
         token_ids = array("i")
         lengths: list[int] = []
@@ -81,17 +82,26 @@ class Sequences:
             prompt = output.prompt_token_ids
             prompt_len = len(prompt)
             for completion, generated in _completions(output):
-                self.slots[sample, completion] = len(lengths)
+                slots[sample, completion] = len(lengths)
                 # A pooling request has no generated tokens, and the last generated token never enters the model.
                 num_generated = max(len(generated) - 1, 0)
                 ahead.append(token_ids, prompt, prompt_len)
                 ahead.append(token_ids, generated, num_generated)
                 lengths.append(prompt_len + num_generated)
                 prompt_lens.append(prompt_len)
+        self.slots = slots
         self.starts = _starts(lengths)
         self.prompt_lens = np.array(prompt_lens, np.int64)
         self.token_ids = np.frombuffer(token_ids, np.int32)
         self.wanted, self.wanted_starts = self._wanted(positions)
+
+    @property
+    def slots(self) -> dict[tuple[int, int], int]:
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: dict[tuple[int, int], int]) -> None:
+        self._slots, self.keys = slots, list(slots)
 
     def _wanted(self, positions: Choice | Callable[[int], Choice]) -> tuple[Ints, Ints]:
         if not callable(positions):
@@ -142,7 +152,7 @@ class Sequences:
         lengths, counts = (
             np.concatenate([np.diff(getattr(part, starts)) for part in parts]) for starts in ("starts", "wanted_starts")
         )
-        slots = [slot for part in parts for slot in part.slots]
+        slots = [slot for part in parts for slot in part.keys]
         order = np.argsort(np.array([sample for sample, _ in slots], np.int64), kind="stable")
         tokens, rows = (ranges(_starts(of_each)[order], of_each[order]) for of_each in (lengths, counts))
         whole = cls.__new__(cls)
@@ -160,7 +170,7 @@ class Sequences:
     def only(self, number: int) -> Sequences:
         """Return one sequence alone, as that of the first sample."""
         alone = copy.copy(self)
-        sample, completion = list(self.slots)[number]
+        sample, completion = self.keys[number]
         (start, stop), (first, last) = self.starts[number : number + 2], self.wanted_starts[number : number + 2]
         alone.slots, alone.request_ids = {(0, completion): 0}, {0: self.request_ids[sample]}
         alone.starts, alone.wanted_starts = np.array([0, stop - start]), np.array([0, last - first])

@@ -13,6 +13,7 @@ from vllm_tap.client.joined import joined
 from vllm_tap.client.lives import Lives
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
+from vllm_tap.client.tasks import all_of, finished
 from vllm_tap.errors import PositionError
 from vllm_tap.spec import Spec
 
@@ -34,13 +35,7 @@ class Shares:
     async def finish(self, outputs: list[Any]) -> Capture:
         """Return all rows; see `Recording.finish`."""
         finishing = (self._finish(lives, recording, outputs) for lives, recording in self._recordings.items())
-        found = await asyncio.gather(*finishing, return_exceptions=True)
-        parts: list[Capture] = []
-        for one in found:
-            if isinstance(one, BaseException):
-                raise one
-            parts.append(one)
-        result = joined(parts, outputs)
+        result = joined(await all_of(finishing), outputs)
         missing.check_result(self._spec, result.sequences, result)
         return result
 
@@ -80,8 +75,8 @@ async def begun(engines: Engines, num_prompts: int, spec: Spec, **options: Any) 
         lives = dict.fromkeys(chosen or [engines.least_busy()])
         starting = {one: asyncio.create_task(_begin(one, spec, options)) for one in lives}
         try:
-            await asyncio.shield(asyncio.gather(*starting.values()))
-            yield Shares(chosen, {one: task.result() for one, task in starting.items()}, spec)
+            begun = await finished(all_of(starting.values()))
+            yield Shares(chosen, dict(zip(starting, begun, strict=True)), spec)
         except BaseException:
             await _stop(list(starting.values()))
             raise
@@ -101,4 +96,4 @@ async def _stop(starting: list[asyncio.Task[Recording]]) -> None:
             await asyncio.to_thread(recording.stop)
 
     with contextlib.suppress(Exception):
-        await asyncio.shield(asyncio.gather(*(stop(one) for one in starting), return_exceptions=True))
+        await finished(all_of(stop(one) for one in starting))

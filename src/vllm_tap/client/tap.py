@@ -37,6 +37,10 @@ class RowBlock(Sample):
 
     finished = False
 
+    def __reduce__(self) -> Any:
+        alone = self._alone()
+        return RowBlock, (alone._capture, alone._number), {"finished": self.finished}
+
 
 class Tap:
     """Captures from an engine.

@@ -149,7 +149,9 @@ def metadata_text(metadata: Mapping[str, Any] | None) -> str | None:
     if metadata is None:
         return None
     try:
-        return json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
     except (TypeError, ValueError) as error:
         raise DatasetError(f"metadata {metadata!r:.200} cannot be kept as JSON: {error}") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 from vllm_tap.errors import DatasetDamagedError, DatasetError
 from vllm_tap.store import manifest
 from vllm_tap.store.dtypes import Bytes
-from vllm_tap.store.place import PART_PREFIX
+from vllm_tap.store.place import PART_PREFIX, PartTakenError
 
 DRAFT_PREFIX: Final = ".draft-"
 LOCK_NAME: Final = ".lock"
@@ -144,7 +144,7 @@ class LocalDraft:
         """Write the manifest, and rename the folder to the name of the part.
 
         Raises:
-            DatasetError: The part is there already: another writer has written it.
+            PartTakenError: The part is there already.
         """
         sink = self.create(manifest.NAME, len(data))
         sink.write(data)
@@ -163,7 +163,7 @@ class LocalDraft:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise DatasetError(
+            raise PartTakenError(
                 f"{target} is there already: another process records the same samples into this folder. "
                 "Give each of them its own share.",
                 path=str(target),

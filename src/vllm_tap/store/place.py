@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vllm_tap.errors import DatasetError
 from vllm_tap.store.dtypes import Bytes
+
+
+class PartTakenError(DatasetError):
+    """The part is there already: another writer has sealed it."""
 
 
 class Sink(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from vllm_tap.errors import DatasetDamagedError, DatasetError
 from vllm_tap.store import manifest
 from vllm_tap.store.dtypes import Bytes
-from vllm_tap.store.place import PART_PREFIX
+from vllm_tap.store.place import PART_PREFIX, PartTakenError
 
 BUFFER_BYTES: Final = 16 << 20
 
@@ -49,7 +49,7 @@ class RemoteDraft:
     def __init__(self, fs: Any, folder: str) -> None:
         self._fs, self._folder = fs, folder
         if fs.exists(f"{folder}/{manifest.NAME}"):
-            raise DatasetError(f"{folder} is sealed already: another process records the same samples", path=folder)
+            raise PartTakenError(f"{folder} is sealed already: another process records the same samples", path=folder)
         fs.makedirs(folder, exist_ok=True)
 
     def create(self, name: str, nbytes: int) -> RemoteSink:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,12 +16,15 @@ import torch
 from synthetic_rows import LAYERS, MODEL, SyntheticCapture, check_dataset, prompts_of
 from vllm_tap.client import dataset_writer
 from vllm_tap.client.dataset_writer import DatasetWriter
+from vllm_tap.client.mixed import MixedCapture
 from vllm_tap.client.owned import OwnedRows
 from vllm_tap.client.result import Capture
 from vllm_tap.client.tap import RowBlock
 from vllm_tap.errors import DatasetError, SpecError
 from vllm_tap.spec import Spec
+from vllm_tap.store import local
 from vllm_tap.store.dataset import open_dataset
+from vllm_tap.store.recording import Run, record_with
 from vllm_tap.store.verify import verify
 
 PROMPTS = prompts_of(14)
@@ -105,6 +110,8 @@ def changed(**fields: Any) -> Capture:
         (lambda: changed(model={"name": "other"}), None, DatasetError, "rows of another run: model"),
         (lambda: changed(spec=Spec(hidden_states=[0])), None, DatasetError, "spec is"),
         (lambda: captured(PROMPTS[:3]), [{}], SpecError, "1 metadata for 3 samples"),
+        (lambda: captured(PROMPTS[:3]), 5, SpecError, "metadata are a mapping, or one for each sample, got a int"),
+        (lambda: captured(PROMPTS[:1]), {"a": "\ud83d"}, DatasetError, "cannot be kept as JSON"),
         (lambda: captured(PROMPTS[:1]), {"a": object()}, DatasetError, "cannot be kept as JSON"),
         (lambda: captured(PROMPTS[:2]), [{}, {"a": float("nan")}], DatasetError, "cannot be kept as JSON"),
         (lambda: RowBlock(captured(PROMPTS[:1]), 0), None, SpecError, r"got a vllm_tap\.client\.tap\.RowBlock"),
@@ -157,7 +164,10 @@ def test_what_cannot_be_written_is_held(tmp_path: Path, monkeypatch: pytest.Monk
     check_dataset(open_dataset(tmp_path), PROMPTS)
 
 
-@pytest.mark.parametrize(("error", "is_written"), [(RuntimeError, True), (KeyboardInterrupt, False)])
+ENDS = [(RuntimeError, True), (asyncio.CancelledError, True), (SystemExit, True), (KeyboardInterrupt, False)]
+
+
+@pytest.mark.parametrize(("error", "is_written"), ENDS)
 def test_an_error_in_the_block_loses_nothing(tmp_path: Path, error: type[BaseException], is_written: bool) -> None:
     """But Ctrl-C does not wait for a disk; what is sealed stays."""
 
@@ -171,6 +181,98 @@ def test_an_error_in_the_block_loses_nothing(tmp_path: Path, error: type[BaseExc
     with pytest.raises(error):
         write()
     check_dataset(open_dataset(tmp_path), PROMPTS if is_written else PROMPTS[:9])
+
+
+def test_what_fails_behind_the_seal_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the folder itself cannot be synced."""
+    sync, fails = local.sync_folder, True
+
+    def sync_folder(folder: Any) -> None:
+        sync(folder)
+        if fails and Path(folder) == tmp_path:
+            raise OSError(errno.EIO, "an error of the device")
+
+    monkeypatch.setattr(local, "sync_folder", sync_folder)
+    writer = DatasetWriter(tmp_path)
+    writer.add(captured(PROMPTS[:9]))
+    with pytest.raises(DatasetError, match="error of the device"):
+        writer.flush()
+    fails = False
+    writer.add(captured(PROMPTS[9:]))
+    writer.close()
+    check_dataset(open_dataset(tmp_path), PROMPTS)
+
+
+def test_a_closed_writer_takes_nothing(tmp_path: Path) -> None:
+    """It would be lost."""
+    with DatasetWriter(tmp_path) as writer:
+        writer.add(captured(PROMPTS))
+    writer.close()
+    with pytest.raises(SpecError, match="this writer was closed"):
+        writer.add(captured(PROMPTS))
+    check_dataset(open_dataset(tmp_path), PROMPTS)
+
+
+def test_captures_and_streams_share_a_part(tmp_path: Path) -> None:
+    """Of which the one knows how long it took, and the other does not; metadata may be changed when they are added."""
+    metadata = {}
+    with DatasetWriter(tmp_path) as writer:
+        for number, prompt in enumerate(PROMPTS):
+            result = captured([prompt])
+            if not number % 2:
+                result.seconds = {"start": 1.0, "generate": 2.0}
+            metadata["number"] = number
+            writer.add(result, metadata)
+    dataset = open_dataset(tmp_path)
+    check_dataset(dataset, PROMPTS)
+    assert [sample.metadata for sample in dataset] == [{"number": number} for number in range(14)]
+
+
+def test_samples_of_many_specs_are_refused(tmp_path: Path) -> None:
+    """All of them: a dataset has one Spec."""
+    parts = [captured(PROMPTS[:2]), captured(PROMPTS[:2], positions="last")]
+    for number, part in enumerate(parts):
+        part.specs = [one.spec for one in parts]
+        part.sequences.slots = {(number, 0): 0}
+    mixed = MixedCapture(parts, parts[0].outputs)
+    assert [sample.index for sample in mixed.each_completion()] == [0, 1]
+    with DatasetWriter(tmp_path) as writer:
+        with pytest.raises(DatasetError, match="spec is"):
+            writer.add(mixed)
+        writer.add(captured(PROMPTS))
+    check_dataset(open_dataset(tmp_path), PROMPTS)
+
+
+def test_a_dataset_of_record_is_not_gone_on_with(tmp_path: Path) -> None:
+    """It states more of the model."""
+    run = Run(SyntheticCapture([]).spec, {**MODEL, "config_sha256": "ab"}, "", {"vllm_tap": "0"})
+    record_with(SyntheticCapture, PROMPTS, tmp_path, run)
+    with pytest.raises(DatasetError, match="was written by record"):
+        DatasetWriter(tmp_path, resume=True)
+
+
+def test_writers_of_different_models_make_no_dataset_together(tmp_path: Path) -> None:
+    """Also where both began in an empty folder: the second is told, and what the first wrote stays."""
+    first, second = (DatasetWriter(tmp_path, resume=True) for _ in range(2))
+    first.add(captured(PROMPTS))
+    other = captured(PROMPTS)
+    other.model = {"name": "other"}
+    second.add(other)
+    first.close()
+    with pytest.raises(DatasetError, match="rows of another run: model"):
+        second.close()
+    check_dataset(open_dataset(tmp_path), PROMPTS)
+
+
+def test_samples_without_rows_are_kept(tmp_path: Path) -> None:
+    """As where a prompt has no such position, and that may be."""
+    with DatasetWriter(tmp_path) as writer:
+        result = captured(PROMPTS, positions="generated")
+        writer.add(result)
+    dataset = open_dataset(tmp_path)
+    counts = [len(sample) for sample in dataset]
+    assert counts == [len(sample) for sample in result]
+    assert {0, 1} <= set(counts)
 
 
 def test_writers_share_a_folder(tmp_path: Path) -> None:

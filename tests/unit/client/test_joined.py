@@ -116,6 +116,16 @@ def test_rows_of_a_sample_are_no_copy() -> None:
     assert result.rows("hidden_states", 0).untyped_storage().data_ptr() not in memory
 
 
+def test_times_are_those_that_all_parts_know() -> None:
+    """Captures of a stream know none."""
+    outputs = [output(0, 2, [2]), output(1, 2, [2])]
+    parts = [captured(mine, SPECS[0]) for mine in split(outputs, [0, 1])]
+    parts[0].seconds |= {"start": 1.0}
+    assert joined(parts, outputs).seconds == {"finish": 1.0}
+    parts[1].seconds = {}
+    assert joined(parts, outputs).seconds == {}
+
+
 def test_engines_that_captured_other_layers_are_an_error() -> None:
     """A part of the rows would be missing."""
     outputs = [output(0, 2, [2]), output(1, 2, [2])]
@@ -132,7 +142,7 @@ class Recorded:
 
     def __init__(self, connection: Any, spec: Spec, **options: Any) -> None:
         if connection.fails == "start":
-            raise BudgetError("no memory is left")
+            raise CaptureError("it broke")
         self.connection, self.spec, self.options = connection, spec, options
         self.has_ended, self.marked = False, []
         Recorded.begun.append(self)
@@ -147,6 +157,8 @@ class Recorded:
         self.has_ended = True
         assert [sample for sample, output in enumerate(outputs) if output is not None] == self.marked
         if self.connection.fails == "finish":
+            raise CaptureError("it broke")
+        if self.connection.fails == "budget":
             raise BudgetError("it does not fit")
         result = captured(outputs, self.spec)
         shares.missing.check_result(self.spec, result.sequences, result)
@@ -209,14 +221,14 @@ def test_engines_that_have_requests_get_fewer(recorded: list[Recorded]) -> None:
         asyncio.run(captured_beside())
 
 
-@pytest.mark.parametrize("when", ["start", "finish"])
+@pytest.mark.parametrize("when", ["start", "finish", "budget"])
 def test_one_engine_that_fails_ends_the_call(recorded: list[Recorded], when: str) -> None:
-    """All captures have ended then, and it alone is blamed."""
+    """All captures have ended then, and it alone is blamed; rows that do not fit are no fault of an engine."""
     of = engines(3, engine_1=when)
-    with pytest.raises(BudgetError):
+    with pytest.raises(CaptureError):
         asyncio.run(run(of, [output(sample, 2, [2]) for sample in range(6)], SPECS[0]))
     assert all(one.has_ended for one in recorded)
-    assert [one.failed > 0 for one in of.lives] == [False, True, False]
+    assert [one.failed > 0 for one in of.lives] == [False, when != "budget", False]
     assert [one.num_requests for one in of.lives] == [0, 0, 0]
 
 
