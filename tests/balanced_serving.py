@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
@@ -73,14 +74,15 @@ def check(mode: str, folder: Path) -> None:
 
     from engine.engines import References
     from engine.engines import surroundings as with_variables
-    from engine.test_data_parallel_serving import SPEC, compare_sample
+    from engine.test_data_parallel_serving import SPEC, compare_sample, served
     from runners import expert_environment
     from servers import KEY
     from vllm_tap import HttpTap
 
     begin, references = time.monotonic(), References(folder)
 
-    async def captured(url: str) -> int:
+    async def captured(url: str) -> tuple[int, list[str]]:
+        """Return how many rows came, and the engines that served."""
         tap, client = HttpTap(url, api_key=KEY), openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0)
 
         async def ask(extra: dict[str, Any]) -> list[Any]:
@@ -95,9 +97,9 @@ def check(mode: str, folder: Path) -> None:
             (sample,) = await tap.samples_async(reply)
             compare_sample(sample, references)
             rows += len(sample)
-        return rows
+        return rows, sorted(served(SimpleNamespace(url=url)))
 
-    async def all_of(urls: list[str]) -> list[int]:
+    async def all_of(urls: list[str]) -> list[tuple[int, list[str]]]:
         return await asyncio.gather(*map(captured, urls))
 
     with (
@@ -105,8 +107,10 @@ def check(mode: str, folder: Path) -> None:
         with_variables(expert_environment(2)),
         servers(mode, folder, Path(logs)) as urls,
     ):
-        counts = asyncio.run(all_of(urls))
-    print(f"{mode}: {counts} rows by server, as Hugging Face's; {time.monotonic() - begin:.0f} s", flush=True)
+        found = asyncio.run(all_of(urls))
+    assert sorted(engine for _, engines in found for engine in engines) == [str(n) for n in range(NUM_OF_MODE[mode])]
+    text = "; ".join(f"engines {', '.join(engines)}: {rows} rows" for rows, engines in found)
+    print(f"{mode}, as Hugging Face's: {text} ({time.monotonic() - begin:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

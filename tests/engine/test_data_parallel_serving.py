@@ -88,7 +88,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     server.close()
 
 
-def served(server: Server) -> Counter[str]:
+def served(server: Any) -> Counter[str]:
     """Return how many requests each engine has served to their last token."""
     text = httpx.get(server.url.replace("/v1", "/metrics")).text
     found = re.findall(r'^vllm:request_success_total\{engine="(\d+)",finished_reason="length".*\} (\S+)$', text, re.M)
