@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import runpy
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,19 @@ def test_a_dataset_is_recorded_beside_plain_requests(
     engine.run(run())
     with pytest.raises(SpecError, match=r"one vllm_tap\.Spec for all prompts, got a list"):
         engine.run(tap.record(given, [EVERYTHING] * 11, tmp_path / "other"))  # type: ignore[arg-type]
+
+
+def test_the_example_runs(engine: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """examples/async_llm.py: rows of two captures, of a dataset, and of the best of all tries."""
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "async_llm.py"))["main"]
+    engine.run(main(engine.llm, tmp_path))
+    whole, dataset, *_ = capsys.readouterr().out.splitlines()
+    prompts, tries = (vllm_tap.open_dataset(tmp_path / name) for name in ("prompts", "tries"))
+    num_rows, width = prompts.num_rows, prompts.facts.streams[0].width
+    assert whole == f"torch.Size([{num_rows}, {width}]) torch.Size([2, {width}])"
+    assert dataset == f"4 ({num_rows}, {width})"
+    assert [len(sample) for sample in tries] == [15] * 16
+    assert sorted(sample.metadata["prompt"] for sample in tries) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
 def test_samples_come_as_they_end(engine: Running, tap: AsyncTap, references: Callable[[str], References]) -> None:
