@@ -71,11 +71,18 @@ def read_budget(given: Any) -> int:
     Raises:
         SpecError: It is no positive whole number.
     """
-    if given is None:
-        return default_budget_bytes()
+    return default_budget_bytes() if given is None else whole_number("budget_bytes", given)
+
+
+def whole_number(name: str, given: Any) -> int:
+    """Return a number of bytes that was given by this name.
+
+    Raises:
+        SpecError: It is no positive whole number.
+    """
     is_number: bool = isinstance(given, numbers.Real)
     if not (is_number and given >= 1 and given % 1 == 0):
-        raise SpecError(f"budget_bytes is a positive whole number, got {given!r}.")
+        raise SpecError(f"{name} is a positive whole number, got {given!r}.")
     return int(given)
 
 

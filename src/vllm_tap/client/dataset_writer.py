@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from vllm_tap.client.bounds import whole_number
 from vllm_tap.client.identity import versions
 from vllm_tap.client.joined import joined
 from vllm_tap.client.result import Capture, Sample
@@ -46,11 +47,12 @@ class DatasetWriter:
     Raises:
         DatasetError: There is a dataset already and `resume` is not set, or one that `record` has written; or pyarrow
             is missing.
+        SpecError: `part_bytes` is no positive whole number.
     """
 
     def __init__(self, path: Any, *, resume: bool = False, part_bytes: int = PART_BYTES) -> None:
         index.require_pyarrow()
-        self._place, self._part_bytes = place_of(path), part_bytes
+        self._place, self._part_bytes = place_of(path), whole_number("part_bytes", part_bytes)
         sealed = sealed_parts(self._place)
         if sealed and not resume:
             raise DatasetError(
@@ -202,7 +204,8 @@ def _listed(samples: Any) -> list[Sample]:
     """
     if isinstance(samples, Capture):
         return list(samples.each_completion())
-    listed = list(samples) if isinstance(samples, Iterable) and not isinstance(samples, str) else [samples]
+    is_many = isinstance(samples, Iterable) and not isinstance(samples, str | Mapping)
+    listed = list(samples) if is_many else [samples]
     for one in listed:
         if not isinstance(one, Sample) or isinstance(one, RowBlock):
             raise SpecError(f"add takes captured samples, or a Capture, got a {_kind(one)}.")

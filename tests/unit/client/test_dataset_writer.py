@@ -116,6 +116,7 @@ def changed(**fields: Any) -> Capture:
         (lambda: captured(PROMPTS[:2]), [{}, {"a": float("nan")}], DatasetError, "cannot be kept as JSON"),
         (lambda: RowBlock(captured(PROMPTS[:1]), 0), None, SpecError, r"got a vllm_tap\.client\.tap\.RowBlock"),
         (lambda: [captured(PROMPTS[:1])[0], "text"], None, SpecError, "got a str"),
+        (lambda: {"a": 1}, None, SpecError, "takes captured samples, or a Capture, got a dict"),
         (lambda: 7, None, SpecError, "takes captured samples, or a Capture, got a int"),
     ],
 )
@@ -201,6 +202,13 @@ def test_what_fails_behind_the_seal_is_not_written_again(tmp_path: Path, monkeyp
     writer.add(captured(PROMPTS[9:]))
     writer.close()
     check_dataset(open_dataset(tmp_path), PROMPTS)
+
+
+@pytest.mark.parametrize("part_bytes", [0, "1 GB", None])
+def test_parts_have_a_size(tmp_path: Path, part_bytes: Any) -> None:
+    """Said before anything is added."""
+    with pytest.raises(SpecError, match="part_bytes is a positive whole number"):
+        DatasetWriter(tmp_path, part_bytes=part_bytes)
 
 
 def test_a_closed_writer_takes_nothing(tmp_path: Path) -> None:
