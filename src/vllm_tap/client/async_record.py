@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, InvalidStateError
@@ -37,10 +38,14 @@ class Captures:
 
     def run(self, record: Callable[[], Dataset]) -> None:
         """Record by these captures, in the other thread; `ended` has what comes of it."""
-        ended, found, failed = self.ended, None, None
+        ended, found = self.ended, None
+        failed: BaseException | None = None
         del self.ended  # a failure has this frame in its traceback
         try:
             found = record()
+        except StopIteration as error:  # of the user's, which no future takes
+            failed = RuntimeError(f"{error!r} was raised")
+            failed.__cause__ = error
         except BaseException as error:
             failed = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -108,7 +113,8 @@ async def record_async(
     ended = captures.ended
     record = functools.partial(record_with, captures, prompts, path, run, **options)
     # Not one of the loop's own threads: captures wait for those.
-    threads.start("vllm-tap-record", captures.run, record, stop=captures.abandon)
+    run_here = contextvars.copy_context().run
+    threads.start("vllm-tap-record", run_here, captures.run, record, stop=captures.abandon)
     try:
         return await asyncio.shield(ended)
     except asyncio.CancelledError:

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
 
-import numpy as np
-
 from vllm_tap.client.bounds import whole_number
 from vllm_tap.client.identity import versions
 from vllm_tap.client.joined import joined
@@ -21,9 +19,8 @@ from vllm_tap.store import index
 from vllm_tap.store.facts import Facts, encode, facts_of, require_same
 from vllm_tap.store.part import Part, sealed_parts
 from vllm_tap.store.pieces import Metadata
-from vllm_tap.store.place import PartTakenError
+from vllm_tap.store.place import PartTakenError, part_name
 from vllm_tap.store.places import place_of
-from vllm_tap.store.source import labels_of
 from vllm_tap.store.writer import write_part
 
 PART_BYTES: Final = 256 << 20
@@ -67,7 +64,7 @@ class DatasetWriter:
                 "another folder.",
                 path=self._place.path,
             )
-        self._next = _end_of(sealed)
+        self._parts, self._next = self._place.parts(), _end_of(sealed)
         self._held: list[tuple[Capture, Metadata]] = []
         self._num_bytes = 0
         self._is_closed = False
@@ -103,6 +100,8 @@ class DatasetWriter:
             for sample, one in zip(given, of_each, strict=True):
                 part = _alone(sample)
                 found = facts_of(part, part.model, "", versions())
+                if not found.streams:
+                    raise DatasetError("there is nothing to write of a sample that has no stream.")
                 if facts is None:
                     encode(found)
                     facts = found
@@ -125,8 +124,9 @@ class DatasetWriter:
 
     def close(self) -> None:
         """Write what is held, as `flush` does, and take no more."""
-        self.flush()
-        self._is_closed = True
+        with self._lock:
+            self._write()
+            self._is_closed = True
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -150,35 +150,29 @@ class DatasetWriter:
         given = [one for _, one in self._held]
         metadata = given if any(one is not None for one in given) else None
         while True:
-            first = self._next
+            self._look_again(facts)
             try:
-                write_part(self._place, source, facts, first_sample=first, metadata=metadata)
-                break
+                write_part(
+                    self._place, source, facts, first_sample=self._next, metadata=metadata, on_sealed=self._forget
+                )
+                return
             except PartTakenError:
-                sealed = sealed_parts(self._place)
-                self._next = _end_of(sealed)
-                if self._next == first:
+                if self._place.parts() == self._parts:  # nobody else has written
                     raise
+
+    def _look_again(self, facts: Facts) -> None:
+        """Find the end of what is sealed, if others may have written since this was done last."""
+        if (parts := self._place.parts()) != self._parts:
+            sealed = sealed_parts(self._place)
+            if sealed:
                 require_same(facts, sealed[0].facts(), self._place.path)
-            except BaseException:
-                if self._is_sealed(first, source):
-                    self._forget(first)  # it failed behind that: another try would write them twice
-                raise
-        self._forget(first)
+            self._parts, self._next = parts, _end_of(sealed)
 
-    def _forget(self, first: int) -> None:
-        """Let go of what is held, which has been sealed as the part of this first sample."""
-        self._next = first + len(self._held)
+    def _forget(self) -> None:
+        """Let go of what is held, which is sealed now."""
+        self._parts = sorted([*self._parts, part_name(self._next)])
+        self._next += len(self._held)
         self._held, self._num_bytes = [], 0
-
-    def _is_sealed(self, first: int, source: Capture) -> bool:
-        """Tell whether a part of these samples is there."""
-        found = [part for part in sealed_parts(self._place) if part.manifest.first_sample == first]
-        labels = labels_of(source, first)
-        return any(
-            all(np.array_equal(getattr(part.labels, name), getattr(labels, name)) for name in labels._fields)
-            for part in found
-        )
 
 
 def _end_of(sealed: Sequence[Part]) -> int:
@@ -237,11 +231,13 @@ def _alone(sample: Sample) -> Capture:
     alone, output = sample._alone()._capture, sample.output
     alone.spec, alone.specs = sample.spec, None
     ends = getattr(output, "outputs", None)
-    ends = [one for one in ends if one.index == sample.completion] if isinstance(ends, list) else []
+    ends = [one for one in ends if one.index == sample.completion] if isinstance(ends, list | tuple) else []
     completions = [
         SimpleNamespace(index=0, token_ids=list(one.token_ids), **{name: getattr(one, name, None) for name in SAID})
         for one in ends
     ]
+    for text in (getattr(output, "prompt", None), *(one.text for one in completions)):
+        _require_utf8(text)
     alone.outputs = [
         SimpleNamespace(
             request_id=output.request_id,
@@ -251,6 +247,18 @@ def _alone(sample: Sample) -> Capture:
         )
     ]
     return alone
+
+
+def _require_utf8(text: Any) -> None:
+    """Refuse a text that no file can hold.
+
+    Raises:
+        DatasetError: It has half of a pair of surrogates.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"a text cannot be kept: {error}") from error
 
 
 def _together(parts: list[Capture]) -> Capture:

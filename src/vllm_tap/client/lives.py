@@ -12,7 +12,7 @@ from typing import Any
 from vllm_tap.client.connection import Connection
 from vllm_tap.client.live import Live, Request
 from vllm_tap.client.tasks import Tasks
-from vllm_tap.errors import BudgetError, SpecError, TapError
+from vllm_tap.errors import SpecError, TapError
 from vllm_tap.spec import Spec
 
 
@@ -66,11 +66,11 @@ class Lives:
             self.num_requests -= num_requests
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Note where the block ends by what is the engine's fault: not by rows that do not fit, or cannot be."""
+    def blamed(self, but: type[TapError] = SpecError) -> Iterator[None]:
+        """Note where the block ends by what is the engine's fault, which errors of the user and some kind are not."""
         try:
             yield
-        except (SpecError, BudgetError):
+        except (SpecError, but):
             raise
         except TapError:
             self.failed = time.monotonic()

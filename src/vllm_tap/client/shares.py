@@ -14,7 +14,7 @@ from vllm_tap.client.lives import Lives
 from vllm_tap.client.recording import Recording
 from vllm_tap.client.result import Capture
 from vllm_tap.client.tasks import all_of, finished
-from vllm_tap.errors import PositionError
+from vllm_tap.errors import BudgetError, PositionError
 from vllm_tap.spec import Spec
 
 
@@ -41,7 +41,7 @@ class Shares:
 
     async def _finish(self, lives: Lives, recording: Recording, outputs: list[Any]) -> Capture:
         mine = [output if self.lives[sample] is lives else None for sample, output in enumerate(outputs)]
-        with lives.blamed():
+        with lives.blamed(but=BudgetError):  # the next call may fit
             return await asyncio.to_thread(_finished, recording, mine)
 
 

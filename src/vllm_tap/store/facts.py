@@ -115,12 +115,13 @@ def encode(facts: Facts) -> bytes:
         DatasetError: They would not come back as they are, such as a router's bias that is infinite.
     """
     data = msgspec.json.format(msgspec.json.encode(facts), indent=1)
+    told = "JSON does not hold the facts of this capture, as where a router's bias is not finite"
     try:
         is_same = decode(data, "facts") == facts
-    except DatasetDamagedError:
-        is_same = False
+    except DatasetDamagedError as error:
+        raise DatasetError(f"{told}: {error}") from error
     if not is_same:
-        raise DatasetError("JSON does not hold the facts of this capture: a router's bias is not finite.")
+        raise DatasetError(f"{told}.")
     return data
 
 

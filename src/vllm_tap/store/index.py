@@ -152,7 +152,7 @@ def metadata_text(metadata: Mapping[str, Any] | None) -> str | None:
         text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
         text.encode()
         return text
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DatasetError(f"metadata {metadata!r:.200} cannot be kept as JSON: {error}") from error
 
 

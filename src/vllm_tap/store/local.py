@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -140,8 +140,8 @@ class LocalDraft:
         """Begin a file."""
         return LocalSink(self._path / name, nbytes)
 
-    def seal(self, data: bytes) -> None:
-        """Write the manifest, and rename the folder to the name of the part.
+    def seal(self, data: bytes, on_sealed: Callable[[], None]) -> None:
+        """Write the manifest, and rename the folder to the name of the part; call a function then.
 
         Raises:
             PartTakenError: The part is there already.
@@ -154,6 +154,7 @@ class LocalDraft:
             (self._path / LOCK_NAME).unlink()
             sync_folder(self._path)
             self._rename(target)
+            on_sealed()
             sync_folder(self._folder)
         self._close()
 

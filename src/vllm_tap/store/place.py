@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from vllm_tap.errors import DatasetError
@@ -34,8 +35,8 @@ class Draft(Protocol):
     def create(self, name: str, nbytes: int) -> Sink:
         """Begin a file of so many bytes."""
 
-    def seal(self, manifest: bytes) -> None:
-        """Make the part visible, with its manifest, at once."""
+    def seal(self, manifest: bytes, on_sealed: Callable[[], None]) -> None:
+        """Make the part visible, with its manifest, at once; then call a function, before anything else may fail."""
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -6,6 +6,7 @@ not there for readers, and its files are overwritten by the writer that comes ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import fsspec
@@ -56,11 +57,12 @@ class RemoteDraft:
         """Begin a file."""
         return RemoteSink(self._fs, f"{self._folder}/{name}")
 
-    def seal(self, data: bytes) -> None:
-        """Put the manifest."""
+    def seal(self, data: bytes, on_sealed: Callable[[], None]) -> None:
+        """Put the manifest; call a function then."""
         sink = self.create(manifest.NAME, len(data))
         sink.write(data)
         sink.close()
+        on_sealed()
 
     def discard(self) -> None:
         """Remove the files."""

@@ -32,6 +32,7 @@ def write_part(
     metadata: Sequence[Mapping[str, Any] | None] | None = None,
     prompts: str = "",
     is_stopped: Callable[[], bool] = lambda: False,
+    on_sealed: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Write all rows of a source as one part; it is there whole, or not at all.
 
@@ -43,6 +44,7 @@ def write_part(
         metadata: The user's, one for each sample.
         prompts: Digest of the prompts.
         is_stopped: Asked between pieces; if it says so, `StoppedError` is raised.
+        on_sealed: Called when the part is there; what fails behind that does not undo it.
 
     Raises:
         DatasetError: The part could not be written, or is there already.
@@ -78,7 +80,7 @@ def write_part(
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 files=tuple(sorted([*files.done(), *others])),
             )
-        draft.seal(manifest.encode(sealed))
+        draft.seal(manifest.encode(sealed), on_sealed)
     except BaseException:
         draft.discard()
         raise

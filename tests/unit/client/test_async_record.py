@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import subprocess
 import sys
@@ -36,6 +37,14 @@ async def captured(prompts: list[str]) -> Any:
 async def record(path: Path, capture: Callable[[list[Any]], Any] = captured, prompts: Any = PROMPTS) -> Dataset:
     """Record prompts, five at a time."""
     return await record_async(capture, prompts, path, RUN, batch=5, resume=True)
+
+
+def join() -> None:
+    """Wait for threads that have handed over what came of their recordings, and end."""
+    for thread in threading.enumerate():
+        if thread.name == "vllm-tap-record":
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_captures_are_made_in_the_loop_and_prompts_are_read_elsewhere(tmp_path: Path) -> None:
@@ -104,6 +113,39 @@ def test_rows_that_do_not_fit_are_captured_when_those_before_are_written(tmp_pat
     assert refused == PROMPTS[5:10]
 
 
+def test_variables_of_the_caller_are_seen(tmp_path: Path) -> None:
+    """By prompts, captures, and whoever is told of parts; as with any call."""
+    variable, seen = contextvars.ContextVar("name", default="lost"), []
+
+    def read() -> Iterator[str]:
+        seen.append(variable.get())
+        yield from PROMPTS
+
+    async def capture(prompts: list[str]) -> Any:
+        seen.append(variable.get())
+        return await captured(prompts)
+
+    async def run() -> None:
+        variable.set("of the caller")
+        await record(tmp_path, capture, read())
+
+    asyncio.run(run())
+    assert seen == ["of the caller"] * 4
+
+
+def test_any_error_of_the_user_ends_it(tmp_path: Path) -> None:
+    """Also one that futures do not take."""
+    parts = iter([1])
+
+    async def run() -> None:
+        async with asyncio.timeout(20):
+            await record_async(captured, PROMPTS, tmp_path, RUN, batch=5, on_part=lambda part: next(parts))
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(run())
+    assert len(list(tmp_path.glob("part-*"))) == 2
+
+
 def test_many_recordings_need_no_threads_of_the_loop(tmp_path: Path) -> None:
     """Which captures wait for: of one thread, ten recordings end."""
 
@@ -138,6 +180,7 @@ def test_rows_of_an_error_are_let_go_of_with_it(tmp_path: Path) -> None:
     gc.disable()
     try:
         asyncio.run(run())
+        join()
         assert alive() is None
     finally:
         gc.enable()
@@ -196,10 +239,7 @@ def test_cancelled_it_ends_when_its_capture_has(tmp_path: Path, number: int) -> 
 
     asyncio.run(run())
     assert events == ["capture ended", "recording ended"]
-    for thread in threading.enumerate():
-        if thread.name == "vllm-tap-record":
-            thread.join(20)
-            assert not thread.is_alive()
+    join()
     left = len(list(tmp_path.glob("part-*")))
     assert left in (max(number - 1, 0), number)  # the last one may have been under way
     if left:

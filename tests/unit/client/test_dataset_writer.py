@@ -103,6 +103,13 @@ def changed(**fields: Any) -> Capture:
     return result
 
 
+def said(text: str) -> Capture:
+    """Return a capture of one prompt, of another text."""
+    result = captured(PROMPTS[:1])
+    result.outputs[0].outputs[0].text = text
+    return result
+
+
 @pytest.mark.parametrize(
     ("samples", "metadata", "error", "match"),
     [
@@ -116,6 +123,8 @@ def changed(**fields: Any) -> Capture:
         (lambda: captured(PROMPTS[:2]), [{}, {"a": float("nan")}], DatasetError, "cannot be kept as JSON"),
         (lambda: RowBlock(captured(PROMPTS[:1]), 0), None, SpecError, r"got a vllm_tap\.client\.tap\.RowBlock"),
         (lambda: [captured(PROMPTS[:1])[0], "text"], None, SpecError, "got a str"),
+        (lambda: changed(layers={}), None, DatasetError, "a sample that has no stream"),
+        (lambda: said("\ud83d"), None, DatasetError, "a text cannot be kept"),
         (lambda: {"a": 1}, None, SpecError, "takes captured samples, or a Capture, got a dict"),
         (lambda: 7, None, SpecError, "takes captured samples, or a Capture, got a int"),
     ],
@@ -209,6 +218,43 @@ def test_parts_have_a_size(tmp_path: Path, part_bytes: Any) -> None:
     """Said before anything is added."""
     with pytest.raises(SpecError, match="part_bytes is a positive whole number"):
         DatasetWriter(tmp_path, part_bytes=part_bytes)
+
+
+def test_parts_of_others_are_not_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However alike their samples are; what could not be written is held, and its error is the first one."""
+    mine, theirs = (DatasetWriter(tmp_path, resume=True) for _ in range(2))
+    mine.add(captured(PROMPTS[:1]), {"of": "mine"})
+    theirs.add(captured(PROMPTS[:1]), {"of": "theirs"})
+    write = dataset_writer.write_part
+
+    def write_part(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(dataset_writer, "write_part", write)
+        theirs.flush()
+        (tmp_path / "part-000000000000" / "manifest.json").rename(tmp_path / "manifest")
+        raise DatasetError("the disk is full")
+
+    monkeypatch.setattr(dataset_writer, "write_part", write_part)
+    with pytest.raises(DatasetError, match="the disk is full"):
+        mine.flush()
+    (tmp_path / "manifest").rename(tmp_path / "part-000000000000" / "manifest.json")
+    mine.close()
+    assert [sample.metadata["of"] for sample in open_dataset(tmp_path)] == ["theirs", "mine"]
+
+
+def test_writers_in_turn_write_each_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look for parts of others before, and not behind all rows."""
+    written, write = [], dataset_writer.write_part
+
+    def write_part(*args: Any, **options: Any) -> Any:
+        written.append(options["first_sample"])
+        return write(*args, **options)
+
+    monkeypatch.setattr(dataset_writer, "write_part", write_part)
+    writers = [DatasetWriter(tmp_path, resume=True, part_bytes=1) for _ in range(3)]
+    for number, prompt in enumerate(PROMPTS):
+        writers[number % 3].add(captured([prompt]))
+    assert written == list(range(14))
+    check_dataset(open_dataset(tmp_path), PROMPTS)
 
 
 def test_a_closed_writer_takes_nothing(tmp_path: Path) -> None:
