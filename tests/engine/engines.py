@@ -84,7 +84,9 @@ class Process:
 
     def is_gone(self, timeout_s: float = 0.0) -> bool:
         """Tell whether the process has ended, or ends within a time."""
-        return bool(select.select([self._fd], [], [], max(timeout_s, 0.0))[0])
+        poll = select.poll()  # for numbers of descriptors that `select` does not take
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(1000 * max(timeout_s, 0.0)))
 
     def close(self) -> None:
         """Forget the process."""

@@ -163,13 +163,17 @@ def decode(data: Bytes, file: FileFacts, num_sequences: int, path: str) -> pa.Ta
         DatasetDamagedError: They are not, or the table is not one of an index.
     """
     require_pyarrow()
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if crc32(data.data) != file.crc32:
         raise DatasetDamagedError(f"{path} has another checksum than its manifest states", path=path)
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
+        # Memory of Arrow's own: its threads let go of it last, which for Python's they cannot as the interpreter ends.
+        copied = pa.allocate_buffer(len(data))
+        np.frombuffer(copied, np.uint8)[:] = data
+        parquet = pq.ParquetFile(pa.BufferReader(copied))
         found = parquet.schema_arrow
         if found.names != schema().names or found.types != schema().types:
             raise DatasetDamagedError(f"{path} has other columns than an index", path=path)

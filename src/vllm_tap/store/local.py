@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -9,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,12 @@ LOCK_NAME: Final = ".lock"
 MAP_FLAGS: Final = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python 3.13 names it
 MAP_PROT: Final = mmap.PROT_READ | mmap.PROT_WRITE
 """Copy-on-write, and no swap set aside for copies that hardly anyone makes: a dataset may be larger than memory."""
+
+MAP_FIXED: Final = 0x10  # from linux/mman.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
 
 MOST_REMOVALS: Final = 8
 """Attempts to remove a folder that gains files meanwhile."""
@@ -238,9 +246,10 @@ class LocalPlace:
         path = self._folder / name
         try:
             with open(path, "rb", buffering=0) as file:
-                if not os.fstat(file.fileno()).st_size:
+                size = os.fstat(file.fileno()).st_size
+                if not size:
                     return np.empty(0, np.uint8)
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, flags=MAP_FLAGS, prot=MAP_PROT), np.uint8)
+                return np.frombuffer(_mapped(file.fileno(), size), np.uint8)
         except FileNotFoundError as error:
             raise DatasetDamagedError(f"{path} is missing", path=str(path)) from error
         except (OSError, ValueError) as error:
@@ -260,6 +269,23 @@ class LocalPlace:
             for draft in left:
                 _remove(draft)
         return len(left)
+
+
+def _mapped(fd: int, nbytes: int) -> mmap.mmap:
+    """Map a file, and keep no descriptor of it: a process has 1024 as a rule, and a dataset more shards.
+
+    Raises:
+        OSError: It cannot be mapped.
+    """
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, nbytes, flags=MAP_FLAGS, prot=MAP_PROT, trackfd=False)
+    # Python's own map of a file holds a descriptor. One of nothing holds the place, into which the file is mapped.
+    place = mmap.mmap(-1, nbytes, flags=MAP_FLAGS | mmap.MAP_ANONYMOUS, prot=MAP_PROT)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(place))
+    if _libc.mmap(address, nbytes, MAP_PROT, MAP_FLAGS | MAP_FIXED, fd, 0) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return place
 
 
 def _remove(draft: Path) -> None:

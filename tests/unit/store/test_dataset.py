@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def test_a_saved_capture_is_read_back(tmp_path: Path, num_completions: int) -> N
     assert (kept.request_id, kept.prompt_token_ids) == (output.request_id, output.prompt_token_ids)
     assert [one.token_ids for one in kept.outputs] == [one.token_ids for one in output.outputs]
     assert dataset.facts.model == MODEL
+
+
+def test_a_dataset_may_have_more_files_than_a_process(tmp_path: Path) -> None:
+    """All of them may be read at a time, in a process of few descriptors."""
+    prompts = prompts_of(99)
+    recorded(tmp_path, prompts, 1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = [int(fd.name) for fd in Path("/proc/self/fd").iterdir()]
+    most = max(in_use) + 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        dataset = open_dataset(tmp_path)
+        check_dataset(dataset, prompts)
+        rows = [dataset.rows("hidden_states", layer)[:] for layer in (0, 3)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(dataset.parts) * (len(rows) + 2) > most - len(in_use)
+    assert rows[0].shape == rows[1].shape
 
 
 def test_streams_have_second_names(tmp_path: Path) -> None:
