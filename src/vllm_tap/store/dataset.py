@@ -62,7 +62,8 @@ class Dataset(Sequence[Sample]):
         self._parts = sealed_parts(place)
         if not self._parts:
             raise DatasetError(
-                f"{self.path} holds no sealed part of a dataset: give the folder that record or Capture.save wrote.",
+                f"{self.path} holds no sealed part of a dataset: give the folder that record, DatasetWriter or "
+                "Capture.save wrote.",
                 path=self.path,
             )
         self.facts = _common_facts(self._parts)
